@@ -1,0 +1,114 @@
+"""Decoding: any container FFmpeg reads -> 16 kHz mono float32, cut or zero-padded to the clip's length.
+
+Decoding and resampling are FFmpeg's own, through its libraries and in this process, with the settings of Whisper's
+loader (`ffmpeg -ac 1 -acodec pcm_s16le -ar 16000`), so that the samples are the same without a process per file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from whisper_at_cli.extract.errors import AudioError
+from whisper_at_cli.extract.mel import SAMPLE_RATE
+
+SUFFIXES = frozenset(  # of files that a folder is searched for
+    ".wav .flac .ogg .oga .opus .mp3 .m4a .aac .mp4 .webm .mka .mkv .aif .aiff .aifc .au .wma .amr .caf .w64".split()
+)
+EXACT_LENGTH = frozenset(("wav", "w64", "flac", "aiff", "au", "caf"))  # containers whose header counts the samples
+LENGTH_TOLERANCE_SECONDS = 0.05
+
+
+def decode(path: str | Path, *, max_seconds: float | None = None) -> np.ndarray:
+    """The samples of an audio file: (samples,) float32 in [-1, 1) at 16 kHz, channels mixed to one.
+
+    With `max_seconds`, decoding stops there. Raises AudioError for whatever is not a whole, readable audio file.
+    """
+    path = Path(path)
+    _refuse_what_is_no_file(path)
+    import av
+
+    try:
+        # "file:" so that no name is taken for a protocol, and no protocol but files for what a playlist names
+        with av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"}) as container:
+            if not container.streams.audio:
+                raise AudioError("it holds no audio")
+            pieces = _decode_stream(container, math.inf if max_seconds is None else round(max_seconds * SAMPLE_RATE))
+            samples = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int16)
+            if max_seconds is None or len(samples) < round(max_seconds * SAMPLE_RATE):
+                _refuse_truncated(path, container, len(samples) / SAMPLE_RATE)
+    except av.FFmpegError as error:
+        raise AudioError(f"it cannot be decoded: {error.strerror or error}") from error
+    except (ValueError, IndexError, MemoryError) as error:
+        raise AudioError(f"it cannot be decoded: {error}") from error
+    if not len(samples):
+        raise AudioError("it holds no samples")
+    return samples.astype(np.float32) / 32768.0
+
+
+def load_clip(path: str | Path, samples: int) -> tuple[np.ndarray, int]:
+    """A clip of exactly `samples` samples, (samples,) float32, cut or zero-padded; and how many of them are real."""
+    decoded = decode(path, max_seconds=samples / SAMPLE_RATE)[:samples]
+    if len(decoded) == samples:
+        return decoded, samples
+    clip = np.zeros(samples, dtype=np.float32)
+    clip[: len(decoded)] = decoded
+    return clip, len(decoded)
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    """Looked at before FFmpeg opens it: a FIFO would hang, and its own messages name none of these."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise AudioError(f"it cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise AudioError("it is not a file")
+    if status.st_size == 0:
+        raise AudioError("it is empty (0 bytes)")
+    if not os.access(path, os.R_OK):
+        raise AudioError("it cannot be read: Permission denied")
+
+
+def _decode_stream(container, max_samples: float) -> list[np.ndarray]:
+    """Pieces of int16 at 16 kHz mono, until `max_samples` are there."""
+    import av
+
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+    pieces, count = [], 0
+    for frame in container.decode(audio=0):
+        for out in resampler.resample(frame):
+            pieces.append(out.to_ndarray()[0])
+            count += len(pieces[-1])
+        if count >= max_samples:
+            return pieces
+    return pieces + [out.to_ndarray()[0] for out in resampler.resample(None)]
+
+
+def _refuse_truncated(path: Path, container, seconds: float) -> None:
+    """Raise AudioError where the file's own header promises more audio than it holds."""
+    form = container.format.name
+    if form == "ogg" and not _ends_on_ogg_page(path):
+        raise AudioError(f"it is truncated: it ends within an Ogg page, after {seconds:.2f} s")
+    stream = container.streams.audio[0]
+    if form in EXACT_LENGTH and stream.duration:
+        promised = float(stream.duration * stream.time_base)
+        if seconds < promised - LENGTH_TOLERANCE_SECONDS:
+            raise AudioError(f"it is truncated: its header promises {promised:.2f} s, it holds {seconds:.2f} s")
+
+
+def _ends_on_ogg_page(path: Path) -> bool:
+    """Whether the last Ogg page in the file is whole."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 131072))  # a page is at most 65307 bytes
+        tail = file.read()
+    page = tail.rfind(b"OggS")
+    if page < 0 or len(tail) < page + 27:
+        return False
+    segments = tail[page + 27 : page + 27 + tail[page + 26]]
+    return len(segments) == tail[page + 26] and page + 27 + len(segments) + sum(segments) <= len(tail)

@@ -1,0 +1,193 @@
+"""The cache's schema: which arrays and attributes a cache has, and how they are created and recognised.
+
+N clips, L layers, T frames, D channels, C classes, S clips per shard.
+
+features      (N, L, T, D)  one shard file per S clips, one chunk per clip and layer, CRC-32C on each
+scale         (N, L, D)     only with int8: features = stored * scale
+mean          (N, L, D)     mean over frames; one shard file per S clips, one chunk per layer
+valid_frames  (N,)          uint8, one chunk per S clips
+status        (N,)          uint8, one chunk per S clips, written last
+error         (N,)          why a clip failed, empty otherwise
+id, path, fold, split, labels   what the dataset says of each clip; written when the cache is created
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+
+from whisper_at_cli.extract.errors import CacheError, UsageError
+
+FORMAT_NAME = "whisper-at-cli feature cache"
+FORMAT_VERSION = 1
+FRAMES = 25
+DTYPES = ("float16", "float32", "int8")
+DEFAULT_SHARD_MB = 128
+MAX_CLIPS_PER_SHARD = 256  # so that a killed run of a small model loses little
+ROWS_PER_CHUNK = 65536  # of what the dataset says of each clip
+
+
+class Status(IntEnum):
+    """What is known of a clip's features."""
+
+    PENDING = 0
+    DONE = 1
+    FAILED = 2
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What made a cache. A cache that is continued must agree with it."""
+
+    backbone: str
+    weights_sha256: str
+    layers: int
+    dim: int
+    clip_seconds: float
+    dtype: str = "float16"
+    precision: str = "float32"
+    dataset: str = ""
+    class_names: tuple[str, ...] = ()
+    frames: int = FRAMES
+
+    def __post_init__(self):
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        if self.dtype not in DTYPES:
+            raise UsageError(f"storage type {self.dtype!r} is not known; choose from {', '.join(DTYPES)}")
+        if min(self.layers, self.dim, self.frames) < 1 or self.clip_seconds <= 0:
+            raise ValueError(f"a cache needs at least one layer, channel, frame and sample: {self}")
+
+    @property
+    def mean_dtype(self) -> str:
+        return "float32" if self.dtype == "float32" else "float16"
+
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes of one clip's features."""
+        return self.layers * self.frames * self.dim * np.dtype(self.dtype).itemsize
+
+    def clips_per_shard(self, shard_mb: float) -> int:
+        """How many clips make a shard of about `shard_mb` megabytes (at least one, at most 256)."""
+        return max(1, min(MAX_CLIPS_PER_SHARD, int(shard_mb * 1e6 // self.clip_bytes)))
+
+    def differences(self, other: CacheSpec) -> list[str]:
+        """Each field in which two specs differ, as `field: ours, not theirs`."""
+        ours, theirs = asdict(self), asdict(other)
+        del ours["dataset"], theirs["dataset"]  # a moved folder is the same dataset: its clips are compared instead
+        return [
+            f"{name}: {_short(ours[name])}, not {_short(theirs[name])}" for name in ours if ours[name] != theirs[name]
+        ]
+
+
+def _short(value) -> str:
+    if isinstance(value, tuple):
+        return f"{len(value)} classes ({', '.join(value[:3])}{', ...' if len(value) > 3 else ''})"
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else str(value)
+
+
+@dataclass(frozen=True)
+class ClipTable:
+    """What the dataset says of each clip, as columns of one length."""
+
+    ids: np.ndarray  # (N,) str, unique
+    paths: np.ndarray  # (N,) str, relative to the dataset
+    fold: np.ndarray  # (N,) int16, 1-based, 0 where there is none
+    split: np.ndarray  # (N,) str, empty where there is none
+    labels: np.ndarray  # (N, C) uint8
+
+    def __post_init__(self):
+        lengths = {len(column) for column in (self.ids, self.paths, self.fold, self.split, self.labels)}
+        if len(lengths) != 1:
+            raise ValueError(f"columns differ in length: {sorted(lengths)}")
+        if len(set(self.ids)) != len(self.ids):
+            seen: set[str] = set()
+            twice = next(name for name in self.ids if name in seen or seen.add(name))
+            raise UsageError(f"the dataset names two clips {twice!r}; ids must be unique")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_shard: int, provenance: dict) -> None:
+    """Lay out an empty cache at `path`: every array's metadata, and what the dataset says of each clip."""
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
+    attributes = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **asdict(spec), "made": provenance}
+    attributes["class_names"] = list(spec.class_names)
+    group = zarr.create_group(path, zarr_format=3, attributes=attributes)
+    N, L, T, D, S = len(clips), spec.layers, spec.frames, spec.dim, clips_per_shard
+
+    def add(name, shape, dtype, dims, *, chunks, shards=None, fill_value=0):
+        return group.create_array(
+            name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, dimension_names=dims,
+            compressors=Crc32cCodec(), fill_value=fill_value,
+        )  # fmt: skip
+
+    feature_fill = 0 if spec.dtype == "int8" else np.nan
+    add("features", (N, L, T, D), spec.dtype, ("clip", "layer", "frame", "channel"),
+        chunks=(1, 1, T, D), shards=(S, L, T, D), fill_value=feature_fill)  # fmt: skip
+    per_layer = [("mean", spec.mean_dtype)] + ([("scale", "float16")] if spec.dtype == "int8" else [])
+    for name, dtype in per_layer:
+        add(name, (N, L, D), dtype, ("clip", "layer", "channel"),
+            chunks=(S, 1, D), shards=(S, L, D), fill_value=np.nan)  # fmt: skip
+    add("valid_frames", (N,), "uint8", ("clip",), chunks=(S,))
+    add("status", (N,), "uint8", ("clip",), chunks=(S,))
+    group.create_array("error", shape=(N,), dtype=str, chunks=(S,), dimension_names=("clip",))
+    rows = max(1, min(N, ROWS_PER_CHUNK))
+    for name, column in (("id", clips.ids), ("path", clips.paths), ("split", clips.split)):
+        array = group.create_array(name, shape=(N,), dtype=str, chunks=(rows,), dimension_names=("clip",))
+        array[:] = np.asarray(column, dtype=object)
+    add("fold", (N,), "int16", ("clip",), chunks=(rows,))[:] = clips.fold
+    if spec.class_names:
+        array = group.create_array(
+            "labels", shape=clips.labels.shape, dtype="uint8", chunks=(min(rows, 4096), len(spec.class_names)),
+            dimension_names=("clip", "class"),
+        )  # fmt: skip
+        array[:] = clips.labels
+
+
+def read_attributes(path: Path) -> dict:
+    """Group attributes of the cache at `path`.
+
+    Raises UsageError where there is no cache, CacheError where it is damaged or of another format version.
+    """
+    metadata = path / "zarr.json"
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; make a cache with: whisper-at-cli extract DATASET {path}")
+    if not path.is_dir() or not metadata.exists():
+        raise UsageError(f"{path} is not a feature cache (no zarr.json in it); give the folder that `extract` wrote")
+    try:
+        attributes = json.loads(metadata.read_text())["attributes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{metadata} is damaged ({error}); restore it or extract again to another path") from error
+    if attributes.get("format") != FORMAT_NAME:
+        raise UsageError(f"{path} is a Zarr group but not a feature cache; give the folder that `extract` wrote")
+    if attributes.get("format_version") != FORMAT_VERSION:
+        raise CacheError(
+            f"{path} has cache format version {attributes.get('format_version')}; this version of whisper-at-cli reads "
+            f"version {FORMAT_VERSION}"
+        )
+    return attributes
+
+
+def spec_from_attributes(attributes: dict, path: Path) -> CacheSpec:
+    """The spec that a cache's own attributes hold."""
+    try:
+        return CacheSpec(**{name: attributes[name] for name in CacheSpec.__dataclass_fields__})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CacheError(f"{path / 'zarr.json'} is damaged: attribute {error} is missing or wrong") from error
+
+
+def shard_rows(shard: int, clips_per_shard: int, clips: int) -> range:
+    """Rows that shard number `shard` (from 0) holds."""
+    return range(shard * clips_per_shard, min((shard + 1) * clips_per_shard, clips))
+
+
+def shard_count(clips: int, clips_per_shard: int) -> int:
+    return math.ceil(clips / clips_per_shard)

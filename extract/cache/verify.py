@@ -1,0 +1,64 @@
+"""Reading a whole cache back: every chunk's checksum, every value finite, every shard there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from whisper_at_cli.extract.cache.reader import FeatureCache
+from whisper_at_cli.extract.errors import CacheError
+from whisper_at_cli.extract.progress import Progress
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong: which shard, which of its clips, and what was found."""
+
+    shard: int
+    clips: tuple[str, ...]
+    problem: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """`ok` means that every clip that is marked done was read back whole."""
+
+    ok: bool
+    clips_read: int
+    damaged: tuple[Damage, ...]
+
+
+def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
+    """Read back every finished clip of a cache. Raises UsageError or CacheError where it cannot even be opened."""
+    cache = FeatureCache.open(path)
+    done = np.flatnonzero(cache.done)
+    damaged: list[Damage] = []
+    for shard in np.unique(done // cache.clips_per_shard).tolist():
+        rows = done[done // cache.clips_per_shard == shard]
+        damaged += _shard_damage(cache, shard, rows)
+        if progress:
+            progress(int(rows[-1]) + 1, len(cache), f"{len(damaged)} damaged" if damaged else "")
+    return VerifyReport(not damaged, len(done), tuple(damaged))
+
+
+def _shard_damage(cache: FeatureCache, shard: int, rows: np.ndarray) -> list[Damage]:
+    """What is wrong with one shard. A damage that hits all its clips alike is named once."""
+    names = tuple(str(cache.ids[row]) for row in rows)
+    try:
+        means_are_finite = bool(np.isfinite(cache.mean(rows=rows)).all())
+    except CacheError as error:
+        return [Damage(shard, names, str(error))]
+    found = [] if means_are_finite else [Damage(shard, names, "mean holds a value that is not finite")]
+    for row, name in zip(rows, names, strict=True):
+        try:
+            features = cache.features([row])
+        except CacheError as error:
+            found.append(Damage(shard, (name,), str(error)))
+            continue
+        if not np.isfinite(features).all():
+            found.append(Damage(shard, (name,), "features hold a value that is not finite"))
+    if len(found) == len(rows) > 1 and len({damage.problem for damage in found}) == 1:
+        return [Damage(shard, names, found[0].problem)]
+    return found

@@ -1,0 +1,202 @@
+"""Writing a cache: one process's hold on it, whole shards at a time.
+
+A shard is written in this order: features (and scale), mean, valid_frames, error, status. Each file appears whole or
+not at all, and status comes last, so a process killed anywhere leaves shards that are either done or still pending.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from whisper_at_cli.extract.cache import schema, shards
+from whisper_at_cli.extract.cache.reader import FeatureCache
+from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
+from whisper_at_cli.extract.errors import CacheError, UsageError
+
+
+@dataclass
+class ShardBlock:
+    """All that one shard holds, for its n clips in row order. Rows of failed clips hold nothing that is stored."""
+
+    features: np.ndarray  # (n, L, T, D) in storage type
+    mean: np.ndarray  # (n, L, D) in the mean's type
+    valid_frames: np.ndarray  # (n,) uint8
+    status: np.ndarray  # (n,) uint8, DONE or FAILED
+    errors: dict[int, str] = field(default_factory=dict)  # row within the shard -> why it failed
+    scale: np.ndarray | None = None  # (n, L, D) float16, with int8 features
+
+    @classmethod
+    def empty(cls, clips: int, spec: CacheSpec) -> ShardBlock:
+        """Room for `clips` clips, all failed until they are filled in."""
+        L, T, D = spec.layers, spec.frames, spec.dim
+        return cls(
+            features=np.zeros((clips, L, T, D), dtype=spec.dtype),
+            mean=np.zeros((clips, L, D), dtype=spec.mean_dtype),
+            valid_frames=np.zeros(clips, dtype=np.uint8),
+            status=np.full(clips, Status.FAILED, dtype=np.uint8),
+            scale=np.zeros((clips, L, D), dtype=np.float16) if spec.dtype == "int8" else None,
+        )
+
+
+class CacheWriter:
+    """Creates or continues a cache and writes whole shards into it.
+
+    One process per slot: `slot=(i, n)` holds every n-th shard, and a lock keeps out whoever else would write them.
+    `write` may be called from one thread at a time. Use as a context manager; the lock goes with the process.
+    """
+
+    def __init__(self, path: Path, slot: tuple[int, int]):
+        self.path, self.slot = Path(path), slot
+        self._lock = _lock_slot(self.path, slot)
+        try:
+            self.cache = FeatureCache.open(self.path)
+        except BaseException:
+            self._lock.close()
+            raise
+        self.spec, self.clips_per_shard = self.cache.spec, self.cache.clips_per_shard
+
+    @classmethod
+    def create(
+        cls, path: Path, spec: CacheSpec, clips: ClipTable, *, shard_mb: float = schema.DEFAULT_SHARD_MB,
+        slot: tuple[int, int] = (1, 1), provenance: dict | None = None,
+    ) -> CacheWriter:  # fmt: skip
+        """Start a new cache at `path`, or continue the one that is there if it was made with the same settings.
+
+        Raises UsageError where `path` holds something else, CacheError where settings or clips differ or another
+        process is at work on it.
+        """
+        path = Path(path)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            shutil.rmtree(temporary, ignore_errors=True)
+            schema.create_arrays(
+                temporary, spec, clips, clips_per_shard=spec.clips_per_shard(shard_mb), provenance=provenance or {}
+            )
+            with contextlib.suppress(OSError):  # another process of the same job was first: continue its cache
+                os.rename(temporary, path)
+            shutil.rmtree(temporary, ignore_errors=True)
+        schema.read_attributes(path)  # before the lock, so that a folder that is no cache is left as it is
+        writer = cls(path, slot)
+        try:
+            writer._refuse_differences(spec, clips)
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    def _refuse_differences(self, spec: CacheSpec, clips: ClipTable) -> None:
+        differences = self.spec.differences(spec)
+        if differences:
+            raise CacheError(
+                f"{self.path} was made with other settings ({'; '.join(differences)} as this run asks). "
+                "Choose another path or the settings it was made with"
+            )
+        if not np.array_equal(self.cache.ids, clips.ids):
+            shared = min(len(self.cache), len(clips))
+            row = next((i for i in range(shared) if self.cache.ids[i] != clips.ids[i]), shared)
+            raise CacheError(
+                f"{self.path} holds {len(self.cache)} clips and the dataset names {len(clips)}; they differ from clip "
+                f"{row + 1} on. Choose another path, or restore the dataset as it was"
+            )
+
+    def pending_shards(self) -> list[int]:
+        """Shards of this slot that hold a pending clip, in order."""
+        index, of = self.slot
+        pending = np.flatnonzero(self.cache.status == Status.PENDING)
+        return [shard for shard in np.unique(pending // self.clips_per_shard).tolist() if shard % of == index - 1]
+
+    def rows(self, shard: int) -> range:
+        return schema.shard_rows(shard, self.clips_per_shard, len(self.cache))
+
+    def write(self, shard: int, block: ShardBlock) -> None:
+        """Put one shard safely on disk, then mark its clips. Raises CacheError where the disk refuses."""
+        rows, done = self.rows(shard), block.status == Status.DONE
+        if len(rows) != len(block.status):
+            raise ValueError(f"shard {shard} has {len(rows)} clips, the block {len(block.status)}")
+        if block.scale is None and not np.isfinite(block.features[done]).all():
+            raise ValueError("features hold a non-finite value; it should have been found where it arose")
+        try:
+            self._write_features(shard, block.features, done)
+            for name, values in (("mean", block.mean), ("scale", block.scale)):
+                if values is not None:
+                    self._write_per_layer(name, shard, values, done)
+            self._write_rows("valid_frames", shard, block.valid_frames)
+            if block.errors:
+                self._write_errors(rows, block.errors)
+            self._write_rows("status", shard, block.status)
+        except OSError as error:
+            raise CacheError(
+                f"cannot write to {self.path}: {error.strerror or error}. What was finished is kept; make room or mend "
+                "the disk and run the same command again"
+            ) from error
+        self.cache.status[rows.start : rows.stop] = block.status
+
+    def _write_features(self, shard: int, features: np.ndarray, done: np.ndarray) -> None:
+        L, T, D, S = self.spec.layers, self.spec.frames, self.spec.dim, self.clips_per_shard
+        chunks = np.ascontiguousarray(features).reshape(-1, T, D)
+        present = np.zeros(S * L, dtype=bool)
+        present[: len(chunks)] = np.repeat(done, L)
+        if len(chunks) < S * L:  # the last shard; its missing clips are absent chunks
+            chunks = np.concatenate([chunks, np.zeros((S * L - len(chunks), T, D), dtype=chunks.dtype)])
+        shards.write_whole(self.path / "features" / "c" / str(shard) / "0/0/0", shards.encode_shard(chunks, present))
+
+    def _write_per_layer(self, name: str, shard: int, values: np.ndarray, done: np.ndarray) -> None:
+        full = np.full((self.clips_per_shard, *values.shape[1:]), np.nan, dtype=values.dtype)
+        full[: len(values)][done] = values[done]
+        chunks = np.ascontiguousarray(full.transpose(1, 0, 2))  # one chunk per layer
+        data = shards.encode_shard(chunks, np.full(len(chunks), done.any()))
+        shards.write_whole(self.path / name / "c" / str(shard) / "0/0", data)
+
+    def _write_rows(self, name: str, shard: int, values: np.ndarray) -> None:
+        chunk = np.zeros(self.clips_per_shard, dtype=np.uint8)
+        chunk[: len(values)] = values
+        shards.write_whole(self.path / name / "c" / str(shard), shards.encode_chunk(chunk))
+
+    def _write_errors(self, rows: range, errors: dict[int, str]) -> None:
+        import zarr
+
+        text = np.array([errors.get(row - rows.start, "") for row in rows], dtype=object)
+        zarr.open_array(self.path / "error", mode="r+")[rows.start : rows.stop] = text
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _lock_slot(path: Path, slot: tuple[int, int]):
+    """Hold this process's slot. Raises CacheError if a running process holds a slot whose shards overlap."""
+    index, of = slot
+    if not 1 <= index <= of:
+        raise UsageError(f"--shard {index}/{of} is out of range; I runs from 1 to N")
+    folder = path / ".locks"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "door", "w") as door:  # one process at a time looks at the other locks
+        fcntl.flock(door, fcntl.LOCK_EX)
+        for other in folder.glob("*-of-*"):
+            other_index, other_of = (int(number) for number in other.name.split("-of-"))
+            if other_of == of and other_index != index:
+                continue
+            with open(other) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise CacheError(
+                        f"another process is writing to {path} as --shard {other_index}/{other_of}; wait for it, or "
+                        "give every process its own --shard I/N with the same N"
+                    ) from error
+        held = open(folder / f"{index}-of-{of}", "w")
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return held

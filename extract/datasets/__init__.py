@@ -1,0 +1,6 @@
+"""Datasets: which clips there are, and what is in them. One small file per layout; `open_dataset` recognises them."""
+
+from whisper_at_cli.extract.datasets.base import Clip, Dataset
+from whisper_at_cli.extract.datasets.recognise import FORMATS, open_dataset
+
+__all__ = ["FORMATS", "Clip", "Dataset", "open_dataset"]

@@ -1,0 +1,139 @@
+"""Whisper's encoder on un-padded clips: our own forward over its weights, with every layer pooled as it passes.
+
+B clips, M mel bands, P positions (50 a second), T pooled frames (25), D channels, H attention heads, L layers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whisper_at_cli.extract.cache.schema import FRAMES
+from whisper_at_cli.extract.errors import UsageError, WeightsError
+from whisper_at_cli.extract.mel import MEL_FRAMES_PER_SECOND, SAMPLE_RATE
+
+POSITIONS_PER_SECOND = MEL_FRAMES_PER_SECOND // 2  # the second convolution has stride 2
+MAX_POSITIONS = 1500  # 30 s
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def clip_samples(clip_seconds: float) -> int:
+    """Samples of a clip at 16 kHz. Raises UsageError unless the clip's positions divide into 25 frames."""
+    step = FRAMES / POSITIONS_PER_SECOND
+    positions = round(clip_seconds * POSITIONS_PER_SECOND)
+    if not (
+        0 < positions <= MAX_POSITIONS and positions % FRAMES == 0 and positions == clip_seconds * POSITIONS_PER_SECOND
+    ):
+        raise UsageError(
+            f"a clip of {clip_seconds:g} s does not divide into {FRAMES} frames; choose a multiple of {step:g} s up to "
+            f"{MAX_POSITIONS // POSITIONS_PER_SECOND} s"
+        )
+    return round(clip_seconds * SAMPLE_RATE)
+
+
+class EncoderBlock(nn.Module):
+    """One pre-norm Transformer block of Whisper, query, key and value in one product; the residual stays float32."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, 4 * dim)
+        self.contract = nn.Linear(4 * dim, dim)
+
+    def forward(self, x_BPD: Tensor) -> Tensor:
+        B, P, D = x_BPD.shape
+        dtype = self.qkv.weight.dtype
+        qkv = self.qkv(self.attention_norm(x_BPD).to(dtype)).view(B, P, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P, D)
+        x_BPD = x_BPD + self.out(mixed)
+        hidden = F.gelu(self.expand(self.mlp_norm(x_BPD).to(dtype)))
+        return x_BPD + self.contract(hidden)
+
+
+class WhisperEncoder(nn.Module):
+    """Mel (B, M, 2 * P) float32 -> the output of every block, mean-pooled: (B, L, T, D) float32.
+
+    Linear layers and attention run in `precision`; stem, layer norms, residual stream and pooling in float32, since
+    deep layers carry a few very large activations. No un-pooled layer is kept.
+    """
+
+    def __init__(self, *, mels: int, layers: int, dim: int, heads: int):
+        super().__init__()
+        self.mels, self.dim = mels, dim
+        self.conv1 = nn.Conv1d(mels, dim, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(dim, dim, kernel_size=3, stride=2, padding=1)
+        self.register_buffer("positions", torch.zeros(MAX_POSITIONS, dim))
+        self.blocks = nn.ModuleList([EncoderBlock(dim, heads) for _ in range(layers)])
+
+    def forward(self, mel_BMF: Tensor) -> Tensor:
+        x_BPD = F.gelu(self.conv2(F.gelu(self.conv1(mel_BMF)))).transpose(1, 2)
+        B, P, D = x_BPD.shape
+        if P % FRAMES:
+            raise ValueError(f"{P} positions do not divide into {FRAMES} frames")
+        x_BPD = x_BPD + self.positions[:P]
+        pooled = x_BPD.new_empty(B, len(self.blocks), FRAMES, D)
+        for layer, block in enumerate(self.blocks):
+            x_BPD = block(x_BPD)
+            torch.mean(x_BPD.view(B, FRAMES, P // FRAMES, D), dim=2, out=pooled[:, layer])
+        return pooled
+
+    def set_precision(self, precision: str) -> WhisperEncoder:
+        """Cast what runs in `precision`; returns self."""
+        for block in self.blocks:
+            for linear in (block.qkv, block.out, block.expand, block.contract):
+                linear.to(PRECISIONS[precision])
+        return self
+
+
+def encoder_from_state(state: dict[str, Tensor], *, heads: int) -> WhisperEncoder:
+    """An encoder with the weights of a state dict in OpenAI's naming (`encoder.conv1.weight`, ...).
+
+    Raises WeightsError where a tensor is missing or has another shape than the rest implies.
+    """
+    try:
+        dim, mels, _ = state["encoder.conv1.weight"].shape
+        layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.blocks."))
+        with torch.device("meta"):
+            encoder = WhisperEncoder(mels=mels, layers=layers, dim=dim, heads=heads)
+        ours = {
+            f"{stem}.{kind}": state[f"encoder.{stem}.{kind}"]
+            for stem in ("conv1", "conv2")
+            for kind in ("weight", "bias")
+        }
+        ours["positions"] = state["encoder.positional_embedding"]
+        for layer in range(layers):
+            ours |= _block_state(state, f"encoder.blocks.{layer}.", f"blocks.{layer}.")
+        ours = {name: tensor.to(torch.float32) for name, tensor in ours.items()}
+        encoder.load_state_dict(ours, strict=True, assign=True)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"these are not the weights of a Whisper encoder: {error}") from error
+    return encoder.requires_grad_(False).eval()
+
+
+def _block_state(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
+    """One block's tensors under our names: query, key and value fused, the key's missing bias as zeros."""
+    attention = f"{theirs}attn."
+    query_bias = state[f"{attention}query.bias"]
+    biases = [query_bias, torch.zeros_like(query_bias), state[f"{attention}value.bias"]]
+    fused = {
+        f"{ours}qkv.weight": torch.cat([state[f"{attention}{part}.weight"] for part in ("query", "key", "value")]),
+        f"{ours}qkv.bias": torch.cat(biases),
+    }
+    renamed = {
+        "attn_ln": "attention_norm",
+        "attn.out": "out",
+        "mlp_ln": "mlp_norm",
+        "mlp.0": "expand",
+        "mlp.2": "contract",
+    }
+    return fused | {
+        f"{ours}{new}.{kind}": state[f"{theirs}{old}.{kind}"]
+        for old, new in renamed.items()
+        for kind in ("weight", "bias")
+    }

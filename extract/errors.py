@@ -1,0 +1,25 @@
+"""Errors that a user should read: each message says what was found, what was asked and what to do."""
+
+
+class WhisperATError(Exception):
+    """The work failed. Base of every error that the command line prints as one line."""
+
+    exit_status = 1
+
+
+class UsageError(WhisperATError):
+    """What was asked for cannot be done as asked: a missing file, an unknown name, a value out of range."""
+
+    exit_status = 2
+
+
+class CacheError(WhisperATError):
+    """A feature cache is damaged, incomplete, in use, or at odds with what was asked of it."""
+
+
+class AudioError(WhisperATError):
+    """One audio file cannot be read. The clip is marked failed; the other clips go on."""
+
+
+class WeightsError(WhisperATError):
+    """A file of model weights is damaged, incomplete or of an unknown kind."""

@@ -1,0 +1,126 @@
+"""What each head costs: parameters and FLOPs for one clip, against the encoder and against AST.
+
+Counted by formula, in the convention of the paper's tables (fvcore's): a multiply-add is one FLOP, a layer norm five per
+element; linear maps, convolutions and the two products of attention count, while biases, means, GELU, softmax and the
+weighted average over layers do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.heads.forms import head_form
+
+AST_FLOPS = 133e9  # Table 1, for one 10-second clip
+AUDIOSET_CLASSES = 527
+FRAMES = 25
+PROJECTIONS = (128, 256, 512, 768)  # Table 2
+POSITIONS_PER_SECOND = 50
+NORM_FLOPS_PER_ELEMENT = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters of a piece and the work it does on one clip. Costs of pieces add up."""
+
+    params: int = 0
+    multiply_adds: int = 0
+    norm_flops: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.params + other.params, self.multiply_adds + other.multiply_adds, self.norm_flops + other.norm_flops
+        )
+
+    @property
+    def flops(self) -> int:
+        """A multiply-add counts as one: the paper's convention."""
+        return self.multiply_adds + self.norm_flops
+
+    @property
+    def flops_two_per_multiply_add(self) -> int:
+        return 2 * self.multiply_adds + self.norm_flops
+
+
+def linear(inputs: int, outputs: int, vectors: int = 1, bias: bool = True) -> Cost:
+    return Cost(inputs * outputs + bias * outputs, vectors * inputs * outputs)
+
+
+def layer_norm(dim: int, vectors: int = 1) -> Cost:
+    return Cost(2 * dim, 0, NORM_FLOPS_PER_ELEMENT * dim * vectors)
+
+
+def block(dim: int, length: int, sequences: int = 1) -> Cost:
+    """One Transformer block over `sequences` sequences, which share its parameters. How many attention heads it has
+    changes neither number."""
+    vectors = length * sequences
+    biased = linear(dim, dim, vectors)
+    projections = biased + biased + biased + linear(dim, dim, vectors, bias=False)
+    products = Cost(0, 2 * length * length * dim * sequences)
+    mlp = linear(dim, 4 * dim, vectors) + linear(4 * dim, dim, vectors)
+    return projections + products + mlp + layer_norm(dim, vectors) + layer_norm(dim, vectors)
+
+
+def head_cost(
+    head: str, *, layers: int, dim: int, classes: int = AUDIOSET_CLASSES, frames: int = FRAMES, width: int | None = None
+) -> Cost:
+    """Cost of a head on one clip of features (layers, frames, dim). Raises UsageError as `build_head` does."""
+    head_form(head)
+    if width is not None and head != "tl-tr":
+        raise UsageError(f"{head} has no projection, so it takes no width ({width} was given); only tl-tr does")
+    inner = width or dim
+    classifier = layer_norm(inner) + linear(inner, classes)
+    if head == "last-mlp":
+        return classifier
+    if head == "wa-mlp":
+        return Cost(layers) + classifier
+    if head == "wa-tr":
+        return Cost(layers) + block(dim, frames) + classifier
+    blocks = block(inner, frames, sequences=layers) + block(inner, layers)
+    if width is None:
+        return blocks + classifier
+    return layer_norm(dim, layers * frames) + linear(dim, width, layers * frames) + blocks + classifier
+
+
+def encoder_cost(*, mels: int, layers: int, dim: int, clip_seconds: float) -> Cost:
+    """Cost of a whole Whisper encoder (convolutions, blocks, final norm) on one clip trimmed to `clip_seconds`."""
+    positions = round(clip_seconds * POSITIONS_PER_SECOND)
+    stem = linear(3 * mels, dim, 2 * positions) + linear(3 * dim, dim, positions)  # kernels of 3; the second one strides 2
+    total = stem + layer_norm(dim, positions)
+    for _ in range(layers):
+        total += block(dim, positions)
+    return total
+
+
+def head_table(model: str, classes: int = AUDIOSET_CLASSES, clip_seconds: float = 10.0) -> list[dict]:
+    """One row per head on features of the Whisper size `model`, for one clip; TL-Tr also at the projections of Table 2.
+
+    Each row has head, dim (channels inside the head), params, flops, flops_two_per_multiply_add, speedup_vs_ast and
+    share_of_encoder (of its FLOPs). Raises UsageError for a name that is not a Whisper size.
+    """
+    from whisper_at_cli.extract.backbones import WHISPER_SIZES
+
+    if model not in WHISPER_SIZES:
+        raise UsageError(f"{model!r} is not a Whisper size; choose from {', '.join(WHISPER_SIZES)}")
+    if classes < 1 or clip_seconds <= 0:
+        raise UsageError(f"cannot count heads for {classes} classes and clips of {clip_seconds} seconds")
+    size = WHISPER_SIZES[model]
+    encoder = encoder_cost(mels=size.mels, layers=size.layers, dim=size.dim, clip_seconds=clip_seconds)
+    heads = [(head, None) for head in ("last-mlp", "wa-mlp", "wa-tr", "tl-tr")]
+    heads += [("tl-tr", width) for width in PROJECTIONS if width < size.dim]
+    rows = []
+    for head, width in heads:
+        cost = head_cost(head, layers=size.layers, dim=size.dim, classes=classes, width=width)
+        rows.append(
+            {
+                "head": head,
+                "dim": width or size.dim,
+                "params": cost.params,
+                "flops": cost.flops,
+                "flops_two_per_multiply_add": cost.flops_two_per_multiply_add,
+                "speedup_vs_ast": AST_FLOPS / cost.flops,
+                "share_of_encoder": cost.flops / encoder.flops,
+            }
+        )
+    return rows

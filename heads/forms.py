@@ -1,0 +1,152 @@
+"""The four heads of the paper: cached features of every layer in, one logit per class out.
+
+B clips in a batch, L layers, T frames, D channels of the encoder, d channels inside a head, C classes.
+Parameters carry the names of the original project's state dicts (`time_tr.attn.query.weight`, ...), so that heads can
+be exchanged with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whisper_at_cli.extract.errors import UsageError
+
+TEMPORAL_ATTENTION_HEADS = 1
+LAYER_ATTENTION_HEADS = 8
+
+
+class Attention(nn.Module):
+    """Self-attention as in Whisper: no bias on the key. (B, S, d) -> (B, S, d) for sequences of S."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if dim % heads:
+            raise UsageError(f"{dim} channels cannot be shared by {heads} attention heads; use a multiple of {heads}")
+        self.heads = heads
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x_BSd: Tensor) -> Tensor:
+        def split(y_BSd: Tensor) -> Tensor:
+            return y_BSd.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        query, key, value = split(self.query(x_BSd)), split(self.key(x_BSd)), split(self.value(x_BSd))
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Whisper's Transformer block, without positions: pre-norm attention, then a GELU MLP four times as wide."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.attn = Attention(dim, heads)
+        self.attn_ln = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mlp_ln = nn.LayerNorm(dim)
+
+    def forward(self, x_BSd: Tensor) -> Tensor:
+        x_BSd = x_BSd + self.attn(self.attn_ln(x_BSd))
+        return x_BSd + self.mlp(self.mlp_ln(x_BSd))
+
+
+def normed_linear(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, outputs))
+
+
+class LastMLP(nn.Module):
+    """Last-MLP: mean over time of the last layer, linear. features (B, L, T, D) -> logits (B, C)."""
+
+    reads = "last mean"
+
+    def __init__(self, *, layers: int, dim: int, classes: int):
+        super().__init__()
+        self.mlp_layer = normed_linear(dim, classes)
+
+    def forward(self, features_BLTD: Tensor) -> Tensor:
+        return self.mlp_layer(features_BLTD[:, -1].mean(dim=1))
+
+
+class WAMLP(nn.Module):
+    """WA-MLP: mean over time, learned average over layers, linear. features (B, L, T, D) -> logits (B, C)."""
+
+    reads = "mean"
+
+    def __init__(self, *, layers: int, dim: int, classes: int):
+        super().__init__()
+        self.layer_weight = nn.Parameter(torch.full((layers,), 1 / layers))
+        self.mlp_layer = normed_linear(dim, classes)
+
+    def forward(self, features_BLTD: Tensor) -> Tensor:
+        weight_L = self.layer_weight / self.layer_weight.sum()
+        mixed_BD = torch.einsum("bld,l->bd", features_BLTD.mean(dim=2), weight_L)
+        return self.mlp_layer(mixed_BD)
+
+
+class WATr(nn.Module):
+    """WA-Tr: learned average over layers, a block over time, mean, linear. features (B, L, T, D) -> logits (B, C)."""
+
+    reads = "features"
+
+    def __init__(self, *, layers: int, dim: int, classes: int):
+        super().__init__()
+        self.layer_weight = nn.Parameter(torch.full((layers,), 1 / layers))
+        self.time_tr = Block(dim, TEMPORAL_ATTENTION_HEADS)
+        self.mlp_layer = normed_linear(dim, classes)
+
+    def forward(self, features_BLTD: Tensor) -> Tensor:
+        weight_L = self.layer_weight / self.layer_weight.sum()
+        mixed_BTD = torch.einsum("bltd,l->btd", features_BLTD, weight_L)
+        return self.mlp_layer(self.time_tr(mixed_BTD).mean(dim=1))
+
+
+class TLTr(nn.Module):
+    """TL-Tr: a block over time shared by all layers, mean, a block over layers, mean, linear. With `width`, features are
+    first projected to that many channels. features (B, L, T, D) -> logits (B, C)."""
+
+    reads = "features"
+
+    def __init__(self, *, layers: int, dim: int, classes: int, width: int | None = None):
+        super().__init__()
+        inner = width or dim
+        self.down_layer = normed_linear(dim, width) if width else nn.Identity()
+        self.time_tr = Block(inner, TEMPORAL_ATTENTION_HEADS)
+        self.layer_tr = Block(inner, LAYER_ATTENTION_HEADS)
+        self.mlp_layer = normed_linear(inner, classes)
+
+    def forward(self, features_BLTD: Tensor) -> Tensor:
+        narrow_BLTd = self.down_layer(features_BLTD)
+        in_time = self.time_tr(narrow_BLTd.flatten(0, 1))  # every layer of every clip is one sequence of frames
+        layers_BLd = in_time.mean(dim=1).unflatten(0, narrow_BLTd.shape[:2])
+        return self.mlp_layer(self.layer_tr(layers_BLd).mean(dim=1))
+
+
+FORMS = {"last-mlp": LastMLP, "wa-mlp": WAMLP, "wa-tr": WATr, "tl-tr": TLTr}
+
+
+def head_form(head: str) -> type[nn.Module]:
+    """The class of the head of this name. Raises UsageError for an unknown one."""
+    if head not in FORMS:
+        raise UsageError(f"head {head!r} is not known; choose from {', '.join(FORMS)}")
+    return FORMS[head]
+
+
+def build_head(head: str, *, layers: int, dim: int, classes: int, width: int | None = None) -> nn.Module:
+    """A new head with random weights: features (B, layers, T, dim) float32 -> logits (B, classes).
+
+    `width` is the number of channels that tl-tr projects to first; None is no projection. Raises UsageError.
+    """
+    form = head_form(head)
+    if min(layers, dim, classes) < 1:
+        raise UsageError(f"a head needs layers, channels and classes; found {layers}, {dim} and {classes}")
+    if width is None:
+        return form(layers=layers, dim=dim, classes=classes)
+    if form is not TLTr:
+        raise UsageError(f"{head} has no projection, so it takes no width ({width} was given); only tl-tr does")
+    if width < 1:
+        raise UsageError(f"tl-tr cannot project to {width} channels; use a multiple of {LAYER_ATTENTION_HEADS}")
+    return TLTr(layers=layers, dim=dim, classes=classes, width=width)
