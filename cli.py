@@ -19,6 +19,7 @@ DEVICE = click.option(
 )
 SEED = click.option("--seed", default=0, show_default=True, help="For whatever is drawn at random.")
 FAILURES_SHOWN = 20
+PIPE_WIDTH = 160  # of tables that no terminal shows
 
 
 class _Commands(click.Group):
@@ -120,7 +121,8 @@ def info_command(cache, as_json):
     if as_json:
         _print_json(summary)
         return
-    failures = summary.pop("failures")
+    failures, made = summary.pop("failures"), summary.pop("made")
+    summary |= {f"made: {name}": value for name, value in made.items()}
     _print_table([(name.replace("_", " "), _plain(value)) for name, value in summary.items()], ("what", "value"))
     for failure in failures:
         click.echo(f"failed: {_printable(failure['path'])}: {failure['error']}")
@@ -364,7 +366,11 @@ def _print_table(rows, header: tuple[str, ...]) -> None:
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     terminal = sys.stdout.isatty()
-    Console(width=None if terminal else 200, highlight=False, emoji=False, markup=False).print(table)
+    console = Console(width=None if terminal else PIPE_WIDTH, highlight=False, emoji=False, markup=False)
+    with console.capture() as drawn:
+        console.print(table)
+    lines = [line.rstrip() for line in drawn.get().splitlines()]
+    click.echo("\n".join(line for line in lines if line) + "\n")
 
 
 def _print_probe(result) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from whisper_at_cli.extract.mel import SAMPLE_RATE
 SUFFIXES = frozenset(  # of files that a folder is searched for
     ".wav .flac .ogg .oga .opus .mp3 .m4a .aac .mp4 .webm .mka .mkv .aif .aiff .aifc .au .wma .amr .caf .w64".split()
 )
-EXACT_LENGTH = frozenset(("wav", "w64", "flac", "aiff", "au", "caf"))  # containers whose header counts the samples
+EXACT_LENGTH = frozenset(("w64", "flac", "aiff", "au", "caf"))  # containers whose header counts the samples
 LENGTH_TOLERANCE_SECONDS = 0.05
 
 
@@ -41,6 +42,8 @@ def decode(path: str | Path, *, max_seconds: float | None = None) -> np.ndarray:
             samples = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int16)
             if max_seconds is None or len(samples) < round(max_seconds * SAMPLE_RATE):
                 _refuse_truncated(path, container, len(samples) / SAMPLE_RATE)
+    except av.EOFError as error:
+        raise AudioError("it is truncated: it ends before its audio does") from error
     except av.FFmpegError as error:
         raise AudioError(f"it cannot be decoded: {error.strerror or error}") from error
     except (ValueError, IndexError, MemoryError) as error:
@@ -94,11 +97,30 @@ def _refuse_truncated(path: Path, container, seconds: float) -> None:
     form = container.format.name
     if form == "ogg" and not _ends_on_ogg_page(path):
         raise AudioError(f"it is truncated: it ends within an Ogg page, after {seconds:.2f} s")
+    if form == "wav" and (lacking := _lacking_wav_bytes(path)):
+        raise AudioError(f"it is truncated: {lacking} bytes of what its header promises are missing")
     stream = container.streams.audio[0]
     if form in EXACT_LENGTH and stream.duration:
         promised = float(stream.duration * stream.time_base)
         if seconds < promised - LENGTH_TOLERANCE_SECONDS:
             raise AudioError(f"it is truncated: its header promises {promised:.2f} s, it holds {seconds:.2f} s")
+
+
+def _lacking_wav_bytes(path: Path) -> int:
+    """How many bytes the data chunk of a RIFF file lacks. FFmpeg takes what is there for the whole."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if file.read(4) != b"RIFF":
+            return 0
+        at = 12
+        while at + 8 <= size:
+            file.seek(at)
+            name, length = struct.unpack("<4sI", file.read(8))
+            if name == b"data":
+                unknown = length in (0, 0xFFFFFFFF)  # written to a pipe: the header never learned the length
+                return 0 if unknown else max(0, at + 8 + length - size)
+            at += 8 + length + length % 2
+    return 0
 
 
 def _ends_on_ogg_page(path: Path) -> bool:

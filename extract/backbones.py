@@ -41,7 +41,7 @@ WHISPER_SIZES: dict[str, WhisperSize] = (
 
 
 class Backbone(Protocol):
-    """A frozen encoder. `encode` may be called from one thread at a time."""
+    """A frozen encoder. `encode` may be called from several threads at once."""
 
     name: str
     weights_sha256: str
@@ -66,7 +66,7 @@ class WhisperBackbone:
     ):
         self.name, self.weights_sha256, self.precision, self.device = name, weights_sha256, precision, device
         self.layers, self.dim = len(encoder.blocks), encoder.dim
-        self.encoder = encoder.set_precision(precision).to(device)
+        self.encoder = encoder.prepare(precision=precision, device=device)
 
     @classmethod
     def from_weights(cls, weights: WhisperWeights, *, device: torch.device, precision: str) -> WhisperBackbone:

@@ -7,6 +7,7 @@ an uninterrupted one and stores the same bytes; batches whose audio is ready go 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -28,11 +29,12 @@ from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.encoder import clip_samples
 from whisper_at_cli.extract.errors import AudioError, UsageError
 from whisper_at_cli.extract.progress import Progress
-from whisper_at_cli.extract.storage import to_storage
+from whisper_at_cli.extract.storage import Stored, encode_to_host
 
-CPU_BATCH_SIZE = 16
+CPU_BATCH_SIZE = 4
 GPU_BATCH_SIZE = 128
-BATCHES_AHEAD = 3  # decoded or being decoded, before the encoder
+GPU_STREAMS = 2  # one batch is computed while another is copied
+BATCHES_AHEAD = 3  # decoded or being decoded, beyond one for each stream
 SHARDS_BEHIND = 2  # encoded and not yet on disk
 
 
@@ -72,12 +74,21 @@ class _Batch:
 
 
 @dataclass
-class _OpenShard:
-    """A shard that is being filled."""
+class _Encoded:
+    """What came of a batch: which of its clips were encoded, and why the others were not."""
 
-    block: ShardBlock
+    slots: list[int] = field(default_factory=list)
+    valid_frames: list[int] = field(default_factory=list)
+    errors: dict[int, str] = field(default_factory=dict)
+    stored: Stored | None = None  # on the host
+
+
+@dataclass
+class _OpenShard:
+    """A shard that is being filled; it takes memory from its first encoded batch on."""
+
     batches_left: int
-    rows: range = field(default=range(0))
+    block: ShardBlock | None = None
 
 
 def extract(
@@ -114,7 +125,7 @@ def extract(
     ) as writer:
         if batch_size is None:  # the batch size that began the cache, so that the same clips share a batch
             size = writer.cache.attributes["made"].get("batch_size", size)
-        run = _Run(dataset, backbone, writer, samples, size, workers or os.cpu_count() or 1, progress)
+        run = _Run(dataset, backbone, writer, samples, size, workers or _cores(), progress)
         written = run.all_shards()
         return _report(writer, dataset, written, time.perf_counter() - started)
 
@@ -132,7 +143,11 @@ def _provenance(backbone: Backbone, dataset: Dataset, batch_size: int) -> dict:
 
 
 class _Run:
-    """One extraction: the window of batches before the encoder and the shards behind it."""
+    """One extraction: audio decoded ahead of the encoder, and encoded shards written behind it.
+
+    One thread (the caller's) hands out the work and fills the shards; decoding, encoding and writing have threads of
+    their own. On a CPU, each core encodes its own batches with one thread, which wastes nothing on waiting for others.
+    """
 
     def __init__(
         self, dataset: Dataset, backbone: Backbone, writer: CacheWriter, samples: int, batch_size: int, workers: int,
@@ -140,7 +155,10 @@ class _Run:
     ):  # fmt: skip
         self.dataset, self.backbone, self.writer = dataset, backbone, writer
         self.samples, self.batch_size, self.progress = samples, batch_size, progress
-        self.workers = workers
+        self.streams = _cores() if backbone.device.type == "cpu" else GPU_STREAMS
+        self.decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self.encoders = ThreadPoolExecutor(self.streams, thread_name_prefix="encode", initializer=_prepare_thread)
+        self.disk = ThreadPoolExecutor(1, thread_name_prefix="write")
         self.open_shards: dict[int, _OpenShard] = {}
         self.writing: deque[Future] = deque()
         self.done = self.failed = 0
@@ -152,75 +170,92 @@ class _Run:
     def all_shards(self) -> int:
         """Extract every pending shard of this slot; returns how many clips were written."""
         self._report_progress()
-        decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
-        disk = ThreadPoolExecutor(1, thread_name_prefix="write")
+        waiting, decoding, encoding = self._batches(), deque(), {}
         try:
-            window: deque[_Batch] = deque()
-            waiting = self._batches(decoders)
-            while True:
-                while len(window) < BATCHES_AHEAD and (batch := next(waiting, None)):
-                    window.append(batch)
-                if not window:
-                    break
-                self._encode(_take_ready(window), disk)
+            with one_thread_per_operation(self.backbone.device.type == "cpu"):
+                while True:
+                    while len(decoding) < self.streams + BATCHES_AHEAD and (batch := next(waiting, None)):
+                        decoding.append(batch)
+                    if decoding and len(encoding) <= self.streams:
+                        batch = _take_ready(decoding)
+                        encoding[self.encoders.submit(self._encode, batch)] = batch
+                    elif encoding:
+                        for future in wait(encoding, return_when=FIRST_COMPLETED).done:
+                            self._store(encoding.pop(future), future.result())
+                    else:
+                        break
             while self.writing:
                 self.writing.popleft().result()
         finally:
-            decoders.shutdown(wait=True, cancel_futures=True)
-            disk.shutdown(wait=True)
+            for pool in (self.decoders, self.encoders, self.disk):
+                pool.shutdown(wait=True, cancel_futures=pool is not self.disk)
         return self.done
 
-    def _batches(self, decoders: ThreadPoolExecutor):
+    def _batches(self):
         """Every batch of every pending shard, its decoding started as it is drawn."""
         for shard in self.writer.pending_shards():
             rows = self.writer.rows(shard)
             starts = range(0, len(rows), self.batch_size)
-            self.open_shards[shard] = _OpenShard(ShardBlock.empty(len(rows), self.writer.spec), len(starts), rows)
+            self.open_shards[shard] = _OpenShard(batches_left=len(starts))
             for start in starts:
                 slots = range(start, min(start + self.batch_size, len(rows)))
-                yield _Batch(shard, slots, [decoders.submit(self._load, rows[slot]) for slot in slots])
+                yield _Batch(shard, slots, [self.decoders.submit(self._load, rows[slot]) for slot in slots])
 
     def _load(self, row: int) -> tuple[np.ndarray, int]:
         return load_clip(self.dataset.audio_path(self.dataset.clips[row]), self.samples)
 
-    def _encode(self, batch: _Batch, disk: ThreadPoolExecutor) -> None:
-        """Encode one batch into its shard's block, and hand the block to the disk when it is full."""
-        shard = self.open_shards[batch.shard]
-        slots, clips = [], []
+    def _encode(self, batch: _Batch) -> _Encoded:
+        """Encode the clips of a batch that could be decoded. Runs in an encoder thread."""
+        clips, encoded = [], _Encoded()
         for slot, future in zip(batch.slots, batch.audio, strict=True):
             try:
                 clip, real = future.result()
             except AudioError as error:
-                self._fail(shard, slot, str(error))
+                encoded.errors[slot] = str(error)
                 continue
-            shard.block.valid_frames[slot] = -(-real * FRAMES // self.samples)
-            slots.append(slot)
             clips.append(clip)
+            encoded.slots.append(slot)
+            encoded.valid_frames.append(-(-real * FRAMES // self.samples))
+        batch.audio.clear()
         if clips:
-            self._store(shard, slots, torch.from_numpy(np.stack(clips)))
+            waveforms = torch.from_numpy(np.stack(clips))
+            encoded.stored = encode_to_host(self.backbone, waveforms, self.writer.spec.dtype)
+        return encoded
+
+    def _store(self, batch: _Batch, encoded: _Encoded) -> None:
+        """Put a batch into its shard's block, and hand the block to the disk when it is full."""
+        shard = self.open_shards[batch.shard]
+        if shard.block is None:
+            shard.block = ShardBlock.empty(len(self.writer.rows(batch.shard)), self.writer.spec)
+        shard.block.errors |= encoded.errors
+        if encoded.stored is not None:
+            self._fill(shard.block, encoded)
+        status = shard.block.status[batch.slots.start : batch.slots.stop]
+        self.failed += int((status == Status.FAILED).sum())
         self._report_progress()
         shard.batches_left -= 1
         if not shard.batches_left:
             while len(self.writing) >= SHARDS_BEHIND:  # a slow disk slows extraction and fills no memory
                 self.writing.popleft().result()
             del self.open_shards[batch.shard]
-            self.writing.append(disk.submit(self.writer.write, batch.shard, shard.block))
+            self.writing.append(self.disk.submit(self.writer.write, batch.shard, shard.block))
 
-    def _store(self, shard: _OpenShard, slots: list[int], waveforms: torch.Tensor) -> None:
-        stored = to_storage(self.backbone.encode(waveforms), self.writer.spec.dtype)
-        block, finite = shard.block, stored.finite.cpu().numpy()
+    def _fill(self, block: ShardBlock, encoded: _Encoded) -> None:
+        stored, slots = encoded.stored, np.array(encoded.slots)
+        finite = stored.finite.numpy()
         good = finite.all(axis=1)
-        at = np.array(slots)[good]
-        keep = torch.from_numpy(good)
-        block.features[at] = stored.features.cpu()[keep].numpy()
-        block.mean[at] = stored.mean.cpu()[keep].numpy()
+        at = slots[good]
+        keep = slice(None) if good.all() else good
+        block.features[at] = stored.features.numpy()[keep]
+        block.mean[at] = stored.mean.numpy()[keep]
         if stored.scale is not None:
-            block.scale[at] = stored.scale.cpu()[keep].numpy()
+            block.scale[at] = stored.scale.numpy()[keep]
+        block.valid_frames[at] = np.array(encoded.valid_frames)[good]
         block.status[at] = Status.DONE
         self.done += len(at)
         for row in np.flatnonzero(~good):
             layer = int(np.flatnonzero(~finite[row])[0]) + 1
-            self._fail(shard, slots[row], self._overflow_message(layer))
+            block.errors[int(slots[row])] = self._overflow_message(layer)
 
     def _overflow_message(self, layer: int) -> str:
         message = f"layer {layer} holds a value that is not finite in {self.writer.spec.dtype}"
@@ -228,15 +263,31 @@ class _Run:
             return f"{message}; extract with --dtype float32"
         return f"{message}; extract with --precision float32" if self.backbone.precision == "float16" else message
 
-    def _fail(self, shard: _OpenShard, slot: int, error: str) -> None:
-        shard.block.errors[slot] = error
-        shard.block.valid_frames[slot] = 0
-        self.failed += 1
-
     def _report_progress(self) -> None:
         if self.progress:
             note = f"{self.failed} failed" if self.failed else ""
             self.progress(self.skipped + self.done + self.failed, self.total, note)
+
+
+@contextlib.contextmanager
+def one_thread_per_operation(on: bool):
+    """Keep torch from splitting single operations over threads, for as long as whole batches run side by side."""
+    before = torch.get_num_threads()
+    try:
+        if on:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _prepare_thread() -> None:
+    """OpenMP counts threads by the thread that asks: a new one does not know what was set elsewhere."""
+    torch.set_num_threads(torch.get_num_threads())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _take_ready(window: deque[_Batch]) -> _Batch:

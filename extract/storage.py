@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from whisper_at_cli.extract.backbones import Backbone
 
 INT8_MAX = 127
 
@@ -17,6 +21,34 @@ class Stored(NamedTuple):
     mean: Tensor  # (B, L, D) float16 or float32
     finite: Tensor  # (B, L) bool: whether all that a clip's layer stores is finite
     scale: Tensor | None  # (B, L, D) float16, with int8 features
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Stored:
+        return Stored(*(None if tensor is None else function(tensor) for tensor in self))
+
+
+@torch.inference_mode()
+def encode_to_host(backbone: Backbone, waveforms: Tensor, dtype: str) -> Stored:
+    """Encode a batch, waveforms (B, samples) float32, and bring what is stored of it to the host.
+
+    On CUDA each thread works in a stream of its own, so that one batch is copied while another is computed.
+    """
+    if backbone.device.type != "cuda":
+        return to_storage(backbone.encode(waveforms), dtype).map(Tensor.cpu)
+    with torch.cuda.stream(_stream(backbone.device)) as _:
+        stored = to_storage(backbone.encode(waveforms.pin_memory()), dtype)
+        on_host = stored.map(lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, True))
+        torch.cuda.current_stream().synchronize()
+        return on_host
+
+
+_streams = threading.local()
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """This thread's own stream on a device."""
+    if not hasattr(_streams, "stream") or _streams.stream.device != device:
+        _streams.stream = torch.cuda.Stream(device)
+    return _streams.stream
 
 
 def to_storage(features_BLTD: Tensor, dtype: str) -> Stored:

@@ -159,7 +159,7 @@ class FeatureCache:
         unreal = rows[~self.done[rows]]
         if len(unreal):
             state = Status(int(self.status[unreal[0]])).name.lower()
-            raise CacheError(f"clip {self.ids[unreal[0]]!r} of {self.path} has no features: it is {state}")
+            raise CacheError(f"clip {str(self.ids[unreal[0]])!r} of {self.path} has no features: it is {state}")
         return rows
 
     def _layer_index(self, layer: int) -> int:

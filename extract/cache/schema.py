@@ -107,7 +107,7 @@ class ClipTable:
         if len(set(self.ids)) != len(self.ids):
             seen: set[str] = set()
             twice = next(name for name in self.ids if name in seen or seen.add(name))
-            raise UsageError(f"the dataset names two clips {twice!r}; ids must be unique")
+            raise UsageError(f"the dataset names two clips {str(twice)!r}; ids must be unique")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -73,6 +73,7 @@ class CacheWriter:
         process is at work on it.
         """
         path = Path(path)
+        _check_slot(slot)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -176,11 +177,15 @@ class CacheWriter:
         self.close()
 
 
-def _lock_slot(path: Path, slot: tuple[int, int]):
-    """Hold this process's slot. Raises CacheError if a running process holds a slot whose shards overlap."""
+def _check_slot(slot: tuple[int, int]) -> None:
     index, of = slot
     if not 1 <= index <= of:
         raise UsageError(f"--shard {index}/{of} is out of range; I runs from 1 to N")
+
+
+def _lock_slot(path: Path, slot: tuple[int, int]):
+    """Hold this process's slot. Raises CacheError if a running process holds a slot whose shards overlap."""
+    index, of = slot
     folder = path / ".locks"
     folder.mkdir(exist_ok=True)
     with open(folder / "door", "w") as door:  # one process at a time looks at the other locks

@@ -1,0 +1,98 @@
+"""Real audio and real weights, wherever they can be had; a test that needs them says why it is skipped."""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from whisper_at_cli.extract.errors import UsageError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"the shared reference data are not at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def esc10(shared) -> Path:
+    return shared / "data" / "esc10"
+
+
+@pytest.fixture(scope="session")
+def tiny_en() -> Path:
+    """The CTranslate2 folder of the real tiny.en weights."""
+    from whisper_at_cli.extract.weights import demo_weights_folder
+
+    try:
+        return demo_weights_folder()
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def esc10_cache(esc10, tiny_en, tmp_path_factory):
+    """ESC-10 through tiny.en, extracted once for all tests."""
+    from whisper_at_cli.extract import FeatureCache, extract
+
+    path = tmp_path_factory.mktemp("esc10") / "esc10.zarr"
+    report = extract(esc10, path, model=tiny_en)
+    assert (report.clips, report.written, report.failed) == (400, 400, 0)
+    return FeatureCache.open(path)
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int = 16000) -> Path:
+    """A 16-bit WAV file; samples (n,) or (n, channels) in [-1, 1]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = np.atleast_2d(samples.T).T
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return path
+
+
+def noise(seed: int, seconds: float, rate: int = 16000) -> np.ndarray:
+    """Coloured noise with a level and a slope of its own."""
+    rng = np.random.default_rng(seed)
+    white = rng.normal(size=round(seconds * rate))
+    return np.convolve(white, rng.normal(size=16), mode="same") * 0.05
+
+
+@pytest.fixture
+def noise_folder(tmp_path) -> Path:
+    """Two classes of six clips of 1 to 2.2 s."""
+    for index in range(12):
+        write_wav(tmp_path / "noises" / ("low", "high")[index % 2] / f"{index:02d}.wav", noise(index, 1 + index / 10))
+    return tmp_path / "noises"
+
+
+class RandomBackbone:
+    """A backbone of random weights, small and fast; the same for the same seed."""
+
+    sample_rate, precision = 16000, "float32"
+
+    def __new__(cls, seed: int = 0, layers: int = 3, dim: int = 64, heads: int = 2, precision: str = "float32"):
+        import torch
+
+        from whisper_at_cli.extract.backbones import WhisperBackbone
+        from whisper_at_cli.extract.encoder import WhisperEncoder
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            encoder = WhisperEncoder(mels=80, layers=layers, dim=dim, heads=heads).requires_grad_(False).eval()
+        return WhisperBackbone(
+            encoder, name=f"random{seed}", weights_sha256=str(seed), device=torch.device("cpu"), precision=precision
+        )
+
+
+@pytest.fixture(scope="session")
+def random_backbone():
+    return RandomBackbone()

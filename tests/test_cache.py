@@ -1,0 +1,247 @@
+"""The cache: what is written comes back, through our reader and through zarr, and damage is found."""
+
+import json
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import zarr
+
+from planted import planted_cache
+from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, Status
+from whisper_at_cli.extract.cache.shards import encode_shard
+from whisper_at_cli.extract.cache.verify import verify
+from whisper_at_cli.extract.errors import CacheError, UsageError
+
+N, L, T, D = 11, 3, 25, 8
+FEATURES = np.random.default_rng(0).normal(size=(N, L, T, D)).astype(np.float32) * np.logspace(-3, 3, D)
+LABELS = np.arange(N) % 2
+SHARD_MB = {"float32": 4 * L * T * D * 4 / 1e6, "float16": 4 * L * T * D * 2 / 1e6, "int8": 4 * L * T * D / 1e6}
+
+
+def small_cache(path, dtype="float32", **options):
+    """Eleven clips in shards of four."""
+    return planted_cache(path, FEATURES, LABELS, dtype=dtype, shard_mb=SHARD_MB[dtype], **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_written_comes_back_through_us_and_through_zarr(tmp_path, dtype):
+    cache = small_cache(tmp_path / "a.zarr", dtype, failed=(2, 10))
+    stored = FEATURES.astype(dtype)
+    rows = np.flatnonzero(cache.done)
+    assert cache.clips_per_shard == 4 and rows.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+    np.testing.assert_array_equal(cache.features(rows[::-1]), stored[rows[::-1]])
+    assert cache.features(rows).dtype == dtype
+    np.testing.assert_array_equal(cache.layer(2), stored[rows, 1].astype(np.float32))
+    np.testing.assert_array_equal(cache.mean(3, rows=[4, 9, 4]), cache.mean(rows=[4, 9, 4])[:, 2])
+    np.testing.assert_allclose(cache.mean(), FEATURES[rows].mean(axis=2), rtol=1e-3, atol=1e-3)
+
+    group = zarr.open_group(tmp_path / "a.zarr", mode="r")
+    features = group["features"]
+    assert features.metadata.dimension_names == ("clip", "layer", "frame", "channel")
+    np.testing.assert_array_equal(features[:][rows], stored[rows])
+    assert np.isnan(features[2]).all(), "a failed clip must not read as numbers"
+    np.testing.assert_array_equal(group["mean"][:][rows].astype(np.float32), cache.mean())
+    assert group["status"][:].tolist() == [1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 2]
+    assert group["error"][2] == "planted failure" and group["id"][10] == "clip10"
+
+
+def test_our_shard_bytes_are_those_of_zarr(tmp_path):
+    """The same values written by zarr-python give the same chunks and checksums."""
+    cache = small_cache(tmp_path / "a.zarr")
+    group = zarr.open_group(tmp_path / "a.zarr", mode="r")
+    theirs = zarr.create_array(
+        tmp_path / "b.zarr", shape=(N, L, T, D), chunks=(1, 1, T, D), shards=(4, L, T, D), dtype="float32",
+        compressors=zarr.codecs.Crc32cCodec(), fill_value=np.nan,
+    )  # fmt: skip
+    theirs[:] = group["features"][:]
+    for shard in range(3):
+        ours = (cache.path / "features" / "c" / str(shard) / "0/0/0").read_bytes()
+        other = (tmp_path / "b.zarr" / "c" / str(shard) / "0/0/0").read_bytes()
+        assert len(ours) == len(other)
+        if shard < 2:  # in the last shard, zarr-python orders the chunks of absent clips as it likes
+            assert sorted(_chunks(ours, 4 * L)) == sorted(_chunks(other, 4 * L))
+
+
+def _chunks(data: bytes, count: int) -> list[bytes]:
+    index = np.frombuffer(data[-16 * count - 4 : -4], dtype="<u8").reshape(count, 2)
+    return [data[start : start + length] for start, length in index.tolist()]
+
+
+def test_an_absent_chunk_takes_no_space():
+    chunks = np.ones((4, 10), dtype=np.float32)
+    assert len(encode_shard(chunks, np.array([True, False, True, False]))) == 2 * 44 + 4 * 16 + 4
+
+
+def test_rows_that_are_not_real_are_refused(tmp_path):
+    cache = small_cache(tmp_path / "a.zarr", failed=(2,))
+    with pytest.raises(CacheError, match="clip 'clip2' of .*failed"):
+        cache.features([1, 2])
+    with pytest.raises(UsageError, match="rows 0 to 10"):
+        cache.mean(rows=[11])
+    with pytest.raises(UsageError, match=r"layers 1 to 3; layer 4 was asked for"):
+        cache.layer(4)
+    with pytest.raises(UsageError, match="layer 0"):
+        cache.mean(0)
+
+
+def test_a_reader_pickles_and_serves_threads(tmp_path):
+    cache = pickle.loads(pickle.dumps(small_cache(tmp_path / "a.zarr")))
+    wrong = []
+
+    def read(seed):
+        rows = np.random.default_rng(seed).integers(0, N, 200)
+        if not (cache.features(rows) == FEATURES.astype(np.float32)[rows]).all():
+            wrong.append(seed)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_every_kind_of_damage_is_found_and_named(tmp_path):
+    def damaged(name, change):
+        cache = small_cache(tmp_path / f"{name}.zarr")
+        change(cache.path)
+        return verify(cache.path)
+
+    def flip(path, at):
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+
+    shard = "features/c/1/0/0/0"
+    assert verify(small_cache(tmp_path / "whole.zarr").path).ok
+    one = damaged("flip", lambda path: flip(path / shard, 3 * (T * D * 4 + 4) + 5))
+    assert not one.ok and [damage.clips for damage in one.damaged] == [("clip5",)]
+    assert "CRC-32C" in one.damaged[0].problem
+    index = damaged("index", lambda path: flip(path / shard, -20))
+    assert [damage.clips for damage in index.damaged] == [("clip4", "clip5", "clip6", "clip7")]
+    gone = damaged("gone", lambda path: (path / shard).unlink())
+    assert "missing" in gone.damaged[0].problem and gone.damaged[0].shard == 1
+    short = damaged("short", lambda path: (path / shard).write_bytes((path / shard).read_bytes()[:500]))
+    assert "truncated" in short.damaged[0].problem
+    empty = damaged("empty", lambda path: (path / shard).write_bytes(b""))
+    assert "empty" in empty.damaged[0].problem
+    mean = damaged("mean", lambda path: flip(path / "mean/c/0/0/0", 9))
+    assert mean.damaged[0].shard == 0
+
+
+def test_what_is_no_cache_is_refused_in_one_line(tmp_path):
+    for name, make in {
+        "absent": lambda path: None,
+        "file": lambda path: path.touch(),
+        "empty": lambda path: path.mkdir(),
+        "other": lambda path: zarr.create_group(path, zarr_format=3),
+    }.items():
+        make(tmp_path / name)
+        with pytest.raises(UsageError, match=name):
+            FeatureCache.open(tmp_path / name)
+    cache = small_cache(tmp_path / "a.zarr")
+    metadata = cache.path / "zarr.json"
+    whole = json.loads(metadata.read_text())
+    whole["attributes"]["format_version"] = 99
+    metadata.write_text(json.dumps(whole))
+    with pytest.raises(CacheError, match="format version 99"):
+        FeatureCache.open(cache.path)
+    metadata.write_text(metadata.read_text()[:40])
+    with pytest.raises(CacheError, match="damaged"):
+        FeatureCache.open(cache.path)
+    (cache.path / "zarr.json").write_text(
+        json.dumps({**whole, "attributes": {"format": "whisper-at-cli feature cache"}})
+    )
+    with pytest.raises(CacheError):
+        FeatureCache.open(cache.path)
+
+
+def spec_and_clips(**changes):
+    spec = dict(backbone="b", weights_sha256="0", layers=2, dim=4, clip_seconds=5.0, class_names=("x",)) | changes
+    names = np.array(["a", "b", "c"])
+    clips = ClipTable(names, names, np.zeros(3, np.int16), np.array([""] * 3), np.ones((3, 1), np.uint8))
+    return CacheSpec(**spec), clips
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"backbone": "other"}, "backbone: b, not other"),
+        ({"weights_sha256": "1"}, "weights_sha256: 0, not 1"),
+        ({"clip_seconds": 10.0}, "clip_seconds: 5.0, not 10.0"),
+        ({"dtype": "float32"}, "dtype: float16, not float32"),
+        ({"precision": "bfloat16"}, "precision: float32, not bfloat16"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name(tmp_path, change, named):
+    spec, clips = spec_and_clips()
+    CacheWriter.create(tmp_path / "a.zarr", spec, clips).close()
+    CacheWriter.create(tmp_path / "a.zarr", spec, clips).close()
+    other, _ = spec_and_clips(**change)
+    with pytest.raises(CacheError, match=named):
+        CacheWriter.create(tmp_path / "a.zarr", other, clips)
+
+
+def test_changed_clips_are_refused(tmp_path):
+    spec, clips = spec_and_clips()
+    CacheWriter.create(tmp_path / "a.zarr", spec, clips).close()
+    names = np.array(["a", "b", "d"])
+    other = ClipTable(names, names, clips.fold, clips.split, clips.labels)
+    with pytest.raises(CacheError, match="differ from clip 3 on"):
+        CacheWriter.create(tmp_path / "a.zarr", spec, other)
+    with pytest.raises(UsageError, match="'a'; ids must be unique"):
+        ClipTable(np.array(["a", "a", "b"]), names, clips.fold, clips.split, clips.labels)
+
+
+def test_writers_are_kept_apart(tmp_path):
+    spec, clips = spec_and_clips()
+    path = tmp_path / "a.zarr"
+    with CacheWriter.create(path, spec, clips, slot=(1, 2)):
+        with CacheWriter.create(path, spec, clips, slot=(2, 2)):
+            pass
+        for slot in ((1, 1), (1, 2), (2, 3)):
+            with pytest.raises(CacheError, match="another process is writing"):
+                CacheWriter.create(path, spec, clips, slot=slot)
+    CacheWriter.create(path, spec, clips, slot=(1, 1)).close()
+    with pytest.raises(UsageError, match="out of range"):
+        CacheWriter.create(path, spec, clips, slot=(3, 2))
+
+
+def test_a_full_disk_is_a_clear_error_and_damages_nothing(tmp_path, monkeypatch):
+    import os
+
+    from whisper_at_cli.extract.cache import ShardBlock, shards
+
+    spec, clips = spec_and_clips()
+    with CacheWriter.create(tmp_path / "a.zarr", spec, clips) as writer:
+        block = ShardBlock.empty(3, spec)
+        block.status[:] = Status.DONE
+
+        def full(file):
+            raise OSError(28, os.strerror(28))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shards.os, "fsync", full)
+            with pytest.raises(CacheError, match="No space left on device.*run the same command again"):
+                writer.write(0, block)
+        assert not list((tmp_path / "a.zarr").rglob("*.partial"))
+        assert writer.pending_shards() == [0]
+        writer.write(0, block)
+    assert FeatureCache.open(tmp_path / "a.zarr").complete
+
+
+def test_a_spec_that_cannot_be_is_refused():
+    with pytest.raises(UsageError, match="choose from float16, float32, int8"):
+        spec_and_clips(dtype="float64")
+    with pytest.raises(ValueError):
+        spec_and_clips(layers=0)
+
+
+def test_shards_hold_about_the_bytes_asked_for():
+    large, _ = spec_and_clips(layers=32, dim=1280)
+    assert large.clip_bytes == 32 * 25 * 1280 * 2 and large.clips_per_shard(128) == 62
+    assert large.clips_per_shard(0.001) == 1
+    tiny, _ = spec_and_clips(layers=4, dim=384)
+    assert tiny.clips_per_shard(128) == 256

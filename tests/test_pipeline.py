@@ -1,0 +1,179 @@
+"""Extraction from sounds to cache: nothing lost, nothing invented, and the same bytes however it is run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import RandomBackbone, noise, write_wav
+
+from whisper_at_cli.extract import FeatureCache, extract, pipeline
+from whisper_at_cli.extract.audio import load_clip
+from whisper_at_cli.extract.cache import Status
+from whisper_at_cli.extract.errors import CacheError, UsageError
+
+SHARD_MB = 5 * 3 * 25 * 64 * 2 / 1e6  # five clips of the random backbone in float16
+
+
+def array_bytes(path: Path) -> dict[str, bytes]:
+    """Every array file of a cache: chunks and metadata, without the group's own provenance and locks."""
+    files = (file for file in path.rglob("*") if file.is_file())
+    names = {file.relative_to(path).as_posix(): file for file in files}
+    return {name: file.read_bytes() for name, file in names.items() if "/" in name and not name.startswith(".")}
+
+
+def test_features_are_those_of_each_clip_alone(noise_folder, tmp_path, random_backbone):
+    report = extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, clip_seconds=2.0, shard_mb=SHARD_MB)
+    assert (report.clips, report.written, report.skipped, report.failed) == (12, 12, 0, 0)
+    cache = FeatureCache.open(tmp_path / "a.zarr")
+    assert cache.complete and cache.clips_per_shard == 5
+    for row in range(12):
+        import torch
+
+        clip, real = load_clip(noise_folder / cache.paths[row], 32000)
+        alone = random_backbone.encode(torch.from_numpy(clip)[None])[0].numpy()
+        np.testing.assert_allclose(cache.features([row])[0], alone, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(cache.mean(rows=[row])[0], alone.mean(axis=1), rtol=2e-3, atol=2e-3)
+        assert cache.valid_frames[row] == -(-real * 25 // 32000)
+        assert cache.spec.class_names[cache.labels[row].argmax()] == cache.paths[row].split("/")[0]
+
+
+def test_a_stopped_run_continues_to_the_same_bytes(noise_folder, tmp_path, random_backbone, monkeypatch):
+    options = dict(model=random_backbone, clip_seconds=1.0, shard_mb=SHARD_MB, batch_size=2)
+    extract(noise_folder, tmp_path / "whole.zarr", **options)
+
+    class Stopped(Exception):
+        pass
+
+    def fail_at_second(self, shard, block, count=[]):  # noqa: B006 - counts the calls
+        count.append(shard)
+        if len(count) == 2:
+            raise Stopped
+        return original(self, shard, block)
+
+    original = pipeline.CacheWriter.write
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.CacheWriter, "write", fail_at_second)
+        with pytest.raises(Stopped):
+            extract(noise_folder, tmp_path / "stopped.zarr", **options)
+    assert (FeatureCache.open(tmp_path / "stopped.zarr").status == Status.PENDING).sum() > 0
+    report = extract(noise_folder, tmp_path / "stopped.zarr", **options)
+    assert report.written + report.skipped == 12 and report.written < 12
+    assert array_bytes(tmp_path / "stopped.zarr") == array_bytes(tmp_path / "whole.zarr")
+
+
+def test_three_slots_fill_one_cache_with_the_same_bytes(noise_folder, tmp_path, random_backbone):
+    options = dict(model=random_backbone, clip_seconds=1.0, shard_mb=SHARD_MB)
+    extract(noise_folder, tmp_path / "whole.zarr", **options)
+    reports = [extract(noise_folder, tmp_path / "parts.zarr", shard=(i, 3), **options) for i in (3, 1, 2)]
+    assert [report.clips for report in reports] == [2, 5, 5]
+    assert array_bytes(tmp_path / "parts.zarr") == array_bytes(tmp_path / "whole.zarr")
+
+
+def test_running_again_does_nothing(noise_folder, tmp_path, random_backbone):
+    extract(noise_folder, tmp_path / "a.zarr", model=random_backbone)
+    before = array_bytes(tmp_path / "a.zarr")
+    report = extract(noise_folder, tmp_path / "a.zarr", model=random_backbone)
+    assert (report.written, report.skipped) == (0, 12)
+    assert array_bytes(tmp_path / "a.zarr") == before
+
+
+def test_bad_clips_are_reported_and_the_good_ones_extracted(noise_folder, tmp_path, random_backbone):
+    (noise_folder / "low" / "00.wav").write_text("not a sound")
+    (noise_folder / "high" / "07.wav").write_bytes(b"")
+    whole = (noise_folder / "low" / "04.wav").read_bytes()
+    (noise_folder / "low" / "04.wav").write_bytes(whole[: len(whole) // 2])
+    seen = []
+    report = extract(
+        noise_folder, tmp_path / "a.zarr", model=random_backbone, shard_mb=SHARD_MB,
+        progress=lambda done, total, message="": seen.append((done, total, message)),
+    )  # fmt: skip
+    assert (report.clips, report.written, report.failed) == (12, 9, 3)
+    assert {failure.path: failure.error.split(":")[0] for failure in report.failures} == {
+        "low/00.wav": "it cannot be decoded",
+        "high/07.wav": "it is empty (0 bytes)",
+        "low/04.wav": "it is truncated",
+    }
+    assert seen[0] == (0, 12, "") and seen[-1] == (12, 12, "3 failed")
+    cache = FeatureCache.open(tmp_path / "a.zarr")
+    assert cache.complete and cache.done.sum() == 9
+    assert cache.valid_frames[~cache.done].tolist() == [0, 0, 0]
+    again = extract(noise_folder, tmp_path / "a.zarr", model=random_backbone)
+    assert (again.written, again.skipped, again.failed) == (0, 9, 3)
+    assert again.failures == report.failures
+
+
+def test_a_file_that_vanished_is_a_failed_clip(noise_folder, tmp_path, random_backbone):
+    from whisper_at_cli.extract.datasets import open_dataset
+
+    dataset = open_dataset(noise_folder)
+    (noise_folder / "low" / "00.wav").unlink()
+    report = extract(dataset, tmp_path / "a.zarr", model=random_backbone)
+    assert report.failures[0].error == "it cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_what_the_storage_type_cannot_hold_is_an_error_not_a_number(noise_folder, tmp_path, dtype):
+    backbone = RandomBackbone(seed=1)
+    backbone.encoder.blocks[1].contract.bias.data[3] = 1e8
+    report = extract(noise_folder, tmp_path / "a.zarr", model=backbone, dtype=dtype)
+    assert report.failed == 12 and report.written == 0
+    assert (
+        report.failures[0].error == f"layer 2 holds a value that is not finite in {dtype}; extract with --dtype float32"
+    )
+    assert extract(noise_folder, tmp_path / "b.zarr", model=backbone, dtype="float32").written == 12
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-6), ("float16", 1e-3), ("int8", 1e-2)])
+def test_storage_types_keep_their_precision(noise_folder, tmp_path, random_backbone, dtype, bound):
+    extract(noise_folder, tmp_path / "exact.zarr", model=random_backbone, dtype="float32")
+    extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, dtype=dtype)
+    exact, cache = FeatureCache.open(tmp_path / "exact.zarr"), FeatureCache.open(tmp_path / "a.zarr")
+    rows = np.arange(12)
+    for layer in (1, 2, 3):
+        expected, found = exact.layer(layer), cache.layer(layer)
+        assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+        np.testing.assert_array_equal(cache.features(rows)[:, layer - 1].astype(np.float32), found)
+
+
+def test_a_cache_of_another_length_or_model_is_not_continued(noise_folder, tmp_path, random_backbone):
+    extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, clip_seconds=1.0)
+    with pytest.raises(CacheError, match="clip_seconds: 1.0, not 2.0"):
+        extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, clip_seconds=2.0)
+    with pytest.raises(CacheError, match="backbone: random0, not random5"):
+        extract(noise_folder, tmp_path / "a.zarr", model=RandomBackbone(seed=5), clip_seconds=1.0)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 0.3, 4.75, 30.5, 1e9, float("nan")])
+def test_a_length_that_does_not_divide_into_frames_is_refused(noise_folder, tmp_path, random_backbone, seconds):
+    with pytest.raises(UsageError, match="does not divide into 25 frames"):
+        extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, clip_seconds=seconds)
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_a_slow_disk_holds_extraction_back(tmp_path, random_backbone, monkeypatch):
+    """No more than a few shards are ever in memory, however slow the disk."""
+    for index in range(30):
+        write_wav(tmp_path / "sounds" / f"{index:02d}.wav", noise(index, 0.5))
+    alive, peak = set(), []
+    original, empty = pipeline.CacheWriter.write, pipeline.ShardBlock.empty
+
+    def counted_empty(clips, spec):
+        block = empty(clips, spec)
+        alive.add(id(block))
+        peak.append(len(alive))
+        return block
+
+    def slow_write(self, shard, block):
+        import time
+
+        time.sleep(0.05)
+        original(self, shard, block)
+        alive.discard(id(block))
+
+    monkeypatch.setattr(pipeline.ShardBlock, "empty", counted_empty)
+    monkeypatch.setattr(pipeline.CacheWriter, "write", slow_write)
+    report = extract(
+        tmp_path / "sounds", tmp_path / "a.zarr", model=random_backbone, clip_seconds=0.5, shard_mb=0.001, batch_size=1
+    )
+    assert report.written == 30
+    assert len(peak) == 30 and max(peak) <= pipeline.SHARDS_BEHIND + 2
