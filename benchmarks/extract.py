@@ -10,8 +10,8 @@ encoder    log-mel and encoder on waveforms already in memory, features pooled, 
 limit      the device's matrix products in the same type, turned into clips/s by the encoder's:
            `torch.mm`, and on a CPU the faster routine of oneDNN where there is one
 
-The four are measured in turn, several rounds, and each one's best round counts: other work on a shared machine only ever
-slows a round down. Prints JSON.
+The four are measured in turn, several rounds, and each one's best round counts: other work on a shared machine only
+ever slows a round down. Prints JSON.
 """
 
 from __future__ import annotations

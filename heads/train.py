@@ -217,7 +217,9 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(epoch, step)
             inputs, targets = make_batch(clips, batch, recipe)
-            loss = loss_of(module(inputs), targets)
+            with torch.autocast(clips.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                logits = module(inputs)
+            loss = loss_of(logits.float(), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import numpy as np
 
 from whisper_at_cli.extract.cache import schema
 from whisper_at_cli.extract.cache.schema import CacheSpec, Status
-from whisper_at_cli.extract.cache.shards import ShardFile
+from whisper_at_cli.extract.cache.shards import ShardFile, read_chunk
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
-OPEN_SHARDS = 128  # memory maps kept per array
+OPEN_SHARDS = 128  # files kept open per array
 
 
 class FeatureCache:
@@ -32,11 +33,11 @@ class FeatureCache:
         self.path, self.spec, self.attributes = path, spec, attributes
         try:
             self._group = zarr.open_group(path, mode="r")
-            self._features = self._group["features"]
-            self.status = self._group["status"][:]
+            clips, self.clips_per_shard = self._group["features"].shape[0], self._group["features"].shards[0]
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise CacheError(f"{path} is damaged ({error}); restore it or extract again to another path") from error
-        self.clips_per_shard = self._features.shards[0]
+        self.damaged_chunks: dict[str, set[int]] = {"status": set(), "valid_frames": set()}
+        self.status = self._bytes_per_clip("status", clips)
         self._open: dict[str, OrderedDict[int, ShardFile]] = {}
         self._guard = threading.Lock()
 
@@ -98,7 +99,25 @@ class FeatureCache:
     @cached_property
     def valid_frames(self) -> np.ndarray:
         """(N,) uint8: how many of a clip's frames are real audio rather than padding."""
-        return self._group["valid_frames"][:]
+        return self._bytes_per_clip("valid_frames", len(self))
+
+    def _bytes_per_clip(self, name: str, clips: int) -> np.ndarray:
+        """(N,) uint8 of an array with a chunk file per shard, 0 where there is none yet.
+
+        A damaged chunk reads as 0 too, which is `pending`: what is not known to be done counts as not done. Its
+        shard is kept in `damaged_chunks` for `verify`.
+        """
+        S = self.clips_per_shard
+        out = np.zeros(clips, dtype=np.uint8)
+        for shard in range(schema.shard_count(clips, S)):
+            try:
+                chunk = read_chunk(self.path / name / "c" / str(shard), S)
+            except CacheError:
+                self.damaged_chunks[name].add(shard)
+                continue
+            if chunk is not None:
+                out[shard * S : (shard + 1) * S] = chunk[: clips - shard * S]
+        return out
 
     def _strings(self, name: str) -> np.ndarray:
         return np.asarray(self._group[name][:]).astype(object).astype(str)
@@ -107,28 +126,33 @@ class FeatureCache:
         """All layers of some clips: (n, L, T, D), float16 or float32 as stored; int8 is decoded to float32."""
         rows = self._real_rows(rows)
         L, T, D = self.spec.layers, self.spec.frames, self.spec.dim
-        out = np.empty((len(rows), L, T, D), dtype=self.spec.dtype)
+        out = np.empty((len(rows), L, T, D), dtype=self._stored)
         for at, row in enumerate(rows.tolist()):
             shard, slot = divmod(row, self.clips_per_shard)
-            file = self._shard("features", shard)
-            for layer in range(L):
-                out[at, layer] = file.read(slot * L + layer)
+            self._shard("features", shard).read(range(slot * L, (slot + 1) * L), out[at])
         if self.spec.dtype == "int8":
             return out.astype(np.float32) * self._per_layer("scale", rows, range(L))[:, :, None, :]
         return out
 
-    def layer(self, layer: int, rows=None) -> np.ndarray:
-        """One layer of some clips (all that are done by default): (n, T, D) float32. Reads that layer's bytes only."""
+    def layer(self, layer: int, rows=None, *, dtype="float32") -> np.ndarray:
+        """One layer of some clips (all that are done by default): (n, T, D). Reads that layer's bytes only.
+
+        With the stored type as `dtype` nothing is converted, which is faster.
+        """
         index = self._layer_index(layer)
         rows = self._real_rows(rows)
-        L = self.spec.layers
-        out = np.empty((len(rows), self.spec.frames, self.spec.dim), dtype=np.float32)
-        for at, row in enumerate(rows.tolist()):
-            shard, slot = divmod(row, self.clips_per_shard)
-            out[at] = self._shard("features", shard).read(slot * L + index)
+        L, S = self.spec.layers, self.clips_per_shard
+        out = np.empty((len(rows), self.spec.frames, self.spec.dim), dtype=self._stored)
+        shard_of = rows // S
+        ends = np.append(np.flatnonzero(np.diff(shard_of)) + 1, len(rows)) if len(rows) else []
+        first = 0
+        for last in ends:  # a run of rows in one shard
+            chunks = (rows[first:last] % S * L + index).tolist()
+            self._shard("features", int(shard_of[first])).read(chunks, out[first:last])
+            first = last
         if self.spec.dtype == "int8":
-            out *= self._per_layer("scale", rows, [index])[:, 0, None, :]
-        return out
+            return (out * self._per_layer("scale", rows, [index])[:, 0, None, :]).astype(dtype, copy=False)
+        return out.astype(dtype, copy=False)
 
     def mean(self, layer: int | None = None, rows=None) -> np.ndarray:
         """Mean over frames of some clips (all that are done by default): (n, L, D) float32, or (n, D) for one layer."""
@@ -137,16 +161,23 @@ class FeatureCache:
             return self._per_layer("mean", rows, [self._layer_index(layer)])[:, 0]
         return self._per_layer("mean", rows, range(self.spec.layers))
 
-    def _per_layer(self, name: str, rows: np.ndarray, layers) -> np.ndarray:
+    def _per_layer(self, name: str, rows: np.ndarray, layers: Sequence[int]) -> np.ndarray:
         """(n, len(layers), D) float32 of `mean` or `scale`, whose chunks are one layer of a whole shard."""
         out = np.empty((len(rows), len(layers), self.spec.dim), dtype=np.float32)
         shard_of, slot_of = np.divmod(rows, self.clips_per_shard)
+        whole = np.empty((len(layers), self.clips_per_shard, self.spec.dim), dtype=self._per_layer_dtype(name))
         for shard in np.unique(shard_of).tolist():
             here = np.flatnonzero(shard_of == shard)
-            file = self._shard(name, shard)
-            for at, layer in enumerate(layers):
-                out[here, at] = file.read(layer)[slot_of[here], 0]
+            self._shard(name, shard).read(layers, whole)
+            out[here] = whole[:, slot_of[here]].swapaxes(0, 1)
         return out
+
+    @property
+    def _stored(self) -> np.dtype:
+        return np.dtype(self.spec.dtype).newbyteorder("<")
+
+    def _per_layer_dtype(self, name: str) -> np.dtype:
+        return np.dtype(self.spec.mean_dtype if name == "mean" else "float16").newbyteorder("<")
 
     def _real_rows(self, rows) -> np.ndarray:
         if rows is None:
@@ -177,17 +208,16 @@ class FeatureCache:
                 return files[shard]
             files[shard] = self._open_shard(name, shard)
             if len(files) > OPEN_SHARDS:
-                files.popitem(last=False)  # its map is closed when the last view of it goes
+                files.popitem(last=False)  # closed when the last thread is done with it
             return files[shard]
 
     def _open_shard(self, name: str, shard: int) -> ShardFile:
         L, T, D, S = self.spec.layers, self.spec.frames, self.spec.dim, self.clips_per_shard
+        folder = self.path / name / "c" / str(shard)
         if name == "features":
-            path, count, shape, dtype = self.path / name / "c" / str(shard) / "0/0/0", S * L, (T, D), self.spec.dtype
-        else:
-            path, count, shape = self.path / name / "c" / str(shard) / "0/0", L, (S, 1, D)
-            dtype = self.spec.mean_dtype if name == "mean" else "float16"
-        return ShardFile(path, chunk_count=count, chunk_shape=shape, dtype=np.dtype(dtype).newbyteorder("<"))
+            return ShardFile(folder / "0/0/0", chunk_count=S * L, chunk_bytes=T * D * self._stored.itemsize)
+        size = S * D * self._per_layer_dtype(name).itemsize
+        return ShardFile(folder / "0/0", chunk_count=L, chunk_bytes=size)
 
     def __getstate__(self) -> dict:
         return {"path": self.path}

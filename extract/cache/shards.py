@@ -7,8 +7,8 @@ every chunk (uint64, little-endian; both 2**64 - 1 where a chunk is absent) and 
 
 from __future__ import annotations
 
-import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -18,6 +18,8 @@ from whisper_at_cli.extract.errors import CacheError
 
 ABSENT = np.uint64(2**64 - 1)
 CRC_BYTES = 4
+RUN = 256  # chunks that one call reads at most; the system limits a call to 1024 buffers
+VERIFY = "run: whisper-at-cli verify"
 
 
 def crc32c(data: np.ndarray | bytes) -> bytes:
@@ -76,37 +78,85 @@ def write_whole(path: Path, data) -> None:
         os.close(folder)
 
 
+def read_chunk(path: Path, count: int) -> np.ndarray | None:
+    """A chunk file of `count` bytes, (count,) uint8; None where there is none. Raises CacheError if it is damaged."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if len(data) != count + CRC_BYTES or crc32c(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+        raise CacheError(f"{path} is damaged: its CRC-32C does not match; {VERIFY}")
+    return np.frombuffer(data, dtype=np.uint8, count=count)
+
+
+def _readv(file: int, buffers: list, start: int) -> int:
+    """Fill buffers one after another from byte `start` of a file; returns how many bytes were read."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, buffers, start)
+    views = [memoryview(buffer).cast("B") for buffer in buffers]  # macOS has no preadv
+    data = os.pread(file, sum(map(len, views)), start)
+    at = 0
+    for view in views:
+        part = data[at : at + len(view)]
+        view[: len(part)] = part
+        at += len(part)
+    return len(data)
+
+
 class ShardFile:
-    """Read access to one shard file by memory map. Safe between threads; each chunk's CRC-32C is checked when read."""
+    """Read access to the chunks of one shard file, straight into the caller's arrays; every CRC-32C is checked.
 
-    def __init__(self, path: Path, *, chunk_count: int, chunk_shape: tuple[int, ...], dtype: np.dtype):
-        self.path, self.chunk_shape, self.dtype = path, chunk_shape, np.dtype(dtype)
-        index_bytes = chunk_count * 16
+    Safe between threads. Chunks that lie side by side are read by one call, and nothing but them is read.
+    """
+
+    def __init__(self, path: Path, *, chunk_count: int, chunk_bytes: int):
+        self.path, self.chunk_bytes = path, chunk_bytes
         try:
-            with open(path, "rb") as file:
-                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise CacheError(f"{path} is missing although its clips are marked done; run: verify") from error
-        except ValueError as error:  # an empty file cannot be mapped
-            raise CacheError(f"{path} is empty; run: verify") from error
-        self.bytes = np.frombuffer(self.data, dtype=np.uint8)
-        end = len(self.bytes) - CRC_BYTES
-        if end < index_bytes or crc32c(self.bytes[end - index_bytes : end]) != self.bytes[end:].tobytes():
-            raise CacheError(f"{path} is truncated or its index is damaged; run: verify")
-        self.index = self.bytes[end - index_bytes : end].copy().view("<u8").reshape(chunk_count, 2)
-        self.size = int(np.prod(chunk_shape)) * self.dtype.itemsize
+            raise CacheError(f"{path} is missing although its clips are marked done; {VERIFY}") from error
+        if hasattr(os, "posix_fadvise"):  # the kernel's reading ahead would read other layers
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+        self.size = os.fstat(self._file).st_size
+        index = np.empty((chunk_count, 2), dtype="<u8")
+        checksum = bytearray(CRC_BYTES)
+        start = self.size - index.nbytes - CRC_BYTES
+        if start < 0 or _readv(self._file, [index, checksum], start) != index.nbytes + CRC_BYTES:
+            raise CacheError(f"{path} is {f'truncated to {self.size} bytes' if self.size else 'empty'}; {VERIFY}")
+        if crc32c(index.reshape(-1).view(np.uint8)) != bytes(checksum):
+            raise CacheError(f"{path} is truncated or its index is damaged; {VERIFY}")
+        self._starts: list[int] = index[:, 0].tolist()
+        self._lengths: list[int] = index[:, 1].tolist()
 
-    def __contains__(self, chunk: int) -> bool:
-        return bool(self.index[chunk, 0] != ABSENT)
+    def __del__(self):
+        if hasattr(self, "_file"):
+            os.close(self._file)
 
-    def read(self, chunk: int) -> np.ndarray:
-        """One chunk, a read-only view in storage type. Raises CacheError if it is absent or its checksum is wrong."""
-        start, length = int(self.index[chunk, 0]), int(self.index[chunk, 1])
-        if chunk not in self or length != self.size + CRC_BYTES or start + length > len(self.bytes):
-            raise CacheError(f"{self.path} has no chunk {chunk}, although its clip is marked done; run: verify")
-        data = self.bytes[start : start + self.size]
-        if crc32c(data) != self.bytes[start + self.size : start + length].tobytes():
-            raise CacheError(f"chunk {chunk} of {self.path} is damaged: its CRC-32C does not match; run: verify")
-        return np.frombuffer(self.data, dtype=self.dtype, count=self.size // self.dtype.itemsize, offset=start).reshape(
-            self.chunk_shape
-        )
+    def read(self, chunks: Sequence[int], out: np.ndarray) -> None:
+        """Read chunks into the rows of `out`, (len(chunks), ...), each row C-contiguous and of a chunk's bytes.
+
+        Raises CacheError if one is absent, cut off, or its checksum is wrong.
+        """
+        rows = out.reshape(len(chunks), -1).view(np.uint8)
+        stride = self.chunk_bytes + CRC_BYTES
+        for chunk in chunks:
+            if self._lengths[chunk] != stride or self._starts[chunk] + stride > self.size:
+                raise CacheError(f"{self.path} has no chunk {chunk} although its clip is marked done; {VERIFY}")
+        checksums = np.empty((len(chunks), CRC_BYTES), dtype=np.uint8)
+        first = 0
+        while first < len(chunks):
+            start = self._starts[chunks[first]]
+            last = first + 1
+            while (
+                last < len(chunks)
+                and last - first < RUN
+                and self._starts[chunks[last]] == start + (last - first) * stride
+            ):
+                last += 1
+            buffers = [buffer for at in range(first, last) for buffer in (rows[at], checksums[at])]
+            if _readv(self._file, buffers, start) != (last - first) * stride:
+                raise CacheError(f"{self.path} ended while it was read; {VERIFY}")
+            first = last
+        for at, chunk in enumerate(chunks):
+            if crc32c(rows[at]) != checksums[at].tobytes():
+                raise CacheError(f"chunk {chunk} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}")
