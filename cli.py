@@ -76,6 +76,7 @@ def command(name: str):
 @click.option(
     "--shard", default="1/1", show_default=True, metavar="I/N", help="Do every N-th shard, the I-th of each N."
 )
+@click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
 @DEVICE
 @click.pass_context
 def extract_command(ctx, dataset, cache, as_json, shard, **options):

@@ -24,6 +24,7 @@ from whisper_at_cli import __version__
 from whisper_at_cli.extract.audio import load_clip
 from whisper_at_cli.extract.backbones import Backbone, load_backbone
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheSpec, Status
+from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.encoder import clip_samples
@@ -95,11 +96,12 @@ def extract(
     dataset: str | Path | Dataset, cache: str | Path, *, model: str | Path | Backbone, format: str = "auto",
     clip_seconds: float | None = None, dtype: str = "float16", precision: str = "float32", device: str = "auto",
     batch_size: int | None = None, workers: int | None = None, shard_mb: float = DEFAULT_SHARD_MB,
-    shard: tuple[int, int] = (1, 1), progress: Progress | None = None,
+    shard: tuple[int, int] = (1, 1), repair: bool = False, progress: Progress | None = None,
 ) -> ExtractReport:  # fmt: skip
     """Run a frozen encoder over a dataset once and keep every layer, pooled to 25 frames, in a cache.
 
-    A cache that exists is continued. A clip that cannot be read is reported and marked failed; the others go on.
+    A cache that exists is continued. A clip that cannot be read is reported and marked failed; the others go on. With
+    `repair`, clips that failed or that `verify` finds damaged are done again.
     Raises UsageError or CacheError where nothing can be done as asked.
     """
     started = time.perf_counter()
@@ -125,9 +127,17 @@ def extract(
     ) as writer:
         if batch_size is None:  # the batch size that began the cache, so that the same clips share a batch
             size = writer.cache.attributes["made"].get("batch_size", size)
-        run = _Run(dataset, backbone, writer, samples, size, workers or _cores(), progress)
+        redo = _clips_to_redo(writer) if repair else writer.cache.status == Status.PENDING
+        run = _Run(dataset, backbone, writer, redo, samples, size, workers or _cores(), progress)
         written = run.all_shards()
         return _report(writer, dataset, written, time.perf_counter() - started)
+
+
+def _clips_to_redo(writer: CacheWriter) -> np.ndarray:
+    """(N,) bool: clips that are pending, failed, or damaged in what was written of them."""
+    redo = writer.cache.status != Status.DONE
+    damaged = {name for damage in verify(writer.path).damaged for name in damage.clips}
+    return redo | np.isin(writer.cache.ids, list(damaged))
 
 
 def _provenance(backbone: Backbone, dataset: Dataset, batch_size: int) -> dict:
@@ -150,8 +160,8 @@ class _Run:
     """
 
     def __init__(
-        self, dataset: Dataset, backbone: Backbone, writer: CacheWriter, samples: int, batch_size: int, workers: int,
-        progress: Progress | None,
+        self, dataset: Dataset, backbone: Backbone, writer: CacheWriter, redo: np.ndarray, samples: int,
+        batch_size: int, workers: int, progress: Progress | None,
     ):  # fmt: skip
         self.dataset, self.backbone, self.writer = dataset, backbone, writer
         self.samples, self.batch_size, self.progress = samples, batch_size, progress
@@ -162,13 +172,12 @@ class _Run:
         self.open_shards: dict[int, _OpenShard] = {}
         self.writing: deque[Future] = deque()
         self.done = self.failed = 0
-        index, of = writer.slot
-        mine = np.arange(len(writer.cache)) // writer.clips_per_shard % of == index - 1
-        self.total = int(mine.sum())
-        self.skipped = int((mine & (writer.cache.status != Status.PENDING)).sum())
+        self.redo = redo
+        self.total = int(writer.mine().sum())
+        self.skipped = int((writer.mine() & ~redo).sum())
 
     def all_shards(self) -> int:
-        """Extract every pending shard of this slot; returns how many clips were written."""
+        """Extract the clips in `redo` that this slot holds; returns how many were written."""
         self._report_progress()
         waiting, decoding, encoding = self._batches(), deque(), {}
         try:
@@ -192,13 +201,13 @@ class _Run:
         return self.done
 
     def _batches(self):
-        """Every batch of every pending shard, its decoding started as it is drawn."""
-        for shard in self.writer.pending_shards():
+        """Every batch that holds a clip to be done, its decoding started as it is drawn."""
+        for shard in self.writer.shards_of(self.redo):
             rows = self.writer.rows(shard)
-            starts = range(0, len(rows), self.batch_size)
-            self.open_shards[shard] = _OpenShard(batches_left=len(starts))
-            for start in starts:
-                slots = range(start, min(start + self.batch_size, len(rows)))
+            parts = [range(at, min(at + self.batch_size, len(rows))) for at in range(0, len(rows), self.batch_size)]
+            parts = [slots for slots in parts if self.redo[rows[slots.start] : rows[slots.stop - 1] + 1].any()]
+            self.open_shards[shard] = _OpenShard(batches_left=len(parts))
+            for slots in parts:
                 yield _Batch(shard, slots, [self.decoders.submit(self._load, rows[slot]) for slot in slots])
 
     def _load(self, row: int) -> tuple[np.ndarray, int]:
@@ -226,12 +235,15 @@ class _Run:
         """Put a batch into its shard's block, and hand the block to the disk when it is full."""
         shard = self.open_shards[batch.shard]
         if shard.block is None:
-            shard.block = ShardBlock.empty(len(self.writer.rows(batch.shard)), self.writer.spec)
-        shard.block.errors |= encoded.errors
+            shard.block = self.writer.block(batch.shard, self.redo)
+        redo = self.redo[np.array(self.writer.rows(batch.shard))]
+        shard.block.errors |= {slot: error for slot, error in encoded.errors.items() if redo[slot]}
         if encoded.stored is not None:
-            self._fill(shard.block, encoded)
-        status = shard.block.status[batch.slots.start : batch.slots.stop]
-        self.failed += int((status == Status.FAILED).sum())
+            self._fill(shard.block, encoded, redo)
+        slots = np.array(batch.slots)[redo[batch.slots.start : batch.slots.stop]]
+        done = int((shard.block.status[slots] == Status.DONE).sum())
+        self.done += done
+        self.failed += len(slots) - done
         self._report_progress()
         shard.batches_left -= 1
         if not shard.batches_left:
@@ -240,10 +252,11 @@ class _Run:
             del self.open_shards[batch.shard]
             self.writing.append(self.disk.submit(self.writer.write, batch.shard, shard.block))
 
-    def _fill(self, block: ShardBlock, encoded: _Encoded) -> None:
+    def _fill(self, block: ShardBlock, encoded: _Encoded, redo: np.ndarray) -> None:
+        """Copy what was encoded into the block, where it was asked for and is finite."""
         stored, slots = encoded.stored, np.array(encoded.slots)
         finite = stored.finite.numpy()
-        good = finite.all(axis=1)
+        good = finite.all(axis=1) & redo[slots]
         at = slots[good]
         keep = slice(None) if good.all() else good
         block.features[at] = stored.features.numpy()[keep]
@@ -252,8 +265,7 @@ class _Run:
             block.scale[at] = stored.scale.numpy()[keep]
         block.valid_frames[at] = np.array(encoded.valid_frames)[good]
         block.status[at] = Status.DONE
-        self.done += len(at)
-        for row in np.flatnonzero(~good):
+        for row in np.flatnonzero(~finite.all(axis=1) & redo[slots]):
             layer = int(np.flatnonzero(~finite[row])[0]) + 1
             block.errors[int(slots[row])] = self._overflow_message(layer)
 
@@ -302,10 +314,7 @@ def _take_ready(window: deque[_Batch]) -> _Batch:
 
 
 def _report(writer: CacheWriter, dataset: Dataset, written: int, seconds: float) -> ExtractReport:
-    index, of = writer.slot
-    rows = np.arange(len(dataset))
-    mine = rows // writer.clips_per_shard % of == index - 1
-    status = writer.cache.status
+    mine, status = writer.mine(), writer.cache.status
     failed_rows = np.flatnonzero(mine & (status == Status.FAILED))
     errors = writer.cache.errors
     failures = tuple(Failure(dataset.clips[r].id, dataset.clips[r].path, str(errors[r])) for r in failed_rows)

@@ -32,6 +32,9 @@ class Draw:
         columns = [getattr(self, column.name).tensor_split(count) for column in fields(self)]
         return (Draw(*batch) for batch in zip(*columns, strict=True))
 
+    def to(self, device: torch.device) -> Draw:
+        return Draw(*(getattr(self, column.name).to(device) for column in fields(self)))
+
 
 def draw_epoch(positions: np.ndarray, recipe: Recipe, rng: np.random.Generator, *, frames: int, weights=None) -> Draw:
     """An epoch over these positions: each clip once in random order, or with `weights` (n,) drawn with replacement.
@@ -59,20 +62,16 @@ def balancing_weights(labels: np.ndarray) -> np.ndarray:
 
 
 def make_batch(clips: Clips, draw: Draw, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Inputs (B, L, T, D) float32 and targets (B, C) float32 in 0..1: mixed, then masked in time; labels smoothed."""
-    share = draw.share.to(clips.device)
-    inputs, targets = clips.batch(draw.clip), _labels(clips, draw.clip)
+    """Inputs (B, L, T, D) float32 and targets (B, C) float32 in 0..1: mixed, then masked in time; labels smoothed.
+
+    The draw has to be on the clips' device."""
+    inputs, targets = clips.batch(draw.clip), clips.labels[draw.clip].float()
     if recipe.mixup_rate:
-        inputs = torch.lerp(clips.batch(draw.partner), inputs, share[:, None, None, None])
-        targets = torch.lerp(_labels(clips, draw.partner), targets, share[:, None])
+        inputs = torch.lerp(clips.batch(draw.partner), inputs, draw.share[:, None, None, None])
+        targets = torch.lerp(clips.labels[draw.partner].float(), targets, draw.share[:, None])
     if recipe.time_mask_frames:
         frame = torch.arange(clips.frames, device=clips.device)
-        start, end = draw.mask_start.to(clips.device), draw.mask_end.to(clips.device)
-        hidden = (frame >= start[:, None]) & (frame < end[:, None])
+        hidden = (frame >= draw.mask_start[:, None]) & (frame < draw.mask_end[:, None])
         inputs = inputs.masked_fill(hidden[:, None, :, None], 0)
     smoothing = recipe.label_smoothing
     return inputs, targets * (1 - smoothing) + smoothing / targets.shape[1]
-
-
-def _labels(clips: Clips, positions: Tensor) -> Tensor:
-    return clips.labels[positions.to(clips.device)].float()

@@ -53,7 +53,7 @@ class HeadDescription:
 
 
 def save_head(module: nn.Module, folder: str | Path, description: HeadDescription) -> Path:
-    """Write a head to `folder`, which is made where needed; each file appears whole or not at all. Returns the folder."""
+    """Write a head to `folder`, made where needed, and return the folder. Each file appears whole or not at all."""
     from safetensors.torch import save
 
     folder = Path(folder)
@@ -81,11 +81,11 @@ def load_head(folder: str | Path, device: str | torch.device = "cpu") -> nn.Modu
     try:
         weights = (folder / "head.safetensors").read_bytes()
     except OSError as error:
-        raise WhisperATError(f"{folder} has a head.json but no readable weights ({error}); train the head again") from error
+        raise WhisperATError(f"{folder} has a head.json but no weights to read ({error}); train it again") from error
     if hashlib.sha256(weights).hexdigest() != record.pop("head_sha256", None):
         raise WhisperATError(
-            f"{folder / 'head.safetensors'} is not the file that head.json describes: one of them is damaged, or comes from "
-            "another run; restore both, or train the head again"
+            f"{folder / 'head.safetensors'} is not the file that head.json describes: one of them is damaged, or comes "
+            "from another run; restore both, or train the head again"
         )
     try:
         description = HeadDescription(**record)
@@ -111,7 +111,7 @@ def _read_record(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WhisperATError(f"{path} is damaged ({error!r}); restore it, or train the head again") from error
     if found != FORMAT or version != FORMAT_VERSION:
-        raise WhisperATError(f"{path} is {found!r} version {version}; this version of whisper-at-cli reads {FORMAT_VERSION}")
+        raise WhisperATError(f"{path} is a {found!r} of version {version}; this version reads {FORMAT_VERSION}")
     return record
 
 

@@ -1,8 +1,8 @@
 """What each head costs: parameters and FLOPs for one clip, against the encoder and against AST.
 
-Counted by formula, in the convention of the paper's tables (fvcore's): a multiply-add is one FLOP, a layer norm five per
-element; linear maps, convolutions and the two products of attention count, while biases, means, GELU, softmax and the
-weighted average over layers do not.
+Counted by formula, in the convention of the paper's tables (fvcore's): a multiply-add is one FLOP, a layer norm five
+per element; linear maps, convolutions and the two products of attention count, while biases, means, GELU, softmax and
+the weighted average over layers do not.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def head_cost(
 def encoder_cost(*, mels: int, layers: int, dim: int, clip_seconds: float) -> Cost:
     """Cost of a whole Whisper encoder (convolutions, blocks, final norm) on one clip trimmed to `clip_seconds`."""
     positions = round(clip_seconds * POSITIONS_PER_SECOND)
-    stem = linear(3 * mels, dim, 2 * positions) + linear(3 * dim, dim, positions)  # kernels of 3; the second one strides 2
+    stem = linear(3 * mels, dim, 2 * positions) + linear(3 * dim, dim, positions)  # kernels of 3, the second strides 2
     total = stem + layer_norm(dim, positions)
     for _ in range(layers):
         total += block(dim, positions)

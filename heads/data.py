@@ -44,8 +44,8 @@ class Clips:
 
 
 def load_clips(cache: FeatureCache, rows: np.ndarray, reads: str, device: torch.device) -> Clips:
-    """What a head reads (its `reads`) of these ascending rows, on `device` if half its free memory holds it, else in main
-    memory. Raises WhisperATError where that is too small as well."""
+    """What a head reads (its `reads`) of these ascending rows: on `device` if half its free memory holds it, else in
+    main memory. Raises WhisperATError where that is too small as well."""
     spec = cache.spec
     layers, frames = {"last mean": (1, 1), "mean": (spec.layers, 1), "features": (spec.layers, spec.frames)}[reads]
     dtype = torch.float16 if reads == "features" and spec.dtype == "float16" else torch.float32
@@ -69,8 +69,8 @@ def every_clip_has_one_label(labels: np.ndarray) -> bool:
     classes = int(labels.any(axis=0).sum())
     if classes < 2 and not (classes and (~labels.any(axis=1)).any()):
         raise UsageError(
-            f"the {len(labels)} finished clips have {classes} of {labels.shape[1]} classes among them, which leaves nothing "
-            "to tell apart; extract a labelled dataset"
+            f"the {len(labels)} finished clips have {classes} of {labels.shape[1]} classes among them, which leaves "
+            "nothing to tell apart; extract a labelled dataset"
         )
     return bool((labels.sum(axis=1) == 1).all())
 
@@ -97,6 +97,6 @@ def _place_for(size: int, device: torch.device, cache: FeatureCache) -> torch.de
     if free is None or size <= free / 2:
         return main
     raise WhisperATError(
-        f"the features to train on take {size / 1e9:.1f} GB and half of the free memory is {free / 2e9:.1f} GB: train where "
-        f"there is more memory, or train last-mlp or wa-mlp, which need {cache.spec.frames} times less"
+        f"the features to train on take {size / 1e9:.1f} GB and half of the free memory is {free / 2e9:.1f} GB: train "
+        f"where there is more memory, or train last-mlp or wa-mlp, which need {cache.spec.frames} times less"
     )

@@ -51,11 +51,11 @@ def check_fits(description: HeadDescription, cache: FeatureCache) -> None:
         needed, found = getattr(description, name), getattr(cache.spec, name)
         if needed != found:
             raise UsageError(
-                f"the head was trained on features with {name} {_short(needed)} and {cache.path} has {_short(found)}: use a "
-                "cache made like the one it was trained on"
+                f"the head was trained on features with {name} {_short(needed)} and {cache.path} has {_short(found)}: "
+                "use a cache made like the one it was trained on"
             )
 
 
 def _short(value) -> str:
-    text = f"{len(value)} ({', '.join(value)}" + ")" if isinstance(value, tuple) else str(value)
+    text = f"{len(value)} ({', '.join(value)})" if isinstance(value, tuple) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -100,13 +100,13 @@ class WATr(nn.Module):
 
     def forward(self, features_BLTD: Tensor) -> Tensor:
         weight_L = self.layer_weight / self.layer_weight.sum()
-        mixed_BTD = torch.einsum("bltd,l->btd", features_BLTD, weight_L)
+        mixed_BTD = (features_BLTD * weight_L[:, None, None]).sum(dim=1)  # in float32 under autocast too, unlike einsum
         return self.mlp_layer(self.time_tr(mixed_BTD).mean(dim=1))
 
 
 class TLTr(nn.Module):
-    """TL-Tr: a block over time shared by all layers, mean, a block over layers, mean, linear. With `width`, features are
-    first projected to that many channels. features (B, L, T, D) -> logits (B, C)."""
+    """TL-Tr: a block over time shared by all layers, mean, a block over layers, mean, linear. features (B, L, T, D) ->
+    logits (B, C). With `width`, features are first projected to that many channels."""
 
     reads = "features"
 

@@ -77,8 +77,8 @@ def _accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _class_ap_and_auc(scores: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
-    """Average precision (precision at each positive, averaged) and AUC (how often a positive outscores a negative, a tie
-    counting half) of one class. Clips with the same score form a group, which any threshold takes or leaves whole."""
+    """Average precision (precision at each positive, averaged) and AUC (how often a positive outscores a negative, a
+    tie counting half) of one class. Clips with the same score form a group that any threshold takes or leaves whole."""
     positives = int(positive.sum())
     negatives = len(positive) - positives
     if not positives:

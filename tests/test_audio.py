@@ -9,8 +9,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import whisper
-from conftest import noise, write_wav
 
+from conftest import noise, write_wav
 from whisper_at_cli.extract.audio import decode, load_clip
 from whisper_at_cli.extract.errors import AudioError
 

@@ -103,16 +103,18 @@ def test_a_reader_pickles_and_serves_threads(tmp_path):
     assert not wrong
 
 
+def flip(path, at):
+    """Change one bit of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
 def test_every_kind_of_damage_is_found_and_named(tmp_path):
     def damaged(name, change):
         cache = small_cache(tmp_path / f"{name}.zarr")
         change(cache.path)
         return verify(cache.path)
-
-    def flip(path, at):
-        data = bytearray(path.read_bytes())
-        data[at] ^= 1
-        path.write_bytes(data)
 
     shard = "features/c/1/0/0/0"
     assert verify(small_cache(tmp_path / "whole.zarr").path).ok
@@ -129,6 +131,23 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path):
     assert "empty" in empty.damaged[0].problem
     mean = damaged("mean", lambda path: flip(path / "mean/c/0/0/0", 9))
     assert mean.damaged[0].shard == 0
+
+
+def test_damaged_status_and_metadata_are_found(tmp_path):
+    cache = small_cache(tmp_path / "a.zarr")
+    for name in ("status", "valid_frames"):
+        flip(cache.path / name / "c" / "1", 2)
+        report = verify(cache.path)
+        assert [damage.clips for damage in report.damaged] == [("clip4", "clip5", "clip6", "clip7")]
+        flip(cache.path / name / "c" / "1", 2)
+    flip(cache.path / "status" / "c" / "1", 2)
+    assert FeatureCache.open(cache.path).done.tolist() == [True] * 4 + [False] * 4 + [True] * 3
+    flip(cache.path / "status" / "c" / "1", 2)
+    (cache.path / "mean" / "zarr.json").write_text("{")
+    assert "mean/zarr.json is missing or damaged" in verify(cache.path).damaged[0].problem
+    (cache.path / "features" / "zarr.json").write_text("{")
+    with pytest.raises(CacheError, match="damaged"):
+        verify(cache.path)
 
 
 def test_what_is_no_cache_is_refused_in_one_line(tmp_path):

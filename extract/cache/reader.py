@@ -124,14 +124,23 @@ class FeatureCache:
 
     def features(self, rows) -> np.ndarray:
         """All layers of some clips: (n, L, T, D), float16 or float32 as stored; int8 is decoded to float32."""
+        out = self.stored_features(rows)
+        if self.spec.dtype == "int8":
+            return out.astype(np.float32) * self.scale(rows)[:, :, None, :]
+        return out
+
+    def scale(self, rows=None) -> np.ndarray:
+        """With int8: what stored features are multiplied by, (n, L, D) float32."""
+        return self._per_layer("scale", self._real_rows(rows), range(self.spec.layers))
+
+    def stored_features(self, rows) -> np.ndarray:
+        """All layers of some clips as they lie on disk: (n, L, T, D) float16, float32 or int8."""
         rows = self._real_rows(rows)
         L, T, D = self.spec.layers, self.spec.frames, self.spec.dim
         out = np.empty((len(rows), L, T, D), dtype=self._stored)
         for at, row in enumerate(rows.tolist()):
             shard, slot = divmod(row, self.clips_per_shard)
             self._shard("features", shard).read(range(slot * L, (slot + 1) * L), out[at])
-        if self.spec.dtype == "int8":
-            return out.astype(np.float32) * self._per_layer("scale", rows, range(L))[:, :, None, :]
         return out
 
     def layer(self, layer: int, rows=None, *, dtype="float32") -> np.ndarray:

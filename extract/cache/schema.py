@@ -152,6 +152,24 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
         array[:] = clips.labels
 
 
+def array_shapes(spec: CacheSpec, clips: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every array of a cache; no type for strings."""
+    N, L, T, D = clips, spec.layers, spec.frames, spec.dim
+    shapes = {
+        "features": ((N, L, T, D), spec.dtype),
+        "mean": ((N, L, D), spec.mean_dtype),
+        "valid_frames": ((N,), "uint8"),
+        "status": ((N,), "uint8"),
+        "fold": ((N,), "int16"),
+    }
+    shapes |= {name: ((N,), "") for name in ("id", "path", "split", "error")}
+    if spec.dtype == "int8":
+        shapes["scale"] = ((N, L, D), "float16")
+    if spec.class_names:
+        shapes["labels"] = ((N, len(spec.class_names)), "uint8")
+    return shapes
+
+
 def read_attributes(path: Path) -> dict:
     """Group attributes of the cache at `path`.
 

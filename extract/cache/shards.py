@@ -59,9 +59,9 @@ def encode_chunk(chunk: np.ndarray) -> bytes:
 
 
 def write_whole(path: Path, data) -> None:
-    """Write a file so that it appears whole or not at all, and is on disk when this returns."""
+    """Write a file so that it appears whole or not at all, and is on disk when this returns. One writer per file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.partial")  # what a killed run left is written over
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
+from whisper_at_cli.extract.cache import schema
 from whisper_at_cli.extract.cache.reader import FeatureCache
+from whisper_at_cli.extract.cache.schema import array_shapes
 from whisper_at_cli.extract.errors import CacheError
 from whisper_at_cli.extract.progress import Progress
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is wrong: which shard, which of its clips, and what was found."""
+    """One thing that is wrong: in which shard (-1: none of them), which of its clips it hits, and what was found."""
 
     shard: int
     clips: tuple[str, ...]
@@ -33,14 +35,41 @@ class VerifyReport:
 def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
     """Read back every finished clip of a cache. Raises UsageError or CacheError where it cannot even be opened."""
     cache = FeatureCache.open(path)
+    damaged = _metadata_damage(cache) + _chunk_damage(cache)
     done = np.flatnonzero(cache.done)
-    damaged: list[Damage] = []
     for shard in np.unique(done // cache.clips_per_shard).tolist():
         rows = done[done // cache.clips_per_shard == shard]
         damaged += _shard_damage(cache, shard, rows)
         if progress:
             progress(int(rows[-1]) + 1, len(cache), f"{len(damaged)} damaged" if damaged else "")
     return VerifyReport(not damaged, len(done), tuple(damaged))
+
+
+def _metadata_damage(cache: FeatureCache) -> list[Damage]:
+    """Arrays that zarr and xarray would not open as designed, because of their metadata."""
+    import zarr
+
+    found = []
+    for name, (shape, dtype) in array_shapes(cache.spec, len(cache)).items():
+        try:
+            array = zarr.open_array(cache.path / name, mode="r")
+            if array.shape != shape or (dtype and array.dtype != dtype):
+                found.append(Damage(-1, (), f"{name}/zarr.json says {array.shape} {array.dtype}, not {shape} {dtype}"))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            found.append(Damage(-1, (), f"{name}/zarr.json is missing or damaged: {error}"))
+    return found
+
+
+def _chunk_damage(cache: FeatureCache) -> list[Damage]:
+    """Shards of which it is no longer known which clips are done, or how much of them is real."""
+    cache.valid_frames  # noqa: B018 - reading it finds its damage
+    found = []
+    for name, shards in cache.damaged_chunks.items():
+        for shard in sorted(shards):
+            rows = schema.shard_rows(shard, cache.clips_per_shard, len(cache))
+            clips = tuple(str(cache.ids[row]) for row in rows)
+            found.append(Damage(shard, clips, f"{name}/c/{shard} is damaged: its CRC-32C does not match"))
+    return found
 
 
 def _shard_damage(cache: FeatureCache, shard: int, rows: np.ndarray) -> list[Damage]:

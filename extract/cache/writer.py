@@ -108,11 +108,33 @@ class CacheWriter:
                 f"{row + 1} on. Choose another path, or restore the dataset as it was"
             )
 
+    def mine(self) -> np.ndarray:
+        """(N,) bool: the clips of this slot."""
+        index, of = self.slot
+        return np.arange(len(self.cache)) // self.clips_per_shard % of == index - 1
+
+    def shards_of(self, rows: np.ndarray) -> list[int]:
+        """Shards of this slot that hold any of these rows, (N,) bool, in order."""
+        return np.unique(np.flatnonzero(rows & self.mine()) // self.clips_per_shard).tolist()
+
     def pending_shards(self) -> list[int]:
         """Shards of this slot that hold a pending clip, in order."""
-        index, of = self.slot
-        pending = np.flatnonzero(self.cache.status == Status.PENDING)
-        return [shard for shard in np.unique(pending // self.clips_per_shard).tolist() if shard % of == index - 1]
+        return self.shards_of(self.cache.status == Status.PENDING)
+
+    def block(self, shard: int, redo: np.ndarray) -> ShardBlock:
+        """What is to be written into a shard, with room for the clips in `redo`, (N,) bool; the others as they are."""
+        rows = np.array(self.rows(shard))
+        block = ShardBlock.empty(len(rows), self.spec)
+        kept = np.flatnonzero(~redo[rows])
+        if len(kept):
+            at = rows[kept]
+            block.features[kept] = self.cache.stored_features(at)
+            block.mean[kept] = self.cache.mean(rows=at)
+            if block.scale is not None:
+                block.scale[kept] = self.cache.scale(at)
+            block.valid_frames[kept] = self.cache.valid_frames[at]
+            block.status[kept] = Status.DONE
+        return block
 
     def rows(self, shard: int) -> range:
         return schema.shard_rows(shard, self.clips_per_shard, len(self.cache))
@@ -130,7 +152,7 @@ class CacheWriter:
                 if values is not None:
                     self._write_per_layer(name, shard, values, done)
             self._write_rows("valid_frames", shard, block.valid_frames)
-            if block.errors:
+            if block.errors or (self.path / "error" / "c" / str(shard)).exists():
                 self._write_errors(rows, block.errors)
             self._write_rows("status", shard, block.status)
         except OSError as error:
