@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from machine import cores, machine
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.backbones import WHISPER_SIZES, WhisperBackbone, choose_device
@@ -128,7 +129,7 @@ def encoder_seconds(backbone: WhisperBackbone, samples: int, batch_size: int, cl
     waveforms = torch.randn(batch_size, samples, device=device) * 0.1
     batches = max(2, clips // batch_size)
     if device.type == "cpu":
-        threads = len(os.sched_getaffinity(0))
+        threads = cores()
         with one_thread_per_operation(True), ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
             list(pool.map(backbone.encode, [waveforms[:1]] * threads))
             started = time.perf_counter()
@@ -179,23 +180,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, dim: int, routine: str
         return count
 
     loop(0)
-    threads = len(os.sched_getaffinity(0)) if cpu else 1
+    threads = cores() if cpu else 1
     with one_thread_per_operation(cpu), ThreadPoolExecutor(threads, initializer=_one_thread if cpu else None) as pool:
         started = time.perf_counter()
         count = sum(pool.map(loop, [started + seconds] * threads))
         return count * flops / (time.perf_counter() - started)
-
-
-def machine(device: torch.device) -> dict:
-    found = {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found["processor"] = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict:
@@ -237,7 +226,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     return {
         "benchmark": "extract",
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(device),
+        "machine": machine(torch.cuda.get_device_name(device) if device.type == "cuda" else None),
         "versions": {"whisper-at-cli": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "settings": {
             "model": weights.name, "dataset": dataset.name, "clips": len(dataset), "clip_seconds": seconds,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import UsageError
+from whisper_at_cli.extract.errors import UsageError
 
 RANDOM_FOLDS = 5
 TRAIN_NAMES = ("train", "training")

@@ -66,9 +66,7 @@ def head_cost(
     head: str, *, layers: int, dim: int, classes: int = AUDIOSET_CLASSES, frames: int = FRAMES, width: int | None = None
 ) -> Cost:
     """Cost of a head on one clip of features (layers, frames, dim). Raises UsageError as `build_head` does."""
-    head_form(head)
-    if width is not None and head != "tl-tr":
-        raise UsageError(f"{head} has no projection, so it takes no width ({width} was given); only tl-tr does")
+    head_form(head, width)
     inner = width or dim
     classifier = layer_norm(inner) + linear(inner, classes)
     if head == "last-mlp":

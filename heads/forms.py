@@ -23,7 +23,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         if dim % heads:
-            raise UsageError(f"{dim} channels cannot be shared by {heads} attention heads; use a multiple of {heads}")
+            raise UsageError(f"{dim} channels cannot be shared by {heads} attention heads: choose a multiple")
         self.heads = heads
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim, bias=False)
@@ -128,10 +128,14 @@ class TLTr(nn.Module):
 FORMS = {"last-mlp": LastMLP, "wa-mlp": WAMLP, "wa-tr": WATr, "tl-tr": TLTr}
 
 
-def head_form(head: str) -> type[nn.Module]:
-    """The class of the head of this name. Raises UsageError for an unknown one."""
+def head_form(head: str, width: int | None = None) -> type[nn.Module]:
+    """The class of the head of this name. Raises UsageError for an unknown one, or one that cannot have this width."""
     if head not in FORMS:
         raise UsageError(f"head {head!r} is not known; choose from {', '.join(FORMS)}")
+    if width is not None and head != "tl-tr":
+        raise UsageError(f"{head} has no projection, so it takes no width (--dim, {width} was given); only tl-tr does")
+    if width is not None and (width < 1 or width % LAYER_ATTENTION_HEADS):
+        raise UsageError(f"tl-tr cannot project to {width} channels; choose a multiple of {LAYER_ATTENTION_HEADS}")
     return FORMS[head]
 
 
@@ -140,13 +144,8 @@ def build_head(head: str, *, layers: int, dim: int, classes: int, width: int | N
 
     `width` is the number of channels that tl-tr projects to first; None is no projection. Raises UsageError.
     """
-    form = head_form(head)
+    form = head_form(head, width)
     if min(layers, dim, classes) < 1:
         raise UsageError(f"a head needs layers, channels and classes; found {layers}, {dim} and {classes}")
-    if width is None:
-        return form(layers=layers, dim=dim, classes=classes)
-    if form is not TLTr:
-        raise UsageError(f"{head} has no projection, so it takes no width ({width} was given); only tl-tr does")
-    if width < 1:
-        raise UsageError(f"tl-tr cannot project to {width} channels; use a multiple of {LAYER_ATTENTION_HEADS}")
-    return TLTr(layers=layers, dim=dim, classes=classes, width=width)
+    options = {"width": width} if width else {}
+    return form(layers=layers, dim=dim, classes=classes, **options)

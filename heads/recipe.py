@@ -7,13 +7,12 @@ here, and a comment says so.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.forms import head_form
-
-LOSSES = ("bce", "ce")
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -41,34 +40,14 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
-        average_from = self.average_from_epoch
-        checks = {
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "lr": (self.lr > 0, "above 0"),
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "epoch_share": (0 < self.epoch_share <= 1, "above 0 and at most 1"),
-            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
-            "loss": (self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
-            "label_smoothing": (0 <= self.label_smoothing < 1, "from 0 to below 1"),
-            "mixup_rate": (0 <= self.mixup_rate <= 1, "from 0 to 1"),
-            "mixup_alpha": (self.mixup_alpha > 0, "above 0"),
-            "time_mask_frames": (self.time_mask_frames >= 0, "at least 0"),
-            "lr_decay": (0 < self.lr_decay <= 1, "above 0 and at most 1"),
-            "lr_decay_from_epoch": (self.lr_decay_from_epoch >= 1, "at least 1"),
-            "lr_decay_every": (self.lr_decay_every >= 1, "at least 1"),
-            "warmup_steps": (self.warmup_steps >= 0, "at least 0"),
-            "average_from_epoch": (
-                average_from is None or 1 <= average_from <= self.epochs,
-                f"none, or an epoch from 1 to {self.epochs}",
-            ),
-            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-            "seed": (self.seed >= 0, "at least 0"),
-        }
-        for name, (holds, rule) in checks.items():
-            if not holds:
+        if isinstance(self.betas, list):  # as JSON has it
+            object.__setattr__(self, "betas", tuple(self.betas))
+        for name, (holds, rule) in _RULES.items():
+            if not holds(getattr(self, name)):
                 raise UsageError(f"recipe: {name} is {getattr(self, name)!r} and must be {rule}")
+        first = self.average_from_epoch
+        if first is not None and first > self.epochs:
+            raise UsageError(f"recipe: average_from_epoch is {first} and must be None or at most {self.epochs}, the epochs")
 
     def with_changes(self, **changes) -> Recipe:
         """A copy with some settings replaced. Raises UsageError for a name that is no setting.
@@ -79,9 +58,9 @@ class Recipe:
         for name in changes:
             if name not in known:
                 raise UsageError(f"a recipe has no setting {name!r}; its settings are {', '.join(known)}")
-        if "epochs" in changes and "average_from_epoch" not in changes and self.average_from_epoch is not None:
-            share = self.average_from_epoch / self.epochs
-            changes["average_from_epoch"] = max(1, round(share * changes["epochs"]))
+        epochs = changes.get("epochs", self.epochs)
+        if isinstance(epochs, int) and "average_from_epoch" not in changes and self.average_from_epoch is not None:
+            changes["average_from_epoch"] = max(1, round(epochs * self.average_from_epoch / self.epochs))
         return dataclasses.replace(self, **changes)
 
     def learning_rate(self, epoch: int, step: int) -> float:
@@ -90,6 +69,49 @@ class Recipe:
         decays = late // self.lr_decay_every + 1 if late >= 0 else 0
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return self.lr * self.lr_decay**decays * warmup
+
+
+Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what it must be
+
+
+def _whole(least: int) -> Rule:
+    return lambda value: isinstance(value, int) and value >= least, f"a whole number from {least} on"
+
+
+def _number(holds: Callable[[float], bool], where: str) -> Rule:
+    return lambda value: isinstance(value, int | float) and holds(value), f"a number {where}"
+
+
+def _one_of(*names: str) -> Rule:
+    return lambda value: value in names, f"one of {', '.join(names)}"
+
+
+_RULES = {
+    "batch_size": _whole(1),
+    "lr": _number(lambda value: 0 < value < math.inf, "above 0"),
+    "epochs": _whole(1),
+    "epoch_share": _number(lambda value: 0 < value <= 1, "above 0 and up to 1"),
+    "betas": (
+        lambda value: (
+            isinstance(value, tuple) and len(value) == 2 and all(isinstance(b, float) and 0 <= b < 1 for b in value)
+        ),
+        "two numbers from 0 to below 1",
+    ),
+    "weight_decay": _number(lambda value: 0 <= value < math.inf, "from 0 on"),
+    "loss": _one_of("bce", "ce"),
+    "label_smoothing": _number(lambda value: 0 <= value < 1, "from 0 to below 1"),
+    "mixup_rate": _number(lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "mixup_alpha": _number(lambda value: 0 < value < math.inf, "above 0"),
+    "time_mask_frames": _whole(0),
+    "lr_decay": _number(lambda value: 0 < value <= 1, "above 0 and up to 1"),
+    "lr_decay_from_epoch": _whole(1),
+    "lr_decay_every": _whole(1),
+    "warmup_steps": _whole(0),
+    "average_from_epoch": (lambda value: value is None or isinstance(value, int) and value >= 1, "None or an epoch"),
+    "class_balanced": (lambda value: isinstance(value, bool), "True or False"),
+    "precision": _one_of("auto", "float32", "bfloat16"),
+    "seed": _whole(0),
+}
 
 
 NAMED = {

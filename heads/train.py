@@ -58,6 +58,7 @@ def train_head(
     head: str,
     width: int | None = None,
     recipe: Recipe | str | None = None,
+    changes: dict | None = None,
     out: str | Path | None = None,
     device: str = "auto",
     seed: int | None = None,
@@ -67,12 +68,13 @@ def train_head(
 
     With folds, each is validated on a head trained on the others (saved in `out/fold-N`), and the head in `out` is then
     trained on all clips. With a split, the head in `out` is the validated one. `recipe` is a Recipe or the name of one;
-    by default the data decide. `seed` replaces the recipe's. `progress` is told of epochs.
+    by default the data decide. `changes` replace some of its settings, `seed` its seed. `progress` is told of epochs.
     Raises UsageError for what cannot work, WhisperATError where memory is short or the loss is not finite.
     """
     started = time.monotonic()
-    job = _plan(cache, head=head, width=width, recipe=recipe, device=device, seed=seed)
-    out = Path(out) if out else None
+    changes = (changes or {}) | ({} if seed is None else {"seed": seed})
+    job = _plan(cache, head=head, width=width, recipe=recipe, changes=changes, device=device)
+    out = _writable_folder(out) if out else None
     cross_validated = len(job.folds) > 1
     trainer = _Trainer(job, progress, trainings=len(job.folds) + bool(out and cross_validated))
     results = []
@@ -115,7 +117,7 @@ class _Job:
         )  # fmt: skip
 
 
-def _plan(cache, *, head, width, recipe, device, seed) -> _Job:
+def _plan(cache, *, head, width, recipe, changes, device) -> _Job:
     """Settle recipe and folds, refuse what cannot work, and read the features."""
     spec, target = cache.spec, choose_device(device)
     with torch.device("meta"):  # refuses an unknown head or a wrong width, at no cost
@@ -126,10 +128,9 @@ def _plan(cache, *, head, width, recipe, device, seed) -> _Job:
         recipe = default_recipe_name(single_label=single_label, clips=len(rows))
     if isinstance(recipe, str):
         recipe = named_recipe(recipe, head, dim=spec.dim, width=width)
-    changes = {} if seed is None else {"seed": seed}
-    if recipe.precision == "auto":
-        changes["precision"] = _fastest_precision(head, target)
     recipe = recipe.with_changes(**changes)
+    if recipe.precision == "auto":
+        recipe = recipe.with_changes(precision=_fastest_precision(head, target))
     _check_recipe(recipe, head, single_label, spec.frames)
     folds, warnings = evaluation_folds(cache.fold, cache.split, cache.labels, cache.done, seed=recipe.seed)
     rows = np.unique(np.concatenate([side for fold in folds for side in (fold.train, fold.test)]))
@@ -233,10 +234,20 @@ def _validate(module: nn.Module, fold: Fold, job: _Job) -> dict:
     missing = metrics.classes_without_positives
     if job.metric == "mAP" and missing:
         job.warnings.append(
-            f"fold {fold.number}: {missing} of {len(metrics.class_ap)} classes have no validation clip; mAP is without them"
+            f"fold {fold.number}: {missing} of {len(metrics.class_ap)} classes have no validation clip and do not count"
         )
     value = getattr(metrics, job.metric)
     return {"fold": fold.number, "value": value, "train_clips": len(fold.train), "validation_clips": len(fold.test)}
+
+
+def _writable_folder(path: str | Path) -> Path:
+    """The folder, made now: hours of training should not end at a name that cannot be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error}; choose another --out") from error
+    return folder
 
 
 def _save(module: nn.Module, folder: Path, job: _Job, trained_clips: int, value: float, value_of: str) -> None:

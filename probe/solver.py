@@ -26,8 +26,8 @@ TOLERANCE = 1e-5
 MAX_ITERATIONS = 1000
 PRECONDITION_AT = 10  # iteration; the curvature before says little about the curvature at the optimum
 PRECONDITION_MAX_DIM = 4096  # channels; beyond, the inverse costs more than the iterations it saves
-OVERSHOOT = 0.25  # a step may end where the slope rises, if it rises at most this share of the first fall
-STEP_TRIALS = 20
+SLOPE_LEFT = 0.3  # a step is long enough when at most this share of the slope is left
+STEP_TRIALS = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,22 +119,27 @@ def conjugate(gradient: Tensor, inverse: Tensor | None, previous: tuple | None) 
 
 
 def line_search(dz, z, p, w, direction, gradient, loss, penalty, active) -> tuple[Tensor, Tensor, Tensor]:
-    """Step length per problem, with the logits and probabilities there.
+    """Step length per problem, with the logits and probabilities there: where the slope has all but vanished.
 
-    A Newton step; where it ends on a slope that rises too much, the root of the chord through both slopes, until it
-    does not. Slopes keep their digits near the optimum, where differences of the objective are lost in rounding.
+    Newton steps, bisected every second time and wherever they leave the bracket; the first is nearly always enough.
+    Slopes keep their digits near the optimum, where differences of the objective are lost in rounding.
     """
     slope = dot(direction, gradient)
     pull, bend = dot(penalty * w, direction), dot(penalty * direction, direction)
     step = torch.where(active, -slope / (loss.curvature(p, dz) + bend), 0)
-    for _ in range(STEP_TRIALS):
+    low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
+    for trial in range(STEP_TRIALS):
         z_there = z + step * dz
         p_there = loss.probability(z_there)
         slope_there = dot(loss.residual(p_there), dz) + pull + step * bend
-        too_far = active & (slope_there > -OVERSHOOT * slope)
-        if not too_far.any():
+        searching = active & (slope_there.abs() > SLOPE_LEFT * slope.abs())
+        if not searching.any():
             break
-        step = torch.where(too_far, step * slope / (slope - slope_there), step)
+        low, high = torch.where(slope_there < 0, step, low), torch.where(slope_there < 0, high, step)
+        newton = step - slope_there / (loss.curvature(p_there, dz) + bend)
+        trusted = (low < newton) & (newton < high) & (high.isinf() | (trial % 2 == 0))
+        middle = torch.where(high.isinf(), 2 * step, (low + high) / 2)
+        step = torch.where(searching, torch.where(trusted, newton, middle), step)
     return step, z_there, p_there
 
 

@@ -10,7 +10,7 @@ import zarr
 
 from planted import planted_cache
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, Status
-from whisper_at_cli.extract.cache.shards import encode_shard
+from whisper_at_cli.extract.cache.shards import shard_buffers
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
@@ -71,7 +71,8 @@ def _chunks(data: bytes, count: int) -> list[bytes]:
 
 def test_an_absent_chunk_takes_no_space():
     chunks = np.ones((4, 10), dtype=np.float32)
-    assert len(encode_shard(chunks, np.array([True, False, True, False]))) == 2 * 44 + 4 * 16 + 4
+    buffers = shard_buffers(chunks, np.array([True, False, True, False]))
+    assert sum(memoryview(buffer).nbytes for buffer in buffers) == 2 * 44 + 4 * 16 + 4
 
 
 def test_rows_that_are_not_real_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -153,12 +154,10 @@ class FeatureCache:
         L, S = self.spec.layers, self.clips_per_shard
         out = np.empty((len(rows), self.spec.frames, self.spec.dim), dtype=self._stored)
         shard_of = rows // S
-        ends = np.append(np.flatnonzero(np.diff(shard_of)) + 1, len(rows)) if len(rows) else []
-        first = 0
-        for last in ends:  # a run of rows in one shard
+        edges = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(rows)] if len(rows) else []
+        for first, last in pairwise(edges):  # a run of rows in one shard
             chunks = (rows[first:last] % S * L + index).tolist()
             self._shard("features", int(shard_of[first])).read(chunks, out[first:last])
-            first = last
         if self.spec.dtype == "int8":
             return (out * self._per_layer("scale", rows, [index])[:, 0, None, :]).astype(dtype, copy=False)
         return out.astype(dtype, copy=False)

@@ -18,7 +18,10 @@ from whisper_at_cli.extract.errors import CacheError
 
 ABSENT = np.uint64(2**64 - 1)
 CRC_BYTES = 4
-RUN = 256  # chunks that one call reads at most; the system limits a call to 1024 buffers
+BUFFERS = 1024  # that the system takes in one call
+RUN = (
+    16  # chunks that one call reads at most: about a megabyte, whose checksums are then taken while it is in the cache
+)
 VERIFY = "run: whisper-at-cli verify"
 
 
@@ -27,45 +30,37 @@ def crc32c(data: np.ndarray | bytes) -> bytes:
     return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
 
 
-def encode_shard(chunks: np.ndarray, present: np.ndarray) -> bytearray:
-    """A shard file's bytes.
+def shard_buffers(chunks: np.ndarray, present: np.ndarray) -> list:
+    """A shard file as a list of buffers to be written one after another; the chunks' own bytes are not copied.
 
-    chunks   (K, ...) one row per chunk, in the order of the shard's chunk grid (C order), C-contiguous
-    present  (K,) bool; an absent chunk takes no space and reads as the array's fill value
+    chunks   (K, ...) C-contiguous, one row per chunk in the order of the shard's chunk grid (C order)
+    present  (K or more,) bool; an absent chunk takes no space and reads as the array's fill value
     """
     rows = chunks.reshape(len(chunks), -1).view(np.uint8)
-    size = rows.shape[1]
-    stride = size + CRC_BYTES
-    count = int(present.sum())
-    index = np.full((len(chunks), 2), ABSENT, dtype="<u8")
-    index[present, 0] = np.arange(count, dtype=np.uint64) * np.uint64(stride)
-    index[present, 1] = stride
-    out = bytearray(count * stride + index.nbytes + CRC_BYTES)
-    body = np.frombuffer(out, dtype=np.uint8, count=count * stride).reshape(count, stride)
-    for slot, row in enumerate(np.flatnonzero(present)):
-        body[slot, :size] = rows[row]
-        body[slot, size:] = np.frombuffer(crc32c(rows[row]), dtype=np.uint8)
+    stride = rows.shape[1] + CRC_BYTES
+    written = np.flatnonzero(present)
+    index = np.full((len(present), 2), ABSENT, dtype="<u8")
+    index[written, 0] = np.arange(len(written), dtype=np.uint64) * np.uint64(stride)
+    index[written, 1] = stride
     index_bytes = index.tobytes()
-    out[count * stride : -CRC_BYTES] = index_bytes
-    out[-CRC_BYTES:] = crc32c(index_bytes)
-    del body  # releases the view, so that the caller may resize or hand over the buffer
-    return out
+    buffers = [buffer for row in written.tolist() for buffer in (rows[row], crc32c(rows[row]))]
+    return [*buffers, index_bytes, crc32c(index_bytes)]
 
 
-def encode_chunk(chunk: np.ndarray) -> bytes:
-    """A chunk file's bytes: the values, then their CRC-32C."""
+def chunk_buffers(chunk: np.ndarray) -> list:
+    """A chunk file as buffers: the values, then their CRC-32C."""
     data = np.ascontiguousarray(chunk).tobytes()
-    return data + crc32c(data)
+    return [data, crc32c(data)]
 
 
-def write_whole(path: Path, data) -> None:
+def write_whole(path: Path, buffers: list) -> None:
     """Write a file so that it appears whole or not at all, and is on disk when this returns. One writer per file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")  # what a killed run left is written over
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        with open(temporary, "wb", buffering=0) as file:
+            for first in range(0, len(buffers), BUFFERS):
+                _writev(file.fileno(), buffers[first : first + BUFFERS])
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
@@ -76,6 +71,18 @@ def write_whole(path: Path, data) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _writev(file: int, buffers: list) -> None:
+    """Write all of these buffers, however many calls the system takes for it."""
+    written = os.writev(file, buffers)
+    for buffer in buffers:
+        size = memoryview(buffer).nbytes
+        if written < size:
+            rest = memoryview(buffer).cast("B")[written:]
+            while len(rest):
+                rest = rest[os.write(file, rest) :]
+        written = max(0, written - size)
 
 
 def read_chunk(path: Path, count: int) -> np.ndarray | None:
@@ -142,21 +149,20 @@ class ShardFile:
         for chunk in chunks:
             if self._lengths[chunk] != stride or self._starts[chunk] + stride > self.size:
                 raise CacheError(f"{self.path} has no chunk {chunk} although its clip is marked done; {VERIFY}")
-        checksums = np.empty((len(chunks), CRC_BYTES), dtype=np.uint8)
+        checksums = np.empty((RUN, CRC_BYTES), dtype=np.uint8)
         first = 0
         while first < len(chunks):
-            start = self._starts[chunks[first]]
-            last = first + 1
+            start, last = self._starts[chunks[first]], first + 1
             while (
-                last < len(chunks)
-                and last - first < RUN
-                and self._starts[chunks[last]] == start + (last - first) * stride
+                last < min(len(chunks), first + RUN) and self._starts[chunks[last]] == start + (last - first) * stride
             ):
                 last += 1
-            buffers = [buffer for at in range(first, last) for buffer in (rows[at], checksums[at])]
+            buffers = [buffer for at in range(first, last) for buffer in (rows[at], checksums[at - first])]
             if _readv(self._file, buffers, start) != (last - first) * stride:
                 raise CacheError(f"{self.path} ended while it was read; {VERIFY}")
+            for at in range(first, last):
+                if crc32c(rows[at]) != checksums[at - first].tobytes():
+                    raise CacheError(
+                        f"chunk {chunks[at]} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}"
+                    )
             first = last
-        for at, chunk in enumerate(chunks):
-            if crc32c(rows[at]) != checksums[at].tobytes():
-                raise CacheError(f"chunk {chunk} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}")

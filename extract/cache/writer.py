@@ -23,7 +23,10 @@ from whisper_at_cli.extract.errors import CacheError, UsageError
 
 @dataclass
 class ShardBlock:
-    """All that one shard holds, for its n clips in row order. Rows of failed clips hold nothing that is stored."""
+    """All that one shard holds, for its n clips in row order. Rows of failed clips hold nothing that is stored.
+
+    Whoever fills it has made sure that all values of clips that are done are finite.
+    """
 
     features: np.ndarray  # (n, L, T, D) in storage type
     mean: np.ndarray  # (n, L, D) in the mean's type
@@ -144,8 +147,6 @@ class CacheWriter:
         rows, done = self.rows(shard), block.status == Status.DONE
         if len(rows) != len(block.status):
             raise ValueError(f"shard {shard} has {len(rows)} clips, the block {len(block.status)}")
-        if block.scale is None and not np.isfinite(block.features[done]).all():
-            raise ValueError("features hold a non-finite value; it should have been found where it arose")
         try:
             self._write_features(shard, block.features, done)
             for name, values in (("mean", block.mean), ("scale", block.scale)):
@@ -167,21 +168,19 @@ class CacheWriter:
         chunks = np.ascontiguousarray(features).reshape(-1, T, D)
         present = np.zeros(S * L, dtype=bool)
         present[: len(chunks)] = np.repeat(done, L)
-        if len(chunks) < S * L:  # the last shard; its missing clips are absent chunks
-            chunks = np.concatenate([chunks, np.zeros((S * L - len(chunks), T, D), dtype=chunks.dtype)])
-        shards.write_whole(self.path / "features" / "c" / str(shard) / "0/0/0", shards.encode_shard(chunks, present))
+        shards.write_whole(self.path / "features" / "c" / str(shard) / "0/0/0", shards.shard_buffers(chunks, present))
 
     def _write_per_layer(self, name: str, shard: int, values: np.ndarray, done: np.ndarray) -> None:
         full = np.full((self.clips_per_shard, *values.shape[1:]), np.nan, dtype=values.dtype)
         full[: len(values)][done] = values[done]
         chunks = np.ascontiguousarray(full.transpose(1, 0, 2))  # one chunk per layer
-        data = shards.encode_shard(chunks, np.full(len(chunks), done.any()))
+        data = shards.shard_buffers(chunks, np.full(len(chunks), done.any()))
         shards.write_whole(self.path / name / "c" / str(shard) / "0/0", data)
 
     def _write_rows(self, name: str, shard: int, values: np.ndarray) -> None:
         chunk = np.zeros(self.clips_per_shard, dtype=np.uint8)
         chunk[: len(values)] = values
-        shards.write_whole(self.path / name / "c" / str(shard), shards.encode_chunk(chunk))
+        shards.write_whole(self.path / name / "c" / str(shard), shards.chunk_buffers(chunk))
 
     def _write_errors(self, rows: range, errors: dict[int, str]) -> None:
         import zarr

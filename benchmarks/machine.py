@@ -1,0 +1,23 @@
+"""What a benchmark ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+
+def machine(gpu: str | None = None) -> dict:
+    """Processor, cores and GPU, for the record."""
+    found = {"processor": platform.processor() or platform.machine(), "cores": cores()}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        found["processor"] = names[0] if names else found["processor"]
+    return found | ({"gpu": gpu} if gpu else {})
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

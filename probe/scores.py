@@ -1,0 +1,112 @@
+"""What a probe found in one layer: scores of the predictions for clips that its models had not trained on.
+
+n clips, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LayerAccuracy:
+    """One layer of a dataset whose clips have one label each. An undefined score is None and left out of means."""
+
+    layer: int
+    accuracy: float  # mean over folds
+    accuracy_std: float  # over folds (divided by their number)
+    folds: list[dict]  # fold, accuracy, clips
+    macro_f1: float
+    class_f1: dict[str, float | None]  # from the predictions of all folds together; None without a tested clip
+
+
+@dataclass(frozen=True)
+class LayerPrecision:
+    """One layer of a dataset whose clips have any number of labels. A class with no positives has no precision."""
+
+    layer: int
+    mAP: float | None
+    mAP_std: float | None
+    folds: list[dict]  # fold, mAP, clips, classes_without_positives
+    class_ap: dict[str, float | None]  # from the scores of all folds together
+    classes_without_positives: int  # in all folds together
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Which clips are tested in which fold, and what is true of them."""
+
+    class_names: tuple[str, ...]
+    labels: np.ndarray  # (n, C) 0/1
+    tests: dict[int, np.ndarray]  # fold number -> clips; no clip in two of them
+
+    @property
+    def tested(self) -> np.ndarray:
+        return np.concatenate(list(self.tests.values()))
+
+    def accuracy(self, layer: int, logits: np.ndarray) -> LayerAccuracy:
+        truth, predicted = self.labels.argmax(axis=1), logits.argmax(axis=1)
+        right = truth == predicted
+        folds = [
+            {"fold": number, "accuracy": float(right[clips].mean()), "clips": len(clips)}
+            for number, clips in self.tests.items()
+        ]
+        f1 = class_f1(truth[self.tested], predicted[self.tested], len(self.class_names))
+        accuracies = [fold["accuracy"] for fold in folds]
+        return LayerAccuracy(
+            layer=layer,
+            accuracy=float(np.mean(accuracies)),
+            accuracy_std=float(np.std(accuracies)),
+            folds=folds,
+            macro_f1=float(np.nanmean(f1)),
+            class_f1=self._by_name(f1),
+        )
+
+    def precision(self, layer: int, logits: np.ndarray) -> LayerPrecision:
+        folds = []
+        for number, clips in self.tests.items():
+            ap = class_ap(self.labels[clips], logits[clips])
+            without = int(np.isnan(ap).sum())
+            folds.append(
+                {"fold": number, "mAP": _mean(ap), "clips": len(clips), "classes_without_positives": without}
+            )
+        pooled = class_ap(self.labels[self.tested], logits[self.tested])
+        values = np.array([fold["mAP"] for fold in folds if fold["mAP"] is not None])
+        return LayerPrecision(
+            layer=layer,
+            mAP=_mean(values),
+            mAP_std=float(values.std()) if len(values) else None,
+            folds=folds,
+            class_ap=self._by_name(pooled),
+            classes_without_positives=int(np.isnan(pooled).sum()),
+        )
+
+    def _by_name(self, values: np.ndarray) -> dict[str, float | None]:
+        pairs = zip(self.class_names, values.tolist(), strict=True)
+        return {name: None if np.isnan(value) else value for name, value in pairs}
+
+
+def class_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """(C,) F1 of class numbers (n,); NaN for a class that is not among the true ones."""
+    hits = np.bincount(truth[truth == predicted], minlength=classes)
+    true, claimed = np.bincount(truth, minlength=classes), np.bincount(predicted, minlength=classes)
+    return np.where(true > 0, 2 * hits / np.maximum(true + claimed, 1), np.nan)
+
+
+def class_ap(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(C,) average precision of scores (n, C); NaN for a class with no positives."""
+    from sklearn.metrics import average_precision_score
+
+    return np.array(
+        [
+            average_precision_score(positive, score) if positive.any() else np.nan
+            for positive, score in zip(labels.T, scores.T, strict=True)
+        ]
+    )
+
+
+def _mean(values: np.ndarray) -> float | None:
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None

@@ -1,0 +1,121 @@
+"""Counted parameters and FLOPs are those of the real modules, and of the paper's tables."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.heads.count import AST_FLOPS, encoder_cost, head_cost, head_table
+from whisper_at_cli.heads.forms import build_head
+
+HEADS = [("last-mlp", None), ("wa-mlp", None), ("wa-tr", None), ("tl-tr", None), ("tl-tr", 128), ("tl-tr", 512)]
+# Table 2 on Whisper-Large, as printed: width, GFLOPs, parameters in millions
+TABLE_2 = [(128, 0.31, 0.6), (256, 0.94, 2.1), (512, 3.17, 7.2), (768, 6.72, 15.6), (1280, 16.42, 40.0)]
+# Table 1 on Whisper-Large: parameters in millions, speed-up against AST
+TABLE_1 = {
+    "Last-MLP": (0.7, 195000),
+    "WA-MLP": (0.7, 195000),
+    "WA-Tr": (20, 270),
+    "TL-Tr-1280": (40, 8),
+    "TL-Tr-512": (7, 42),
+}
+
+
+@pytest.fixture(scope="module")
+def large():
+    return {(row["head"], row["dim"]): row for row in head_table("large-v1")}
+
+
+def row_of_table_1(large, name):
+    head, _, dim = name.lower().rpartition("-") if name.startswith("TL-Tr-") else (name.lower(), "", "1280")
+    return large[head, int(dim)]
+
+
+@pytest.mark.parametrize("width, gflops, params_M", TABLE_2)
+def test_table_2_is_reproduced(large, width, gflops, params_M):
+    row = large["tl-tr", width]
+    assert row["flops"] / 1e9 == pytest.approx(gflops, abs=0.006)
+    assert row["params"] / 1e6 == pytest.approx(params_M, abs=0.06)
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_table_1_is_reproduced_to_the_printed_digits(large, name):
+    params_M, speedup = TABLE_1[name]
+    row = row_of_table_1(large, name)
+    assert row["params"] / 1e6 == pytest.approx(params_M, abs=0.06 if params_M < 1 else 0.5)
+    assert row["speedup_vs_ast"] == pytest.approx(speedup, rel=0.005, abs=0.5)
+
+
+def test_the_printed_values_here_are_those_of_the_reference_file(shared):
+    paper = json.loads((shared / "reference" / "paper.json").read_text())
+    assert [tuple(row[:3]) for row in paper["table2"]["rows"]] == TABLE_2
+    rows = [dict(zip(paper["table1"]["columns"], row, strict=True)) for row in paper["table1"]["rows"]]
+    whisper = [row for row in rows if row["system"] == "Whisper-Large" and row["training"] == "frozen"]
+    assert {row["head"]: (row["at_params_M"], row["at_speedup_vs_ast"]) for row in whisper} == TABLE_1
+    assert paper["table1"]["ast_gflops"] * 1e9 == AST_FLOPS
+
+
+@pytest.mark.parametrize("layers, dim, classes", [(4, 384, 527), (6, 512, 10), (32, 1280, 527)])
+@pytest.mark.parametrize("head, width", HEADS)
+def test_counted_parameters_are_those_of_the_module(head, width, layers, dim, classes):
+    with torch.device("meta"):
+        module = build_head(head, layers=layers, dim=dim, classes=classes, width=width)
+    counted = head_cost(head, layers=layers, dim=dim, classes=classes, width=width).params
+    assert counted == sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("frames", [25, 10])
+@pytest.mark.parametrize("head, width", HEADS)
+def test_counted_flops_are_those_that_pytorch_executes(head, width, frames):
+    """PyTorch's counter sees the matrix products, at two FLOPs each; hooks see the layer norms."""
+    layers, dim, classes = 4, 128, 9
+    width = width and width // 8
+    module = build_head(head, layers=layers, dim=dim, classes=classes, width=width)
+    normed = []
+    for part in module.modules():
+        if isinstance(part, torch.nn.LayerNorm):
+            part.register_forward_hook(lambda part, inputs, output: normed.append(output.numel()))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        module(torch.zeros(1, layers, frames, dim))
+    products = counter.get_total_flops()
+    if head == "wa-mlp":
+        products -= 2 * layers * dim  # its average over layers is a matrix product here, and no FLOP in the paper
+    cost = head_cost(head, layers=layers, dim=dim, classes=classes, frames=frames, width=width)
+    assert cost.norm_flops == 5 * sum(normed)
+    assert 2 * cost.multiply_adds == products
+    assert cost.flops_two_per_multiply_add == products + 5 * sum(normed)
+
+
+def test_encoder_flops_are_those_that_pytorch_executes_on_whispers_encoder():
+    from whisper.model import AudioEncoder
+
+    positions = 50
+    encoder = AudioEncoder(n_mels=80, n_ctx=positions, n_state=64, n_head=2, n_layer=3)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        encoder(torch.zeros(1, 80, 2 * positions))
+    cost = encoder_cost(mels=80, layers=3, dim=64, clip_seconds=1.0)
+    assert 2 * cost.multiply_adds == counter.get_total_flops()
+    # Whisper's positions are a buffer, so its parameters are the convolutions, the blocks and the last norm
+    assert cost.params == sum(parameter.numel() for parameter in encoder.parameters())
+
+
+def test_whisper_large_is_slower_than_ast_by_the_papers_factor(large):
+    encoder_flops = large["tl-tr", 512]["flops"] / large["tl-tr", 512]["share_of_encoder"]
+    assert AST_FLOPS / encoder_flops == pytest.approx(0.4, abs=0.05)
+    assert large["tl-tr", 512]["share_of_encoder"] < 0.01 < large["tl-tr", 1280]["share_of_encoder"]
+
+
+def test_the_table_has_projections_narrower_than_the_encoder_only():
+    heads = [(row["head"], row["dim"]) for row in head_table("base", classes=50, clip_seconds=5.0)]
+    plain = [(head, 512) for head in ("last-mlp", "wa-mlp", "wa-tr", "tl-tr")]
+    assert heads == [*plain, ("tl-tr", 128), ("tl-tr", 256)]
+
+
+def test_an_unknown_size_is_refused_with_the_known_ones():
+    with pytest.raises(UsageError, match="'huge' is not a Whisper size; choose from tiny, base"):
+        head_table("huge")
+    with pytest.raises(UsageError, match="0 classes"):
+        head_table("tiny", classes=0)

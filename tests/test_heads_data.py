@@ -1,0 +1,79 @@
+"""Clips in memory are those of the cache, and what cannot be trained on is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from planted import planted_cache
+from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.heads import data
+from whisper_at_cli.heads.data import every_clip_has_one_label, load_clips
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def cache(request, tmp_path_factory):
+    features = np.random.default_rng(0).normal(size=(40, 3, 25, 8)).astype(np.float32)
+    path = tmp_path_factory.mktemp("data") / "planted.zarr"
+    return planted_cache(path, features, np.arange(40) % 4, dtype=request.param, failed=(7, 23))
+
+
+@pytest.mark.parametrize("read_bytes", [1, 5000, 1 << 28])
+def test_loaded_features_are_the_caches_and_keep_its_type(cache, read_bytes, monkeypatch):
+    monkeypatch.setattr(data, "READ_BYTES", read_bytes)
+    rows = np.flatnonzero(cache.done)[3:31]
+    clips = load_clips(cache, rows, "features", CPU)
+    assert str(clips.features.dtype) == f"torch.{cache.spec.dtype}"
+    np.testing.assert_array_equal(clips.features.numpy(), cache.features(rows))
+    np.testing.assert_array_equal(load_clips(cache, rows, "mean", CPU).features[:, :, 0].numpy(), cache.mean(rows=rows))
+    last = load_clips(cache, rows, "last mean", CPU).features
+    np.testing.assert_array_equal(last[:, 0, 0].numpy(), cache.mean(layer=3, rows=rows))
+    np.testing.assert_array_equal(clips.labels.numpy(), cache.labels[rows])
+
+
+def test_positions_find_rows_among_those_that_were_loaded(cache):
+    rows = np.flatnonzero(cache.done)
+    clips = load_clips(cache, rows, "mean", CPU)
+    wanted = np.array([0, 8, 24, 39])
+    batch = clips.batch(torch.from_numpy(clips.positions(wanted)))
+    np.testing.assert_array_equal(batch[:, :, 0].numpy(), cache.mean(rows=wanted))
+
+
+def test_features_that_do_not_fit_are_refused_with_what_to_do(cache, monkeypatch):
+    rows = np.flatnonzero(cache.done)
+    size = load_clips(cache, rows, "features", CPU).features.nbytes
+    monkeypatch.setattr(data, "free_bytes", lambda device: 2 * size)
+    load_clips(cache, rows, "features", CPU)
+    monkeypatch.setattr(data, "free_bytes", lambda device: 2 * size - 1)
+    with pytest.raises(WhisperATError, match="half of the free memory .* train last-mlp or wa-mlp"):
+        load_clips(cache, rows, "features", CPU)
+    load_clips(cache, rows, "mean", CPU)
+
+
+def test_features_too_large_for_the_accelerator_stay_in_main_memory(cache, monkeypatch):
+    rows = np.flatnonzero(cache.done)
+    monkeypatch.setattr(data, "free_bytes", lambda device: 1 if device.type == "meta" else 1 << 40)
+    clips = load_clips(cache, rows, "features", torch.device("meta"))
+    assert clips.features.device == CPU and clips.device.type == "meta"
+    assert clips.batch(torch.arange(2)).device.type == "meta"
+
+
+def test_free_memory_is_known_here():
+    free = data.free_bytes(CPU)
+    assert free is None or free > 1 << 20
+
+
+def test_single_label_data_are_told_from_multi_label():
+    one = np.eye(3, dtype=np.uint8)[[0, 1, 2, 0]]
+    several, none = one.copy(), one.copy()
+    several[0, 1], none[0, 0] = 1, 0
+    assert every_clip_has_one_label(one)
+    assert not every_clip_has_one_label(several) and not every_clip_has_one_label(none)
+    assert not every_clip_has_one_label(np.array([[1], [0]]))  # one class, present or not
+
+
+@pytest.mark.parametrize("labels", [np.ones((4, 1)), np.zeros((4, 3)), np.zeros((4, 0)), np.eye(3)[[1, 1]]])
+def test_labels_that_leave_nothing_to_tell_apart_are_refused(labels):
+    with pytest.raises(UsageError, match="nothing to tell apart"):
+        every_clip_has_one_label(labels.astype(np.uint8))

@@ -1,0 +1,127 @@
+"""Heads compute what their equations say, one clip at a time or in a batch."""
+
+import pytest
+import torch
+from whisper.model import ResidualAttentionBlock
+
+from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.heads.forms import FORMS, Block, build_head
+
+FORMS_AND_WIDTHS = [("last-mlp", None), ("wa-mlp", None), ("wa-tr", None), ("tl-tr", None), ("tl-tr", 16)]
+L, T, D, C = 3, 25, 32, 7
+
+
+@pytest.fixture(params=FORMS_AND_WIDTHS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def head(request):
+    """Every head, its weights moved off their starting values so that each of them matters."""
+    torch.manual_seed(0)
+    module = build_head(request.param[0], layers=L, dim=D, classes=C, width=request.param[1])
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return request.param[0], module.eval()
+
+
+@pytest.fixture
+def features():
+    return torch.randn(4, L, T, D, generator=torch.Generator().manual_seed(1))
+
+
+def slow_logits(name, module, clip_LTD):
+    """One clip through the paper's equations with plain loops; a block is trusted here and tested on its own."""
+    if name == "last-mlp":
+        return module.mlp_layer(sum(clip_LTD[-1]) / T)
+    if name in ("wa-mlp", "wa-tr"):
+        weights = module.layer_weight / sum(module.layer_weight)
+        mixed_TD = sum(weight * layer for weight, layer in zip(weights, clip_LTD, strict=True))
+        frames = mixed_TD if name == "wa-mlp" else module.time_tr(mixed_TD[None])[0]
+        return module.mlp_layer(sum(frames) / T)
+    layers = []
+    for layer_TD in clip_LTD:
+        frames = module.time_tr(torch.stack([module.down_layer(frame) for frame in layer_TD])[None])[0]
+        layers.append(sum(frames) / T)
+    return module.mlp_layer(sum(module.layer_tr(torch.stack(layers)[None])[0]) / L)
+
+
+@torch.no_grad()
+def test_heads_equal_their_equations_in_plain_loops(head, features):
+    name, module = head
+    fast = module(features)
+    assert fast.shape == (4, C)
+    for clip, logits in zip(features, fast, strict=True):
+        difference = (logits - slow_logits(name, module, clip)).abs()
+        assert difference.max() < 1e-5, f"{name}: largest {difference.max():.2e}, mean {difference.mean():.2e}"
+
+
+@torch.no_grad()
+def test_a_clip_has_the_same_logits_alone_and_in_a_batch(head, features):
+    _, module = head
+    alone = torch.cat([module(clip[None]) for clip in features])
+    torch.testing.assert_close(module(features), alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention_heads", [1, 8])
+def test_a_block_is_whispers_own_and_takes_its_weights_by_name(attention_heads):
+    torch.manual_seed(2)
+    theirs, ours = ResidualAttentionBlock(64, attention_heads).eval(), Block(64, attention_heads)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 10, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_frames_of_a_tl_tr_layer_have_no_order(features):
+    module = build_head("tl-tr", layers=L, dim=D, classes=C).eval()
+    torch.testing.assert_close(module(features.flip(2)), module(features), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_mlp_heads_give_the_same_logits_from_the_mean_as_from_all_frames(features):
+    for name in ("last-mlp", "wa-mlp"):
+        module = build_head(name, layers=L, dim=D, classes=C)
+        mean = features.mean(dim=2, keepdim=True)
+        torch.testing.assert_close(module(mean), module(features), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_weights_start_equal():
+    for name in ("wa-mlp", "wa-tr"):
+        torch.testing.assert_close(build_head(name, layers=5, dim=16, classes=2).layer_weight, torch.full((5,), 0.2))
+
+
+def test_parameters_have_the_names_of_the_original_project():
+    names = set(build_head("tl-tr", layers=L, dim=D, classes=C, width=16).state_dict())
+    block = {"attn.query.weight", "attn.query.bias", "attn.key.weight", "attn.value.weight", "attn.value.bias"}
+    block |= {"attn.out.weight", "attn.out.bias", "attn_ln.weight", "attn_ln.bias", "mlp.0.weight", "mlp.0.bias"}
+    block |= {"mlp.2.weight", "mlp.2.bias", "mlp_ln.weight", "mlp_ln.bias"}
+    ends = {f"{layer}.{place}.{kind}" for layer in ("down_layer", "mlp_layer") for place in "01" for kind in KINDS}
+    assert names == {f"{tr}.{name}" for tr in ("time_tr", "layer_tr") for name in block} | ends
+    names = set(build_head("wa-tr", layers=L, dim=D, classes=C).state_dict())
+    assert names == {"layer_weight", *(f"time_tr.{name}" for name in block), *(n for n in ends if n[0] == "m")}
+
+
+KINDS = ("weight", "bias")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"head": "tltr"}, "'tltr' is not known; choose from last-mlp, wa-mlp, wa-tr, tl-tr"),
+        ({"head": "wa-mlp", "width": 128}, "wa-mlp has no projection"),
+        ({"head": "tl-tr", "width": 100}, "cannot project to 100 channels; choose a multiple of 8"),
+        ({"head": "tl-tr", "width": 0}, "cannot project to 0 channels"),
+        ({"head": "tl-tr", "dim": 36}, "36 channels cannot be shared by 8 attention heads"),
+        ({"head": "wa-tr", "classes": 0}, "needs layers, channels and classes"),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        build_head(**({"layers": L, "dim": D, "classes": C} | options))
+
+
+def test_every_form_says_what_it_reads():
+    assert {name: form.reads for name, form in FORMS.items()} == {
+        "last-mlp": "last mean",
+        "wa-mlp": "mean",
+        "wa-tr": "features",
+        "tl-tr": "features",
+    }

@@ -1,0 +1,98 @@
+"""A recipe holds the paper's settings and refuses those that make no sense."""
+
+import dataclasses
+import json
+
+import pytest
+
+from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.heads.recipe import Recipe, default_recipe_name, named_recipe
+
+
+def test_named_recipes_have_the_papers_settings(shared):
+    paper = json.loads((shared / "reference" / "paper.json").read_text())["recipe"]
+    for name in ("as20k", "as2m", "esc50"):
+        recipe = named_recipe(name, "tl-tr", dim=1280, width=512)
+        assert recipe.lr == paper["tl_tr_512"][name]["lr"]
+        assert (recipe.batch_size, list(recipe.betas)) == (paper["batch_size"], paper["betas"])
+        assert (recipe.weight_decay, recipe.label_smoothing) == (paper["weight_decay"], paper["label_smoothing"])
+        assert (recipe.mixup_rate, recipe.mixup_alpha) == (paper["mixup_rate"], 10)
+        assert recipe.time_mask_frames == paper["time_mask_frames"]
+    for name in ("as20k", "esc50"):
+        assert named_recipe(name, "tl-tr", dim=1280, width=512).epochs == paper["tl_tr_512"][name]["epochs"]
+    detail, as2m = paper["as2m_detail"], named_recipe("as2m", "tl-tr", dim=1280)
+    assert (as2m.epochs, as2m.epoch_share) == (detail["short_epochs"], detail["share_of_data_per_short_epoch"])
+    assert [as2m.average_from_epoch, as2m.epochs] == detail["weight_averaging_epochs"]
+    assert (as2m.lr_decay, as2m.lr_decay_from_epoch) == (detail["lr_decay"], detail["lr_decay_from_epoch"])
+    assert as2m.lr_decay_every == detail["lr_decay_every"] and as2m.class_balanced
+    for size, dim in (("large", 1280), ("medium", 1024), ("small", 768), ("base", 512), ("tiny", 384)):
+        assert named_recipe("as2m", "tl-tr", dim=dim).lr == detail["lr"][size]
+
+
+def test_the_data_choose_the_recipe():
+    assert default_recipe_name(single_label=True, clips=2000) == "esc50"
+    assert default_recipe_name(single_label=False, clips=20_000) == "as20k"
+    assert default_recipe_name(single_label=False, clips=2_000_000) == "as2m"
+
+
+def test_heads_that_see_only_the_mean_have_no_time_mask():
+    for name in ("last-mlp", "wa-mlp"):
+        assert named_recipe("esc50", name, dim=384).time_mask_frames == 0
+    assert named_recipe("esc50", "wa-tr", dim=384).time_mask_frames == 10
+
+
+def test_the_learning_rate_falls_after_the_last_full_epoch_and_every_few_later():
+    recipe = Recipe(lr=1.0, lr_decay=0.5, lr_decay_from_epoch=15, lr_decay_every=5)
+    rates = {epoch: recipe.learning_rate(epoch, step=0) for epoch in (1, 15, 16, 20, 21, 30)}
+    assert rates == {1: 1, 15: 1, 16: 0.5, 20: 0.5, 21: 0.25, 30: 0.125}
+
+
+def test_the_learning_rate_warms_up_over_steps():
+    recipe = Recipe(lr=1.0, warmup_steps=4)
+    assert [recipe.learning_rate(1, step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        *[("batch_size", 0), ("batch_size", 2.5), ("lr", 0), ("lr", float("nan")), ("lr", "fast"), ("epochs", 0)],
+        *[("epoch_share", 0), ("epoch_share", 1.5), ("betas", (0.9,)), ("betas", (0.9, 1.0)), ("betas", None)],
+        *[("weight_decay", -1), ("loss", "mse"), ("label_smoothing", 1.0), ("mixup_rate", 1.1), ("mixup_alpha", 0)],
+        *[("time_mask_frames", -1), ("lr_decay", 0), ("lr_decay_from_epoch", 0), ("lr_decay_every", 0)],
+        *[("warmup_steps", -1), ("average_from_epoch", 0), ("average_from_epoch", 31), ("class_balanced", "yes")],
+        *[("precision", "float64"), ("seed", -1)],
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(setting, value):
+    with pytest.raises(UsageError, match=f"recipe: {setting} is"):
+        Recipe(**{setting: value})
+
+
+def test_every_setting_has_a_rule():
+    from whisper_at_cli.heads.recipe import _RULES
+
+    assert list(_RULES) == [field.name for field in dataclasses.fields(Recipe)]
+
+
+def test_changes_replace_settings_and_unknown_ones_are_refused():
+    recipe = Recipe().with_changes(lr=1e-3, epochs=15)
+    assert (recipe.lr, recipe.epochs, recipe.batch_size) == (1e-3, 15, 48)
+    assert recipe.average_from_epoch == 8  # moved with the number of epochs
+    assert Recipe().with_changes(epochs=1).average_from_epoch == 1
+    assert Recipe().with_changes(epochs=15, average_from_epoch=None).average_from_epoch is None
+    with pytest.raises(UsageError, match="no setting 'learning_rate'; its settings are batch_size, lr"):
+        Recipe().with_changes(learning_rate=1)
+    with pytest.raises(UsageError, match="epochs is 'many'"):
+        Recipe().with_changes(epochs="many")
+
+
+def test_a_recipe_survives_json():
+    recipe = named_recipe("as2m", "wa-tr", dim=512)
+    assert Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
+
+
+def test_unknown_recipes_and_heads_are_refused():
+    with pytest.raises(UsageError, match="recipe 'esc10' is not known; choose from as20k, as2m, esc50"):
+        named_recipe("esc10", "wa-mlp", dim=384)
+    with pytest.raises(UsageError, match="head 'mlp' is not known"):
+        named_recipe("esc50", "mlp", dim=384)
