@@ -15,7 +15,10 @@ from whisper_at_cli.extract.progress import progress_on_stderr
 
 CACHE = click.argument("cache", type=click.Path(path_type=Path))
 DEVICE = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto takes the best."
+    "--device", default="auto", show_default=True, help="cuda, cuda:1, mps or cpu; auto takes the best."
+)
+DEVICES = click.option(
+    "--device", default="auto", show_default=True, help="As cuda, mps, cpu; or several: cuda:0,cuda:1."
 )
 SEED = click.option("--seed", default=0, show_default=True, help="For whatever is drawn at random.")
 FAILURES_SHOWN = 20
@@ -70,16 +73,16 @@ def command(name: str):
 @click.option("--clip-seconds", type=float, help="Cut or pad clips to this length.  [default: the dataset's; else 10]")
 @click.option("--dtype", default="float16", show_default=True, help="Storage type: float16, float32 or int8.")
 @click.option("--precision", default="float32", show_default=True, help="Arithmetic: float32, bfloat16 or float16.")
-@click.option("--batch-size", type=int, help="Clips encoded together.  [default: by device]")
+@click.option("--batch-size", default="auto", show_default=True, help="Clips encoded together; auto finds what fits.")
 @click.option("--workers", type=int, help="Threads that decode audio.  [default: one per core]")
 @click.option("--shard-mb", type=float, default=128, show_default=True, help="Size of a shard file of a new cache.")
 @click.option(
     "--shard", default="1/1", show_default=True, metavar="I/N", help="Do every N-th shard, the I-th of each N."
 )
 @click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
-@DEVICE
+@DEVICES
 @click.pass_context
-def extract_command(ctx, dataset, cache, as_json, shard, **options):
+def extract_command(ctx, dataset, cache, as_json, shard, device, batch_size, **options):
     """Run frozen Whisper over DATASET once; store every layer, pooled to 25 frames, in CACHE.
 
     DATASET is an ESC-50 layout (meta/esc50.csv beside audio/) or a folder per class. If CACHE exists, the same command
@@ -89,10 +92,15 @@ def extract_command(ctx, dataset, cache, as_json, shard, **options):
         whisper-at-cli extract ESC-50 esc50.zarr --model tiny.en
         whisper-at-cli extract my-sounds sounds.zarr --model large-v1 --clip-seconds 5 --precision bfloat16
     """
-    from whisper_at_cli.extract import extract
+    from whisper_at_cli.extract import extract, extract_on_devices
 
+    options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
+    devices = device.split(",")
     with progress_on_stderr("extract", "clips", quiet=ctx.obj["quiet"]) as progress:
-        report = extract(dataset, cache, shard=_slot(shard), progress=progress, **options)
+        if len(devices) > 1:
+            report = extract_on_devices(dataset, cache, devices=devices, progress=progress, **options)
+        else:
+            report = extract(dataset, cache, device=device, progress=progress, **options)
     for failure in report.failures[:FAILURES_SHOWN]:
         click.echo(f"failed: {_printable(failure.path)}: {failure.error}", err=True)
     if report.failed > FAILURES_SHOWN:
@@ -316,6 +324,14 @@ def _slot(text: str) -> tuple[int, int]:
     if not (slash and index.isdecimal() and of.isdecimal()):
         raise UsageError(f"--shard {text} is not of the form I/N, such as 2/8")
     return int(index), int(of)
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"--batch-size {text} is neither a number nor 'auto'")
+    return int(text)
 
 
 def _layer_numbers(layers: tuple[str, ...]):

@@ -3,8 +3,8 @@
     python benchmarks/cache.py
     python benchmarks/cache.py --clips 2048 --folder /data/scratch
 
-Data of (clips, layers, 25, channels) float16, by default (256, 32, 25, 1280), page cache warm. Each thing is measured in
-turn, several rounds, and each one's best round counts: other work on a shared machine only ever slows a round down.
+Data of (clips, layers, 25, channels) float16, by default (256, 32, 25, 1280), page cache warm. Each thing is measured
+in turn, several rounds, and each one's best round counts: other work on a shared machine only ever slows a round down.
 
 random batches   48 clips drawn at random, all layers
 contiguous       48 clips side by side, all layers

@@ -30,14 +30,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from machine import cores, machine
+from machine import machine
 
 from whisper_at_cli import __version__
-from whisper_at_cli.extract.backbones import WHISPER_SIZES, WhisperBackbone, choose_device
+from whisper_at_cli.extract.backbones import WHISPER_SIZES, WhisperBackbone
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.datasets.base import Clip
+from whisper_at_cli.extract.devices import choose_device, cores, fitting_batch_size
 from whisper_at_cli.extract.encoder import PRECISIONS, PackedLinear, clip_samples
-from whisper_at_cli.extract.pipeline import CPU_BATCH_SIZE, GPU_BATCH_SIZE, extract, one_thread_per_operation
+from whisper_at_cli.extract.pipeline import extract, one_thread_per_operation
 from whisper_at_cli.extract.weights import WhisperWeights, read_weights
 from whisper_at_cli.heads.count import encoder_cost
 
@@ -207,7 +208,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     seconds = options.clip_seconds or dataset.clip_seconds
     samples, dtype = clip_samples(seconds), PRECISIONS[options.precision]
     backbone = WhisperBackbone.from_weights(weights, device=device, precision=options.precision)
-    batch_size = options.batch_size or (CPU_BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE)
+    batch_size = options.batch_size or fitting_batch_size(backbone, samples)
     ffmpeg = ffmpeg_in_path(folder)
     baseline = Baseline(weights, device, samples)
     routines = ["torch.mm"] + (["onednn"] if device.type == "cpu" and PackedLinear.works_for(dtype) else [])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
+
+from whisper_at_cli.extract.devices import cores
 
 
 def machine(gpu: str | None = None) -> dict:
@@ -17,7 +18,3 @@ def machine(gpu: str | None = None) -> dict:
         ]
         found["processor"] = names[0] if names else found["processor"]
     return found | ({"gpu": gpu} if gpu else {})
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

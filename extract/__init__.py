@@ -5,6 +5,7 @@ from whisper_at_cli.extract.lazy import lazy_names
 _NAMES = {
     "FeatureCache": "cache",
     "extract": "pipeline",
+    "extract_on_devices": "parallel",
     "load_backbone": "backbones",
     "load_whisper": "backbones",
 }

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.encoder import PRECISIONS, WhisperEncoder, encoder_from_state
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.mel import SAMPLE_RATE, log_mel
@@ -78,21 +79,6 @@ class WhisperBackbone:
     def encode(self, waveforms: Tensor) -> Tensor:
         waveforms = waveforms.to(self.device, torch.float32, non_blocking=True)
         return self.encoder(log_mel(waveforms, self.encoder.mels))
-
-
-def choose_device(device: str = "auto") -> torch.device:
-    """The torch device for a name; `auto` is CUDA, then MPS, then CPU. Raises UsageError where it is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"device {device!r} cannot be used here ({reason}); leave out --device or choose cpu"
-        ) from error
-    return chosen
 
 
 def load_backbone(model: str | Path, *, device: str = "auto", precision: str = "float32") -> WhisperBackbone:

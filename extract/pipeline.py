@@ -8,7 +8,6 @@ an uninterrupted one and stores the same bytes; batches whose audio is ready go 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections import deque
@@ -27,14 +26,12 @@ from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheS
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
+from whisper_at_cli.extract.devices import cores, fitting_batch_size, streams
 from whisper_at_cli.extract.encoder import clip_samples
 from whisper_at_cli.extract.errors import AudioError, UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.extract.storage import Stored, encode_to_host
 
-CPU_BATCH_SIZE = 4
-GPU_BATCH_SIZE = 128
-GPU_STREAMS = 2  # one batch is computed while another is copied
 BATCHES_AHEAD = 3  # decoded or being decoded, beyond one for each stream
 SHARDS_BEHIND = 2  # encoded and not yet on disk
 
@@ -114,9 +111,9 @@ def extract(
         clip_seconds=seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
         class_names=dataset.class_names,
     )  # fmt: skip
-    size = batch_size or (GPU_BATCH_SIZE if backbone.device.type == "cuda" else CPU_BATCH_SIZE)
-    if size < 1:
-        raise UsageError(f"a batch holds at least one clip; {size} was asked for")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"a batch holds at least one clip; {batch_size} was asked for")
+    size = batch_size or fitting_batch_size(backbone, samples)
     with CacheWriter.create(
         Path(cache),
         spec,
@@ -128,7 +125,7 @@ def extract(
         if batch_size is None:  # the batch size that began the cache, so that the same clips share a batch
             size = writer.cache.attributes["made"].get("batch_size", size)
         redo = _clips_to_redo(writer) if repair else writer.cache.status == Status.PENDING
-        run = _Run(dataset, backbone, writer, redo, samples, size, workers or _cores(), progress)
+        run = _Run(dataset, backbone, writer, redo, samples, size, workers or cores(), progress)
         written = run.all_shards()
         return _report(writer, dataset, written, time.perf_counter() - started)
 
@@ -165,7 +162,7 @@ class _Run:
     ):  # fmt: skip
         self.dataset, self.backbone, self.writer = dataset, backbone, writer
         self.samples, self.batch_size, self.progress = samples, batch_size, progress
-        self.streams = _cores() if backbone.device.type == "cpu" else GPU_STREAMS
+        self.streams = streams(backbone.device)
         self.decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.encoders = ThreadPoolExecutor(self.streams, thread_name_prefix="encode", initializer=_prepare_thread)
         self.disk = ThreadPoolExecutor(1, thread_name_prefix="write")
@@ -296,10 +293,6 @@ def one_thread_per_operation(on: bool):
 def _prepare_thread() -> None:
     """OpenMP counts threads by the thread that asks: a new one does not know what was set elsewhere."""
     torch.set_num_threads(torch.get_num_threads())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _take_ready(window: deque[_Batch]) -> _Batch:

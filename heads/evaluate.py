@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from whisper_at_cli.extract.backbones import choose_device
 from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.checkpoint import HeadDescription, load_head
 from whisper_at_cli.heads.data import Clips, load_clips

@@ -47,7 +47,7 @@ class Recipe:
                 raise UsageError(f"recipe: {name} is {getattr(self, name)!r} and must be {rule}")
         first = self.average_from_epoch
         if first is not None and first > self.epochs:
-            raise UsageError(f"recipe: average_from_epoch is {first} and must be None or at most {self.epochs}, the epochs")
+            raise UsageError(f"recipe: average_from_epoch is {first} and must be None or at most {self.epochs}")
 
     def with_changes(self, **changes) -> Recipe:
         """A copy with some settings replaced. Raises UsageError for a name that is no setting.

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from whisper_at_cli.extract.backbones import choose_device
 from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.folds import Fold, evaluation_folds
 from whisper_at_cli.extract.progress import Progress

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from whisper_at_cli.extract.backbones import choose_device
 from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.extract.folds import Fold, evaluation_folds
 from whisper_at_cli.extract.progress import Progress
@@ -105,7 +105,7 @@ def _layer_numbers(cache: FeatureCache, layers: str | Sequence[int]) -> list[int
 
 
 def _choose_device(device: str) -> torch.device:
-    """`auto` is CUDA or the CPU: on MPS the solver's small steps wait for each other longer than a CPU takes for them."""
+    """`auto` is CUDA or the CPU. MPS has to be asked for by name: the solver has not been tried there."""
     if device == "auto" and not torch.cuda.is_available():
         device = "cpu"
     return choose_device(device)

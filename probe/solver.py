@@ -47,6 +47,11 @@ class Solution:
         standard_GND = (x_GND - self.mean_GFD[:, fold, None]) / self.std_GFD[:, fold, None]
         return standard_GND.to(x_GND.dtype) @ self.weight_GDFC[:, :, fold] + self.bias_GFC[:, fold, None]
 
+    def for_unstandardised(self, fold: int) -> tuple[Tensor, Tensor]:
+        """Of the first layer, float64: weights (D, C) and bias (C,) that take channels as they are."""
+        weight_DC = self.weight_GDFC[0, :, fold] / self.std_GFD[0, fold, :, None]
+        return weight_DC, self.bias_GFC[0, fold] - self.mean_GFD[0, fold] @ weight_DC
+
 
 def solve(
     x_GND: Tensor,
@@ -159,7 +164,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Features:
-    """Features of G layers, standardised for each fold without a copy: as a linear map of weights, and its transpose."""
+    """Features of G layers, standardised for each fold without a copy: a linear map of weights, and its transpose."""
 
     def __init__(self, x_GND: Tensor, train_NF: Tensor, device: str | torch.device):
         self.mean_GFD, self.std_GFD = statistics(x_GND, train_NF)

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from conftest import RandomBackbone, array_bytes, noise, write_wav
-from whisper_at_cli.extract import FeatureCache, extract, pipeline
+from whisper_at_cli.extract import FeatureCache, extract, extract_on_devices, pipeline
 from whisper_at_cli.extract.audio import load_clip
 from whisper_at_cli.extract.cache import Status
 from whisper_at_cli.extract.cache.verify import verify
-from whisper_at_cli.extract.errors import CacheError, UsageError
+from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
+from whisper_at_cli.extract.parallel import slots_of
 
 SHARD_MB = 5 * 3 * 25 * 64 * 2 / 1e6  # five clips of the random backbone in float16
 
@@ -221,3 +222,51 @@ def test_repair_brings_back_shards_that_are_gone_and_clips_that_were_mended(nois
     caches = FeatureCache.open(path), FeatureCache.open(tmp_path / "whole.zarr")
     np.testing.assert_allclose(*(cache.features(range(12)) for cache in caches), rtol=2e-3, atol=1e-4)
     assert not FeatureCache.open(path).errors.any()
+
+
+class SmallDevice:
+    """A backbone on a device that holds only so many clips at a time."""
+
+    def __init__(self, backbone, room: int):
+        self.backbone, self.room = backbone, room
+
+    def __getattr__(self, name):
+        return getattr(self.backbone, name)
+
+    def encode(self, waveforms):
+        if len(waveforms) > self.room:
+            import torch
+
+            raise torch.OutOfMemoryError("out of memory")
+        return self.backbone.encode(waveforms)
+
+
+def test_a_batch_that_does_not_fit_is_halved_once(noise_folder, tmp_path, random_backbone):
+    extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, batch_size=4)
+    extract(noise_folder, tmp_path / "b.zarr", model=SmallDevice(random_backbone, 2), batch_size=4)
+    found, expected = (FeatureCache.open(tmp_path / name).features(range(12)) for name in ("b.zarr", "a.zarr"))
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4)
+    with pytest.raises(WhisperATError, match="give --batch-size 1 or free some memory"):
+        extract(noise_folder, tmp_path / "c.zarr", model=SmallDevice(random_backbone, 1), batch_size=4)
+
+
+def test_two_devices_fill_one_cache_with_the_same_bytes(noise_folder, tmp_path, tiny_en):
+    options = dict(model=tiny_en, clip_seconds=0.5, shard_mb=0.2, batch_size=2)
+    extract(noise_folder, tmp_path / "one.zarr", device="cpu", **options)
+    seen = []
+    report = extract_on_devices(
+        noise_folder, tmp_path / "two.zarr", devices=["cpu", "cpu"],
+        progress=lambda done, total, message="": seen.append((done, total)), **options,
+    )  # fmt: skip
+    assert (report.clips, report.written, report.failed) == (12, 12, 0) and seen[-1] == (12, 12)
+    assert array_bytes(tmp_path / "two.zarr") == array_bytes(tmp_path / "one.zarr")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no audio files"):
+        extract_on_devices(tmp_path / "empty", tmp_path / "three.zarr", devices=["cpu", "cpu"], **options)
+
+
+def test_slots_of_several_devices_cover_each_shard_once():
+    for shard in ((1, 1), (2, 3)):
+        slots = slots_of(shard, 4)
+        taken = [[number for number in range(60) if number % of == index - 1] for index, of in slots]
+        assert sorted(sum(taken, [])) == [number for number in range(60) if number % shard[1] == shard[0] - 1]
