@@ -230,9 +230,8 @@ def train_head_command(ctx, cache, head, dim, recipe, lr, epochs, out, seed, dev
     changes = {name: value for name, value in (("lr", lr), ("epochs", epochs)) if value is not None}
     with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"]) as progress:
         result = train_head(
-            opened, head=head, width=dim, recipe=recipe, changes=changes, out=out, seed=seed, device=device,
-            progress=progress,
-        )  # fmt: skip
+            opened, head=head, width=dim, recipe=recipe, out=out, device=device, progress=progress, seed=seed, changes=changes
+        )
     _warn(result.warnings)
     if as_json:
         _print_json(result)

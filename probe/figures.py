@@ -32,7 +32,7 @@ def draw_layer_accuracy(curves: Sequence[tuple[str, object]], path: str | Path) 
     metrics = {curve["metric"] for curve in drawn}
     if len(metrics) != 1:
         raise UsageError(f"curves of {' and '.join(sorted(metrics)) or 'nothing'} cannot share an axis")
-    numbers = {"figure": "layer accuracy", "metric": metrics.pop(), "curves": drawn}
+    numbers = {"figure": "layer accuracy", "metric": metrics.pop(), "band": "1 std over folds", "curves": drawn}
 
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, lambda unfinished: _draw(numbers, unfinished))
@@ -67,7 +67,7 @@ def _draw(numbers: dict, path: Path) -> None:
     last = max((layer for curve in numbers["curves"] for layer in curve["layers"]), default=1)
     axes.set_xlim(1 - 0.03 * last, last + 0.03 * last)
     axes.set_xticks(_layer_ticks(last))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
     axes.set_xlabel("Encoder layer", fontsize=8)
     axes.set_ylabel(AXIS_NAMES[numbers["metric"]], fontsize=8)
     axes.tick_params(labelsize=7, length=3)
@@ -80,8 +80,10 @@ def _draw(numbers: dict, path: Path) -> None:
 
 def _draw_curve(axes, curve: dict, colour: str, marker: str) -> None:
     layers, value = curve["layers"], [100 * v for v in curve["value"]]
-    low = [100 * (v - s) for v, s in zip(curve["value"], curve["std"], strict=True)]
-    high = [100 * (v + s) for v, s in zip(curve["value"], curve["std"], strict=True)]
+    std = [100 * s for s in curve["std"]]
+    if len(layers) == 1:  # too narrow for a band
+        axes.errorbar(layers, value, std, color=colour, linewidth=1.2, capsize=3)
+    low, high = ([v + sign * s for v, s in zip(value, std, strict=True)] for sign in (-1, 1))
     axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.plot(layers, value, color=colour, marker=marker, markersize=3, linewidth=1.2, label=curve["name"])
 

@@ -1,5 +1,8 @@
 """Heads compute what their equations say, one clip at a time or in a batch."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from whisper.model import ResidualAttentionBlock
@@ -116,6 +119,13 @@ KINDS = ("weight", "bias")
 def test_a_head_that_cannot_be_is_refused(options, message):
     with pytest.raises(UsageError, match=message):
         build_head(**({"layers": L, "dim": D, "classes": C} | options))
+
+
+def test_the_package_offers_its_names_without_importing_torch():
+    code = (
+        "import sys, whisper_at_cli.heads as heads; assert 'train_head' in dir(heads); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_every_form_says_what_it_reads():

@@ -1,0 +1,63 @@
+"""Scores of held-out predictions against scikit-learn's, and what is said of classes that have no score."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, f1_score
+
+from whisper_at_cli.probe.scores import HeldOut
+
+NAMES = ("a", "b", "c", "d")
+TESTS = {1: np.arange(0, 30), 4: np.arange(30, 80)}
+
+
+@pytest.fixture
+def logits():
+    return np.random.default_rng(0).normal(size=(100, 4))
+
+
+def test_accuracy_is_the_mean_over_folds_and_f1_pools_them(logits):
+    y = np.random.default_rng(1).integers(0, 4, 100)
+    score = HeldOut(NAMES, np.eye(4)[y], TESTS).accuracy(3, logits)
+    right, predicted = logits.argmax(1) == y, logits.argmax(1)
+    assert score.folds == [
+        {"fold": 1, "accuracy": right[:30].mean(), "clips": 30},
+        {"fold": 4, "accuracy": right[30:80].mean(), "clips": 50},
+    ]
+    assert score.accuracy == pytest.approx((right[:30].mean() + right[30:80].mean()) / 2)
+    assert score.accuracy_std == pytest.approx(abs(right[:30].mean() - right[30:80].mean()) / 2)
+    assert list(score.class_f1.values()) == pytest.approx(f1_score(y[:80], predicted[:80], average=None).tolist())
+    assert score.macro_f1 == pytest.approx(f1_score(y[:80], predicted[:80], average="macro"))
+
+
+def test_a_class_without_tested_clips_has_no_f1_and_is_left_out_of_the_mean(logits):
+    y = np.random.default_rng(1).integers(0, 3, 100)
+    score = HeldOut(NAMES, np.eye(4)[y], TESTS).accuracy(1, logits)
+    assert score.class_f1["d"] is None
+    assert score.macro_f1 == pytest.approx(np.mean([score.class_f1[name] for name in "abc"]))
+
+
+def test_a_class_that_is_never_predicted_has_an_f1_of_zero():
+    y = np.arange(100) % 4
+    score = HeldOut(NAMES, np.eye(4)[y], TESTS).accuracy(1, np.eye(4)[np.where(y == 2, 1, y)])
+    assert score.class_f1["c"] == 0 and score.class_f1["a"] == 1
+
+
+def test_map_is_the_mean_over_classes_with_positives_and_the_others_are_counted(logits):
+    labels = np.random.default_rng(2).integers(0, 2, (100, 4))
+    labels[:, 3] = 0
+    labels[:30, 2] = 0
+    score = HeldOut(NAMES, labels, TESTS).precision(2, logits)
+    first, second = (
+        np.mean([average_precision_score(labels[clips, c], logits[clips, c]) for c in classes])
+        for clips, classes in ((TESTS[1], (0, 1)), (TESTS[4], (0, 1, 2)))
+    )
+    assert score.mAP == pytest.approx((first + second) / 2)
+    assert [fold["mAP"] for fold in score.folds] == pytest.approx([first, second])
+    assert [fold["classes_without_positives"] for fold in score.folds] == [2, 1]
+    assert score.classes_without_positives == 1 and score.class_ap["d"] is None
+    assert score.class_ap["a"] == pytest.approx(average_precision_score(labels[:80, 0], logits[:80, 0]))
+
+
+def test_without_any_positives_map_is_undefined_and_not_zero(logits):
+    score = HeldOut(NAMES, np.zeros((100, 4)), TESTS).precision(2, logits)
+    assert score.mAP is None and score.mAP_std is None
