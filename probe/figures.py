@@ -97,7 +97,7 @@ def _layer_ticks(last: int) -> list[int]:
 
 
 def _undated(path: Path) -> dict:
-    """Metadata that leave the date out: the same numbers give the same bytes."""
+    """Metadata that leave the date out, so that drawing the same numbers again does not change a PNG or PDF."""
     return {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix.lower(), {})
 
 

@@ -1,14 +1,16 @@
 """Linear probes: how well does each layer of a cache tell the classes apart?
 
 The time mean of one layer, standardised on the training clips, goes into a multinomial logistic regression (one label a
-clip) or into one binary regression per class (any number of labels). Layers are independent, so on a CPU they are
-solved side by side, each in one thread, which is faster than sharing every small matrix product between threads and
-does not stall on a machine that is busy. On an accelerator many layers are solved as one batch.
+clip) or into one binary regression per class (any number of labels). On an accelerator as many layers as fit are solved
+as one batch. On a CPU layers are solved side by side, each in one thread: on two idle cores that takes as long as one
+batch whose products are shared between threads (0.19 s for ESC-10 and tiny.en), but such threads wait for each other,
+which took 55 s when other programs kept the cores busy, against 0.6 s.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -92,7 +94,7 @@ def _layer_numbers(cache: FeatureCache, layers: str | Sequence[int]) -> list[int
         if layers != "all":
             raise UsageError(f"layers are numbers from 1 or 'all'; {layers!r} was asked for")
         return list(range(1, cache.spec.layers + 1))
-    numbers = sorted(set(layers))
+    numbers = sorted({operator.index(layer) for layer in layers})
     if not numbers:
         raise UsageError("no layer was asked for; give numbers from 1 or 'all'")
     for layer in numbers:

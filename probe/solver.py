@@ -8,8 +8,9 @@ A layer's features are stored once and shared by its folds: a fold is a weight o
 standardisation is moved from the features to the weights. The method is nonlinear conjugate gradients (Polak-Ribiere)
 with a step length of its own for each problem. Logits are linear in the step, so steps are tried without touching the
 features, and an iteration costs two matrix products. After a few iterations the curvature shows which clips still
-matter, and its inverse, one matrix per layer, preconditions the rest. benchmarks/ has the comparison with L-BFGS, which
-needs as many iterations as conjugate gradients without the preconditioner, and a history besides.
+matter, and its inverse, one matrix per layer, preconditions the rest. To come within 1e-4 of the optimum on ESC-10
+(layers 1 and 4 of tiny.en) this takes 48 and 46 iterations, without the preconditioner 98 and 122, and L-BFGS with an
+exact step and a memory of ten 96 and 98, each with ten times the vectors to keep and combine.
 
 Shapes: G layers solved together, N clips, D channels (a last one, always 1, carries the bias), F folds, C classes.
 """
@@ -68,42 +69,30 @@ def solve(
 
     x, y (0/1) and train (bool: does the clip train in this fold?) are on the CPU. A problem has converged when half
     its squared gradient is at most `tolerance` times its objective: the penalty curves the objective by 1 in every
-    direction but the bias, so it then lies about that share above its minimum, or less.
+    direction but the bias, so it then lies at most about that share above its minimum. (With a strength of 1e-4, where
+    the bias has hardly any curvature, 60 times that share has been seen.) A NaN never converges.
     """
-    features = Features(x_GND, train_NF, device)
-    y_NC, train_NF = (t.to(device=device, dtype=x_GND.dtype) for t in (y_NC, train_NF))
-    loss = LOSSES[loss](y_NC, train_NF, strength)
-    penalty = torch.full_like(features.x[0, 0, :, None, None], loss.penalty)
-    penalty[-1] = 0
-
-    w = features.x.new_zeros(len(x_GND), len(penalty), *loss.offset.shape[2:])
-    z = features.logits(w)
-    p = loss.probability(z)
-    iterations = torch.zeros_like(w[:, :1, :, :1], dtype=torch.long)
+    batch = Batch(Features(x_GND, train_NF, device), LOSSES[loss], y_NC, train_NF, strength)
+    iterations = torch.zeros_like(batch.w[:, :1, :, :1], dtype=torch.long)
     inverse, previous = None, None
     for iteration in range(max_iterations + 1):
-        gradient = features.transposed(loss.residual(p)) + penalty * w
-        objective = loss.total(z) + dot(penalty * w, w) / 2
-        active = dot(gradient, gradient) / 2 > tolerance * objective
-        if iteration == max_iterations or not active.any():
+        gradient, objective = batch.gradient(), batch.objective()
+        converged = dot(gradient, gradient) / 2 <= tolerance * objective
+        if iteration == max_iterations or converged.all():
             break
-        if iteration == PRECONDITION_AT and len(penalty) <= PRECONDITION_MAX_DIM:
-            inverse, previous = inverse_curvature(features, loss, p, penalty), None
+        if iteration == PRECONDITION_AT:
+            inverse, previous = batch.inverse_curvature(), None
         direction, previous = conjugate(gradient, inverse, previous)
-        direction = torch.where(active, direction, 0)
-        step, z, p = line_search(features.logits(direction), z, p, w, direction, gradient, loss, penalty, active)
-        w += step * direction
-        iterations += active
-
-    w, objective, iterations, active = (t.cpu() for t in (w, objective, iterations, active))
+        batch.move(torch.where(converged, 0, direction), gradient, ~converged)
+        iterations += ~converged
     return Solution(
-        weight_GDFC=w[:, :-1],
-        bias_GFC=w[:, -1] + loss.offset.cpu()[:, 0],
-        mean_GFD=features.mean_GFD,
-        std_GFD=features.std_GFD,
-        objective_GF=objective[:, 0, :, 0],
-        iterations_GF=iterations[:, 0, :, 0],
-        converged_GF=~active[:, 0, :, 0],
+        weight_GDFC=batch.w[:, :-1].cpu(),
+        bias_GFC=(batch.w[:, -1] + batch.loss.offset[:, 0]).cpu(),
+        mean_GFD=batch.features.mean_GFD,
+        std_GFD=batch.features.std_GFD,
+        objective_GF=objective[:, 0, :, 0].cpu(),
+        iterations_GF=iterations[:, 0, :, 0].cpu(),
+        converged_GF=converged[:, 0, :, 0].cpu(),
     )
 
 
@@ -123,39 +112,62 @@ def conjugate(gradient: Tensor, inverse: Tensor | None, previous: tuple | None) 
     return direction, (direction, gradient, decrease)
 
 
-def line_search(dz, z, p, w, direction, gradient, loss, penalty, active) -> tuple[Tensor, Tensor, Tensor]:
-    """Step length per problem, with the logits and probabilities there: where the slope has all but vanished.
+class Batch:
+    """Where the descent is: weights w (G, D, F, C), their logits z (G, N, F, C) and probabilities p."""
 
-    Newton steps, bisected every second time and wherever they leave the bracket; the first is nearly always enough.
-    Slopes keep their digits near the optimum, where differences of the objective are lost in rounding.
-    """
-    slope = dot(direction, gradient)
-    pull, bend = dot(penalty * w, direction), dot(penalty * direction, direction)
-    step = torch.where(active, -slope / (loss.curvature(p, dz) + bend), 0)
-    low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
-    for trial in range(STEP_TRIALS):
-        z_there = z + step * dz
-        p_there = loss.probability(z_there)
-        slope_there = dot(loss.residual(p_there), dz) + pull + step * bend
-        searching = active & (slope_there.abs() > SLOPE_LEFT * slope.abs())
-        if not searching.any():
-            break
-        low, high = torch.where(slope_there < 0, step, low), torch.where(slope_there < 0, high, step)
-        newton = step - slope_there / (loss.curvature(p_there, dz) + bend)
-        trusted = (low < newton) & (newton < high) & (high.isinf() | (trial % 2 == 0))
-        middle = torch.where(high.isinf(), 2 * step, (low + high) / 2)
-        step = torch.where(searching, torch.where(trusted, newton, middle), step)
-    return step, z_there, p_there
+    def __init__(self, features: Features, loss: type, y_NC: Tensor, train_NF: Tensor, strength: float):
+        self.features = features
+        self.loss = loss(y_NC.to(features.x), train_NF.to(features.x), strength)
+        G, _, D = features.x.shape
+        self.penalty = features.x.new_full((D, 1, 1), self.loss.penalty)
+        self.penalty[-1] = 0
+        self.w = features.x.new_zeros(G, D, train_NF.shape[1], y_NC.shape[1])
+        self.z = features.logits(self.w)
+        self.p = self.loss.probability(self.z)
 
+    def objective(self) -> Tensor:
+        return self.loss.total(self.z) + dot(self.penalty * self.w, self.w) / 2
 
-def inverse_curvature(features: Features, loss: Softmax | Sigmoid, p: Tensor, penalty: Tensor) -> Tensor:
-    """(G, D, D) inverse of the second derivative, averaged over folds and classes."""
-    clips = loss.clips.expand_as(p)
-    per_clip = (clips * p * (1 - p)).sum((2, 3)) / (clips > 0).sum((2, 3)).clamp(min=1)
-    curvature = torch.bmm(features.x.mT * per_clip[:, None], features.x)
-    curvature.diagonal(dim1=1, dim2=2).add_(penalty[:, 0, 0])
-    curvature[:, -1, -1] *= 1.001  # the bias has no penalty to keep the matrix positive definite in rounding
-    return torch.cholesky_inverse(torch.linalg.cholesky(curvature))
+    def gradient(self) -> Tensor:
+        return self.features.transposed(self.loss.residual(self.p)) + self.penalty * self.w
+
+    def move(self, direction: Tensor, gradient: Tensor, active: Tensor) -> None:
+        """Go each active problem's own way along its direction: to where the slope has all but vanished.
+
+        Newton steps, bisected every second time and wherever they leave the bracket; the first is nearly always
+        enough. Slopes keep their digits near the optimum, where differences of the objective are lost in rounding.
+        """
+        dz = self.features.logits(direction)
+        slope = dot(direction, gradient)
+        pull, bend = dot(self.penalty * self.w, direction), dot(self.penalty * direction, direction)
+        step = torch.where(active, -slope / (self.loss.curvature(self.p, dz) + bend), 0)
+        low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
+        start = self.z
+        for trial in range(1, STEP_TRIALS + 1):
+            self.z = start + step * dz
+            self.p = self.loss.probability(self.z)
+            slope_here = dot(self.loss.residual(self.p), dz) + pull + step * bend
+            searching = active & (slope_here.abs() > SLOPE_LEFT * slope.abs())
+            if trial == STEP_TRIALS or not searching.any():
+                break
+            low, high = torch.where(slope_here < 0, step, low), torch.where(slope_here < 0, high, step)
+            newton = step - slope_here / (self.loss.curvature(self.p, dz) + bend)
+            trusted = (low < newton) & (newton < high) & (high.isinf() | (trial % 2 == 1))
+            middle = torch.where(high.isinf(), 2 * step, (low + high) / 2)
+            step = torch.where(searching, torch.where(trusted, newton, middle), step)
+        self.w = self.w + step * direction
+
+    def inverse_curvature(self) -> Tensor | None:
+        """(G, D, D) inverse of the second derivative averaged over folds and classes; None where it is out of reach."""
+        if len(self.penalty) > PRECONDITION_MAX_DIM:
+            return None
+        x, clips = self.features.x, self.loss.clips.expand_as(self.p)
+        per_clip = (clips * self.p * (1 - self.p)).sum((2, 3)) / (clips > 0).sum((2, 3)).clamp(min=1)
+        curvature = torch.bmm(x.mT * per_clip[:, None], x)
+        curvature.diagonal(dim1=1, dim2=2).add_(self.penalty[:, 0, 0])
+        curvature[:, -1, -1] *= 1.001  # the bias has no penalty to keep the matrix positive definite in rounding
+        factor, failed = torch.linalg.cholesky_ex(curvature)
+        return None if failed.any() else torch.cholesky_inverse(factor)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -187,9 +199,8 @@ class Features:
 
 def statistics(x_GND: Tensor, train_NF: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation (G, F, D) in float64; a channel that varies less than its type resolves has deviation 1."""
-    folds = [x_GND[:, rows].double() for rows in train_NF.T]
-    mean = torch.stack([x.mean(1) for x in folds], dim=1)
-    std = torch.stack([x.std(1, correction=0) for x in folds], dim=1)
+    folds = [torch.std_mean(x_GND[:, rows].double(), dim=1, correction=0) for rows in train_NF.T]
+    std, mean = (torch.stack(moment, dim=1) for moment in zip(*folds, strict=True))
     return mean, torch.where(std <= torch.finfo(x_GND.dtype).eps * mean.abs(), 1.0, std)
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -33,17 +34,17 @@ def test_the_picture_is_what_its_suffix_says_and_its_numbers_lie_beside_it(tmp_p
 
 
 def test_a_result_read_from_json_draws_the_same_curve(tmp_path):
-    from dataclasses import asdict
-
     read = json.loads(json.dumps(asdict(RESULT)))
     numbers = draw_layer_accuracy([("tiny.en", RESULT), ("tiny.en", read)], tmp_path / "a.png")
     assert numbers["curves"][0] == numbers["curves"][1]
 
 
-def test_the_same_numbers_give_the_same_bytes(tmp_path):
-    for name in ("a.pdf", "b.pdf"):
-        draw_layer_accuracy([("tiny.en", RESULT)], tmp_path / name)
-    assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
+@pytest.mark.parametrize("suffix", [".png", ".pdf"])
+def test_the_same_numbers_give_the_same_bytes(tmp_path, suffix):
+    first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    for path in (first, second):
+        draw_layer_accuracy([("tiny.en", RESULT)], path)
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("last, ticks", [(1, [1]), (4, [1, 2, 3, 4]), (12, [1, 2, 4, 6, 8, 10, 12])])

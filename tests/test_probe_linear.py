@@ -1,18 +1,18 @@
 """Probing a cache: planted answers, official folds, nothing leaks, and the same result however the work is divided."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from planted import planted_cache
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from planted import planted_cache
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.probe import linear, probe_layers
@@ -64,12 +64,14 @@ def test_accuracy_is_that_of_scikit_learn_fold_by_fold(tmp_path, strength):
     weak = features_with_label_in(2, Y, strength=0.5)
     cache = planted_cache(tmp_path / "weak.zarr", weak, Y, fold=FOLD)
     for layer in probe_layers(cache, strength=strength).layers:
-        X = cache.mean(layer=layer.layer)
+        X, expected = cache.mean(layer=layer.layer), []
         for fold in layer.folds:
             test = fold["fold"] == FOLD
             model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-8, max_iter=5000))
-            assert fold["accuracy"] == pytest.approx(model.fit(X[~test], Y[~test]).score(X[test], Y[test]), abs=0.051)
+            expected.append(model.fit(X[~test], Y[~test]).score(X[test], Y[test]))
             assert fold["clips"] == 20
+        assert [fold["accuracy"] for fold in layer.folds] == pytest.approx(expected, abs=0.051)  # a clip may tip over
+        assert layer.accuracy == pytest.approx(np.mean(expected), abs=0.01)
 
 
 def test_a_label_that_only_the_tested_clips_carry_is_not_learnt(tmp_path):
@@ -157,7 +159,7 @@ def test_clips_with_several_labels_are_scored_with_average_precision(tmp_path):
     cache = planted_cache(tmp_path / "a.zarr", features, labels, fold=FOLD)
     result = probe_layers(cache)
     assert result.metric == "mAP" and result.best_layer == 2
-    assert result.layers[1].mAP > 0.9 and result.layers[0].mAP < 0.75
+    assert result.layers[1].mAP > 0.85 and result.layers[0].mAP < 0.7
 
     X, expected = cache.mean(layer=2), []
     for fold in range(1, 6):
@@ -184,7 +186,7 @@ def test_progress_is_told_of_every_layer(planted):
 
 def test_a_problem_without_convergence_is_said(planted, monkeypatch):
     solve = linear.solve
-    monkeypatch.setattr(linear, "solve", lambda *a, **k: replace(s := solve(*a, **k), converged_GF=s.converged_GF & False))
+    monkeypatch.setattr(linear, "solve", lambda *args, **settings: solve(*args, **settings, max_iterations=2))
     (warning,) = probe_layers(planted, layers=[2]).warnings
     assert "layer 2 fold 1, layer 2 fold 2" in warning and "lower the strength" in warning
 
