@@ -79,6 +79,7 @@ def command(name: str):
 @click.option(
     "--shard", default="1/1", show_default=True, metavar="I/N", help="Do every N-th shard, the I-th of each N."
 )
+@click.option("--compile", is_flag=True, help="Compile the encoder first; pays on a GPU when a run takes long.")
 @click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
 @DEVICES
 @click.pass_context
@@ -230,8 +231,9 @@ def train_head_command(ctx, cache, head, dim, recipe, lr, epochs, out, seed, dev
     changes = {name: value for name, value in (("lr", lr), ("epochs", epochs)) if value is not None}
     with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"]) as progress:
         result = train_head(
-            opened, head=head, width=dim, recipe=recipe, out=out, device=device, progress=progress, seed=seed, changes=changes
-        )
+            opened, head=head, width=dim, recipe=recipe, changes=changes, out=out, device=device, seed=seed,
+            progress=progress,
+        )  # fmt: skip
     _warn(result.warnings)
     if as_json:
         _print_json(result)
@@ -390,18 +392,25 @@ def _print_table(rows, header: tuple[str, ...]) -> None:
 
 
 def _print_probe(result) -> None:
-    rows = [
-        (row.layer, f"{row.accuracy:.4f}", f"{row.accuracy_std:.4f}", f"{row.macro_f1:.4f}") for row in result.layers
-    ]
-    _print_table(rows, ("layer", "accuracy", "std over folds", "macro F1"))
+    if result.metric == "accuracy":
+        header = ("layer", "accuracy", "std over folds", "macro F1")
+        rows = [(row.layer, row.accuracy, row.accuracy_std, row.macro_f1) for row in result.layers]
+    else:
+        header = ("layer", "mAP", "std over folds")
+        rows = [(row.layer, row.mAP, row.mAP_std) for row in result.layers]
+    _print_table([(row[0], *map(_score, row[1:])) for row in rows], header)
+
+
+def _score(value: float | None) -> str:
+    return "undefined" if value is None or value != value else f"{value:.4f}"
 
 
 def _print_training(result) -> None:
-    folds = "  ".join(f"{fold['fold']}: {fold['value']:.4f}" for fold in result.folds)
+    folds = "  ".join(f"{fold['fold']}: {_score(fold['value'])}" for fold in result.folds)
     _print_table(
         [
             ("head", f"{result.head}, {result.dim} channels, {result.params / 1e6:.2f} M parameters"),
-            (result.metric, f"{result.value:.4f} (std over folds {result.std:.4f})"),
+            (result.metric, f"{_score(result.value)} (std over folds {_score(result.std)})"),
             ("folds", folds),
             ("time", f"{result.seconds:.1f} s, {result.samples_per_second:,.0f} samples/s"),
             ("checkpoint", result.checkpoint or "not saved (give --out FOLDER)"),

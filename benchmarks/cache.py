@@ -146,6 +146,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     }
     wrote = {name: N * clip_bytes / min(values) / 1e9 for name, values in writing.items()}
     rates["writing"] = {name: {"GB/s": round(rate, 3)} for name, rate in wrote.items()}
+
+    def ratio(task: str, other: str) -> float:
+        return round(best[task, other] / best[task, "cache"], 3)
+
     return {
         "benchmark": "cache",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -157,10 +161,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
         },
         "rates": rates,
         "ratios": {
-            "random batches, cache / memory map": round(best["random batches", "memory map"] / best["random batches", "cache"], 3),
-            "random batches, cache / npz": round(best["random batches", "npz"] / best["random batches", "cache"], 1),
-            "contiguous, cache / memory map": round(best["contiguous", "memory map"] / best["contiguous", "cache"], 3),
-            "one layer, cache / memory map": round(best["one layer", "memory map"] / best["one layer", "cache"], 3),
+            "random batches, cache / memory map": ratio("random batches", "memory map"),
+            "random batches, cache / npz": ratio("random batches", "npz"),
+            "contiguous, cache / memory map": ratio("contiguous", "memory map"),
+            "one layer, cache / memory map": ratio("one layer", "memory map"),
             "one layer, bytes read / bytes of the layer": round(layer_bytes_read / layer_array.nbytes, 4),
             "writing, cache / plain write": round(wrote["cache"] / wrote["plain write"], 3),
         },

@@ -75,6 +75,15 @@ class WhisperBackbone:
         sha256 = weights.encoder_sha256()
         return cls(encoder, name=weights.name, weights_sha256=sha256, device=device, precision=precision)
 
+    def compile(self) -> None:
+        """Let torch.compile fuse what lies between the matrix products; the first batch of each size takes a minute.
+
+        Raises UsageError on a CPU, where the weights are laid out for oneDNN already and nothing is left to gain.
+        """
+        if self.device.type == "cpu":
+            raise UsageError("--compile is for GPUs; on a CPU the encoder is laid out for oneDNN already. Leave it out")
+        self.encoder.compile(dynamic=False)
+
     @torch.inference_mode()
     def encode(self, waveforms: Tensor) -> Tensor:
         waveforms = waveforms.to(self.device, torch.float32, non_blocking=True)

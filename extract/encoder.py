@@ -151,7 +151,7 @@ class WhisperEncoder(nn.Module):
         pooled = x_BPD.new_empty(B, len(self.blocks), FRAMES, D)
         for layer, block in enumerate(self.blocks):
             block(x_BPD)
-            torch.mean(x_BPD.view(B, FRAMES, P // FRAMES, D), dim=2, out=pooled[:, layer])
+            pooled[:, layer] = x_BPD.view(B, FRAMES, P // FRAMES, D).mean(dim=2)
         return pooled
 
     def prepare(self, *, precision: str, device: torch.device) -> WhisperEncoder:

@@ -93,7 +93,8 @@ def extract(
     dataset: str | Path | Dataset, cache: str | Path, *, model: str | Path | Backbone, format: str = "auto",
     clip_seconds: float | None = None, dtype: str = "float16", precision: str = "float32", device: str = "auto",
     batch_size: int | None = None, workers: int | None = None, shard_mb: float = DEFAULT_SHARD_MB,
-    shard: tuple[int, int] = (1, 1), repair: bool = False, progress: Progress | None = None,
+    shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
+    progress: Progress | None = None,
 ) -> ExtractReport:  # fmt: skip
     """Run a frozen encoder over a dataset once and keep every layer, pooled to 25 frames, in a cache.
 
@@ -106,6 +107,8 @@ def extract(
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     samples = clip_samples(seconds)
     backbone = load_backbone(model, device=device, precision=precision) if isinstance(model, str | Path) else model
+    if compile:
+        backbone.compile()
     spec = CacheSpec(
         backbone=backbone.name, weights_sha256=backbone.weights_sha256, layers=backbone.layers, dim=backbone.dim,
         clip_seconds=seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,

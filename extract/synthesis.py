@@ -57,7 +57,7 @@ def synthesise(
             "or more, a clip of each class in each, and half a second"
         )
     total = clips_per_class * len(SOUNDS)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         _check_made_before(folder, settings)
     else:
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -82,7 +82,7 @@ def synthesise_clip(name: str, clip: int, *, seconds: float = 5.0, seed: int = 0
 
 def _check_made_before(folder: Path, settings: dict) -> None:
     record = folder / "meta" / "synthesis.json"
-    if not record.exists() or json.loads(record.read_text()) != settings:
+    if not record.is_file() or record.read_text() != _as_text(settings):
         raise UsageError(f"{folder} holds something other than the sounds asked for; choose another folder or empty it")
 
 
@@ -106,7 +106,11 @@ def _write(folder: Path, settings: dict, report: Callable[[int], None]) -> None:
             report(len(rows))
     with open(folder / "meta" / "esc50.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-    (folder / "meta" / "synthesis.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "meta" / "synthesis.json").write_text(_as_text(settings))
+
+
+def _as_text(settings: dict) -> str:
+    return json.dumps(settings, indent=2) + "\n"
 
 
 def _write_wav(path: Path, samples: np.ndarray) -> None:

@@ -158,6 +158,21 @@ def test_probe_finds_the_layer_that_holds_the_label(capsys, cache, tmp_path):
     assert status == 0 and "accuracy" in out
 
 
+def test_probe_and_heads_print_map_where_clips_have_several_labels(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.random((60, 4)) < (0.5, 0.4, 0.3, 0.0)  # no clip has the last class
+    features = rng.normal(size=(60, 2, 25, 16))
+    features[:, 0, :, :4] += 4 * labels[:, None, :]
+    path = planted_cache(tmp_path / "a.zarr", features, labels.astype(np.uint8), fold=np.arange(60) % 3 + 1).path
+    status, out, err = run(capsys, "probe", path)
+    assert status == 0 and "mAP" in out and "note: " in err
+    status, out, _ = run(capsys, "probe", path, "--json")
+    result = json.loads(out)
+    assert result["metric"] == "mAP" and result["layers"][0]["mAP"] > 0.9 > result["layers"][1]["mAP"]
+    status, out, _ = run(capsys, "train-head", path, "--head", "last-mlp", "--epochs", "2", "--json")
+    assert status == 0 and json.loads(out)["metric"] == "mAP"
+
+
 def test_a_trained_head_can_be_loaded(capsys, cache, tmp_path):
     import torch
 

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import RandomBackbone, array_bytes, noise, write_wav
 
+from conftest import RandomBackbone, array_bytes, noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract
 
 KILLS = 20

@@ -77,3 +77,27 @@ def test_load_whisper_transcribes_real_speech(shared, openai_tiny_en):
 
 def test_silence_gives_finite_features(tiny_backbone):
     assert tiny_backbone.encode(torch.zeros(2, 80000)).isfinite().all()
+
+
+@pytest.mark.slow
+def test_the_compiled_encoder_is_one_graph_and_gives_the_same():
+    """What --compile does on a GPU, on plain layers on the CPU."""
+    from whisper_at_cli.extract.encoder import WhisperEncoder
+
+    torch.manual_seed(0)
+    encoder = WhisperEncoder(mels=80, layers=2, dim=64, heads=2).eval().requires_grad_(False)
+    mel = torch.randn(3, 80, 500)
+    with torch.inference_mode():
+        expected = encoder(mel)
+        found = torch.compile(encoder, fullgraph=True, dynamic=False)(mel)
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("precision, bound", [("float32", 1e-5), ("float16", 5e-3), ("bfloat16", 1.5e-2)])
+def test_every_layer_keeps_its_error_bound_in_every_precision(esc10, openai_tiny_en, tiny_en, precision, bound):
+    paths = sorted((esc10 / "audio").iterdir())[::40]
+    waveforms = np.stack([load_clip(path, 80000)[0] for path in paths])
+    expected = torch.stack([openai_features(openai_tiny_en, waveform) for waveform in waveforms])
+    found = load_backbone(tiny_en, device="cpu", precision=precision).encode(torch.from_numpy(waveforms))
+    for layer in range(4):
+        assert relative_error(found[:, layer], expected[:, layer]) < bound

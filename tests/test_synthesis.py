@@ -85,8 +85,9 @@ def test_a_dataset_of_the_same_settings_is_kept_and_anything_else_refused(sounds
     with pytest.raises(UsageError, match="something other than the sounds asked for"):
         synthesise(sounds, **SMALL, seed=1)
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="choose another folder"):
-        synthesise(tmp_path, **SMALL)
+    for taken in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(UsageError, match="choose another folder"):
+            synthesise(taken, **SMALL)
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
