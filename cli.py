@@ -163,6 +163,79 @@ def verify_command(ctx, cache, as_json):
         ctx.exit(1)
 
 
+@command("export")
+@CACHE
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", help="npz or hdf5.  [default: hdf5 where OUT ends in .h5 or .hdf5, else npz]")
+@click.pass_context
+def export_command(ctx, cache, out, format, as_json):
+    """Write the finished clips of CACHE to OUT: a folder with one npz per clip, or one HDF5 file.
+
+    Each npz holds arr_0, (layers, 25, channels), as in the original project; labels.csv and cache.json beside them say
+    the rest, so that `import` gives the same cache back. Exit status 1 if clips were left out: those that failed or are
+    pending.
+
+    \b
+        whisper-at-cli export esc50.zarr esc50-npz
+        whisper-at-cli export esc50.zarr esc50.h5
+    """
+    from whisper_at_cli.extract.cache.exchange import export_hdf5, export_npz
+
+    exporters = {"npz": export_npz, "hdf5": export_hdf5}
+    format = format or ("hdf5" if out.suffix.lower() in (".h5", ".hdf5") else "npz")
+    if format not in exporters:
+        raise UsageError(f"--format {format} is not known; choose from {', '.join(exporters)}")
+    with progress_on_stderr("export", "clips", quiet=ctx.obj["quiet"]) as progress:
+        report = exporters[format](cache, out, progress=progress)
+    if as_json:
+        _print_json(report)
+    else:
+        click.echo(f"{report.out}: {report.written} of {report.clips} clips written")
+    if report.skipped:
+        _warn([f"{report.skipped} clips are not finished and were left out; see: whisper-at-cli info {cache}"])
+        ctx.exit(1)
+
+
+@command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@CACHE
+@click.option(
+    "--labels", "labels_csv", type=click.Path(path_type=Path), metavar="CSV",
+    help="Columns id, optionally path, fold, split, labels (separated by ;).  [default: labels.csv in FOLDER]",
+)  # fmt: skip
+@click.option("--backbone", metavar="NAME", help="What made the features.  [default: as cache.json in FOLDER says]")
+@click.option("--clip-seconds", type=float, help="Length of the clips.  [default: as cache.json in FOLDER says]")
+@click.option("--dtype", help="Storage type: float16, float32 or int8.  [default: as cache.json says, else float16]")
+@click.pass_context
+def import_command(ctx, folder, cache, as_json, **options):
+    """Read a FOLDER with one npz per clip (arr_0, layers x 25 x channels) into CACHE.
+
+    A file that is damaged, of another shape or not finite makes its clip fail, with the reason; the others go on. The
+    same command continues what was stopped and tries failed clips again.
+
+    \b
+        whisper-at-cli import features as.zarr --labels clips.csv --backbone large-v1 --clip-seconds 10
+        whisper-at-cli import esc50-npz copy.zarr
+    """
+    from whisper_at_cli.extract.cache.exchange import import_npz
+
+    with progress_on_stderr("import", "clips", quiet=ctx.obj["quiet"]) as progress:
+        report = import_npz(folder, cache, progress=progress, **options)
+    _warn(report.warnings)
+    for failure in report.failures[:FAILURES_SHOWN]:
+        click.echo(f"failed: {_printable(failure['path'])}: {failure['error']}", err=True)
+    if report.failed > FAILURES_SHOWN:
+        click.echo(f"failed: {report.failed - FAILURES_SHOWN} more; all of them: whisper-at-cli info {cache}", err=True)
+    if as_json:
+        _print_json(report)
+    else:
+        click.echo(
+            f"{report.cache}: {report.written} clips written, {report.skipped} were there, {report.failed} failed"
+        )
+    if report.failed:
+        ctx.exit(1)
+
+
 @command("probe")
 @CACHE
 @click.option(
@@ -313,7 +386,7 @@ def demo_command(ctx, out, as_json):
     _print_table(list(places.items()), ("what", "where"))
     click.echo(
         "The same on your own sounds (a folder per class, or ESC-50's layout):\n"
-        f"    whisper-at-cli extract SOUNDS sounds.zarr --model {weights}\n"
+        "    whisper-at-cli extract SOUNDS sounds.zarr --model tiny.en\n"
         "    whisper-at-cli probe sounds.zarr --layer all --figure layers.png\n"
         "    whisper-at-cli train-head sounds.zarr --head wa-tr --out head"
     )

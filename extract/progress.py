@@ -21,13 +21,15 @@ class PlainProgress:
         self.stream = stream or sys.stderr
         self.started = self.last_line = time.monotonic()
         self.first_done: int | None = None
+        self.finished = False
 
     def __call__(self, done: int, total: int, message: str = "") -> None:
         now = time.monotonic()
         if self.first_done is None:
             self.first_done = done
-        if done < total and now - self.last_line < self.every_seconds:
+        if self.finished or (done < total and now - self.last_line < self.every_seconds):
             return
+        self.finished = done >= total
         self.last_line = now
         rate = (done - self.first_done) / max(now - self.started, 1e-9)
         note = f", {message}" if message else ""
