@@ -111,7 +111,8 @@ def extract_command(ctx, dataset, cache, as_json, shard, device, batch_size, **o
     else:
         click.echo(
             f"{report.cache}: {report.written} clips written, {report.skipped} were there, {report.failed} failed; "
-            f"{report.seconds:.1f} s, {report.clips_per_second:.1f} clips/s"
+            f"{report.seconds:.1f} s, {report.clips_per_second:.1f} clips/s, "
+            f"encoder busy {report.encoder_busy:.0%} of the time"
         )
     if report.failed:
         ctx.exit(1)
@@ -482,7 +483,7 @@ def _print_training(result) -> None:
     folds = "  ".join(f"{fold['fold']}: {_score(fold['value'])}" for fold in result.folds)
     _print_table(
         [
-            ("head", f"{result.head}, {result.dim} channels, {result.params / 1e6:.2f} M parameters"),
+            ("head", f"{result.head}, {result.dim} channels, {result.params:,} parameters"),
             (result.metric, f"{_score(result.value)} (std over folds {_score(result.std)})"),
             ("folds", folds),
             ("time", f"{result.seconds:.1f} s, {result.samples_per_second:,.0f} samples/s"),

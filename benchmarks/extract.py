@@ -6,6 +6,7 @@
 
 baseline   one ffmpeg process a clip, one clip at a time, OpenAI's blocks in float32, one compressed npz a clip
 pipeline   `extract`: files in, shards on disk, model loading left out on both sides
+memory     the same from 16-bit audio that is already in memory, so that decoding is left out (synthetic audio only)
 encoder    log-mel and encoder on waveforms already in memory, features pooled, nothing stored
 limit      the device's matrix products in the same type, turned into clips/s by the encoder's:
            `torch.mm`, and on a CPU the faster routine of oneDNN where there is one
@@ -25,6 +26,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,20 @@ def synthetic_dataset(folder: Path, clips: int, seconds: float) -> Dataset:
             file.writeframes((samples / np.abs(samples).max() * 20000).astype("<i2").tobytes())
     names = tuple(Clip(id=str(index), path=f"audio/{index}.wav") for index in range(clips))
     return Dataset("synthetic", folder, names, clip_seconds=seconds)
+
+
+class InMemory(Dataset):
+    """Clips whose 16-bit audio is in memory: noise, a few waveforms of it over and over."""
+
+    WAVEFORMS = 64
+
+    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
+        return _noise(samples)[row % self.WAVEFORMS].astype(np.float32) / 32768.0, samples
+
+
+@lru_cache(maxsize=1)
+def _noise(samples: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(-8192, 8192, size=(InMemory.WAVEFORMS, samples), dtype=np.int16)
 
 
 def ffmpeg_in_path(folder: Path) -> str:
@@ -212,11 +228,20 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     ffmpeg = ffmpeg_in_path(folder)
     baseline = Baseline(weights, device, samples)
     routines = ["torch.mm"] + (["onednn"] if device.type == "cpu" and PackedLinear.works_for(dtype) else [])
-    rounds: dict[str, list[float]] = {name: [] for name in ("baseline", "pipeline", "encoder", *routines)}
+    measured = ["baseline", "pipeline", "encoder"]
+    in_memory = None
+    if not options.dataset:
+        measured.append("memory")
+        in_memory = InMemory("in memory", folder, dataset.clips)
+        _noise(samples)
+    rounds: dict[str, list[float]] = {name: [] for name in (*measured, *routines)}
     extract_options = {"clip_seconds": seconds, "batch_size": batch_size}
     for number in range(options.rounds):
         rounds["baseline"].append(1 / baseline.run(dataset, options.baseline_clips, folder / f"npz{number}"))
         rounds["pipeline"].append(1 / pipeline_seconds(dataset, backbone, folder / f"{number}.zarr", extract_options))
+        if in_memory:
+            memory = pipeline_seconds(in_memory, backbone, folder / f"memory{number}.zarr", extract_options)
+            rounds["memory"].append(1 / memory)
         rounds["encoder"].append(1 / encoder_seconds(backbone, samples, batch_size, min(len(dataset), 64)))
         for routine in routines:
             rounds[routine].append(matrix_rate(device, dtype, backbone.dim, routine, seconds=2.0))
@@ -234,13 +259,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
             "precision": options.precision, "batch_size": batch_size, "device": str(device), "rounds": options.rounds,
             "ffmpeg": Path(ffmpeg).name, "gflops_per_clip": round(flops / 1e9, 3),
         },
-        "clips_per_second": {name: round(best[name], 2) for name in ("baseline", "pipeline", "encoder")}
+        "clips_per_second": {name: round(best[name], 2) for name in measured}
         | {f"limit by {routine}": round(value, 2) for routine, value in limit.items()},
         "matrix_gflops": {routine: round(best[routine] / 1e9, 1) for routine in routines},
         "ratios": {
             "pipeline / baseline": round(best["pipeline"] / best["baseline"], 2),
             "pipeline / encoder": round(best["pipeline"] / best["encoder"], 3),
         }
+        | ({"memory / encoder": round(best["memory"] / best["encoder"], 3)} if in_memory else {})
         | {f"encoder / limit by {routine}": round(best["encoder"] / value, 3) for routine, value in limit.items()},
         "rounds": {name: [float(f"{value:.4g}") for value in values] for name, values in rounds.items()},
     }  # fmt: skip

@@ -96,4 +96,6 @@ def _merged(reports: list[ExtractReport], seconds: float) -> ExtractReport:
         failures=tuple(failure for report in reports for failure in report.failures),
         seconds=round(seconds, 3),
         clips_per_second=round(written / max(seconds, 1e-9), 2),
+        encoder_busy=round(sum(report.encoder_busy for report in reports) / len(reports), 3),
+        disk_wait_seconds=round(max(report.disk_wait_seconds for report in reports), 3),
     )

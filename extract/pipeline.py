@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from whisper_at_cli import __version__
-from whisper_at_cli.extract.audio import load_clip
 from whisper_at_cli.extract.backbones import Backbone, load_backbone
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheSpec, Status
 from whisper_at_cli.extract.cache.verify import verify
@@ -47,7 +46,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What a run did. `written`, `skipped` and `failed` add up to `clips`, all counted in this run's share."""
+    """What a run did. `written`, `skipped` and `failed` add up to `clips`, all counted in this run's share.
+
+    `encoder_busy` is the share of the time in which the encoder had work: 1 is as fast as this encoder gets, less means
+    that it waited for decoding, or for the disk, which held it back for `disk_wait_seconds`.
+    """
 
     cache: str
     clips: int
@@ -57,6 +60,8 @@ class ExtractReport:
     failures: tuple[Failure, ...]
     seconds: float
     clips_per_second: float
+    encoder_busy: float
+    disk_wait_seconds: float
 
 
 @dataclass
@@ -79,6 +84,7 @@ class _Encoded:
     valid_frames: list[int] = field(default_factory=list)
     errors: dict[int, str] = field(default_factory=dict)
     stored: Stored | None = None  # on the host
+    seconds: float = 0.0  # that encoding took
 
 
 @dataclass
@@ -129,8 +135,8 @@ def extract(
             size = writer.cache.attributes["made"].get("batch_size", size)
         redo = _clips_to_redo(writer) if repair else writer.cache.status == Status.PENDING
         run = _Run(dataset, backbone, writer, redo, samples, size, workers or cores(), progress)
-        written = run.all_shards()
-        return _report(writer, dataset, written, time.perf_counter() - started)
+        run.all_shards()
+        return _report(run, time.perf_counter() - started)
 
 
 def _clips_to_redo(writer: CacheWriter) -> np.ndarray:
@@ -172,12 +178,14 @@ class _Run:
         self.open_shards: dict[int, _OpenShard] = {}
         self.writing: deque[Future] = deque()
         self.done = self.failed = 0
+        self.encode_seconds = self.disk_wait_seconds = self.seconds = 0.0
         self.redo = redo
         self.total = int(writer.mine().sum())
         self.skipped = int((writer.mine() & ~redo).sum())
 
-    def all_shards(self) -> int:
-        """Extract the clips in `redo` that this slot holds; returns how many were written."""
+    def all_shards(self) -> None:
+        """Extract the clips in `redo` that this slot holds."""
+        started = time.perf_counter()
         self._report_progress()
         waiting, decoding, encoding = self._batches(), deque(), {}
         try:
@@ -193,12 +201,23 @@ class _Run:
                             self._store(encoding.pop(future), future.result())
                     else:
                         break
-            while self.writing:
-                self.writing.popleft().result()
+            self._wait_for_disk(0)
         finally:
             for pool in (self.decoders, self.encoders, self.disk):
                 pool.shutdown(wait=True, cancel_futures=pool is not self.disk)
-        return self.done
+        self.seconds = time.perf_counter() - started
+
+    @property
+    def encoder_busy(self) -> float:
+        """Share of the time in which the encoder's threads had work."""
+        return self.encode_seconds / (self.streams * self.seconds) if self.encode_seconds else 0.0
+
+    def _wait_for_disk(self, behind: int) -> None:
+        """Wait until at most so many shards are still to be written."""
+        started = time.perf_counter()
+        while len(self.writing) > behind:
+            self.writing.popleft().result()
+        self.disk_wait_seconds += time.perf_counter() - started
 
     def _batches(self):
         """Every batch that holds a clip to be done, its decoding started as it is drawn."""
@@ -208,10 +227,10 @@ class _Run:
             parts = [slots for slots in parts if self.redo[rows[slots.start] : rows[slots.stop - 1] + 1].any()]
             self.open_shards[shard] = _OpenShard(batches_left=len(parts))
             for slots in parts:
-                yield _Batch(shard, slots, [self.decoders.submit(self._load, rows[slot]) for slot in slots])
+                yield _Batch(shard, slots, [self._decode(rows[slot]) for slot in slots])
 
-    def _load(self, row: int) -> tuple[np.ndarray, int]:
-        return load_clip(self.dataset.audio_path(self.dataset.clips[row]), self.samples)
+    def _decode(self, row: int) -> Future:
+        return self.decoders.submit(self.dataset.waveform, row, self.samples)
 
     def _encode(self, batch: _Batch) -> _Encoded:
         """Encode the clips of a batch that could be decoded. Runs in an encoder thread."""
@@ -228,12 +247,15 @@ class _Run:
         batch.audio.clear()
         if clips:
             waveforms = torch.from_numpy(np.stack(clips))
+            started = time.perf_counter()
             encoded.stored = encode_to_host(self.backbone, waveforms, self.writer.spec.dtype)
+            encoded.seconds = time.perf_counter() - started
         return encoded
 
     def _store(self, batch: _Batch, encoded: _Encoded) -> None:
         """Put a batch into its shard's block, and hand the block to the disk when it is full."""
         shard = self.open_shards[batch.shard]
+        self.encode_seconds += encoded.seconds
         if shard.block is None:
             shard.block = self.writer.block(batch.shard, self.redo)
         redo = self.redo[np.array(self.writer.rows(batch.shard))]
@@ -247,8 +269,7 @@ class _Run:
         self._report_progress()
         shard.batches_left -= 1
         if not shard.batches_left:
-            while len(self.writing) >= SHARDS_BEHIND:  # a slow disk slows extraction and fills no memory
-                self.writing.popleft().result()
+            self._wait_for_disk(SHARDS_BEHIND - 1)  # a slow disk slows extraction and fills no memory
             del self.open_shards[batch.shard]
             self.writing.append(self.disk.submit(self.writer.write, batch.shard, shard.block))
 
@@ -309,13 +330,15 @@ def _take_ready(window: deque[_Batch]) -> _Batch:
         wait(waiting, return_when=FIRST_COMPLETED)
 
 
-def _report(writer: CacheWriter, dataset: Dataset, written: int, seconds: float) -> ExtractReport:
+def _report(run: _Run, seconds: float) -> ExtractReport:
+    writer, clips = run.writer, run.dataset.clips
     mine, status = writer.mine(), writer.cache.status
     failed_rows = np.flatnonzero(mine & (status == Status.FAILED))
     errors = writer.cache.errors
-    failures = tuple(Failure(dataset.clips[r].id, dataset.clips[r].path, str(errors[r])) for r in failed_rows)
+    failures = tuple(Failure(clips[row].id, clips[row].path, str(errors[row])) for row in failed_rows)
     return ExtractReport(
-        cache=str(writer.path), clips=int(mine.sum()), written=written,
-        skipped=int((mine & (status == Status.DONE)).sum()) - written, failed=len(failures), failures=failures,
-        seconds=round(seconds, 3), clips_per_second=round(written / max(seconds, 1e-9), 2),
+        cache=str(writer.path), clips=int(mine.sum()), written=run.done,
+        skipped=int((mine & (status == Status.DONE)).sum()) - run.done, failed=len(failures), failures=failures,
+        seconds=round(seconds, 3), clips_per_second=round(run.done / max(seconds, 1e-9), 2),
+        encoder_busy=round(run.encoder_busy, 3), disk_wait_seconds=round(run.disk_wait_seconds, 3),
     )  # fmt: skip

@@ -17,6 +17,7 @@ SHARD_MB = 5 * 3 * 25 * 64 * 2 / 1e6  # five clips of the random backbone in flo
 def test_features_are_those_of_each_clip_alone(noise_folder, tmp_path, random_backbone):
     report = extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, clip_seconds=2.0, shard_mb=SHARD_MB)
     assert (report.clips, report.written, report.skipped, report.failed) == (12, 12, 0, 0)
+    assert 0 < report.encoder_busy <= 1
     cache = FeatureCache.open(tmp_path / "a.zarr")
     assert cache.complete and cache.clips_per_shard == 5
     for row in range(12):
@@ -169,6 +170,7 @@ def test_a_slow_disk_holds_extraction_back(tmp_path, random_backbone, monkeypatc
         tmp_path / "sounds", tmp_path / "a.zarr", model=random_backbone, clip_seconds=0.5, shard_mb=0.001, batch_size=1
     )
     assert report.written == 30
+    assert report.disk_wait_seconds > 0.5 and report.encoder_busy < 0.9
     assert len(peak) == 30 and max(peak) <= pipeline.SHARDS_BEHIND + 2
 
 

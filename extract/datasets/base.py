@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from whisper_at_cli.extract.audio import load_clip
 from whisper_at_cli.extract.cache.schema import ClipTable
 
 
@@ -38,6 +39,13 @@ class Dataset:
 
     def audio_path(self, clip: Clip) -> Path:
         return self.root / clip.path
+
+    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
+        """The audio of a clip, (samples,) float32 at 16 kHz, cut or zero-padded; and how many samples are real.
+
+        Called from several threads at once. Raises AudioError for what cannot be read.
+        """
+        return load_clip(self.audio_path(self.clips[row]), samples)
 
     def table(self) -> ClipTable:
         """The clips as columns, for the cache."""

@@ -1,0 +1,185 @@
+"""A cache as training reads it: a torch dataset of clips, and one epoch of shuffled batches read shard by shard.
+
+N clips in the cache, B in a batch, L layers, T frames, D channels, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from queue import Empty, Queue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whisper_at_cli.extract.cache.reader import FeatureCache
+from whisper_at_cli.extract.errors import UsageError
+
+BUFFER_MB = 1024  # eight shards of the usual size
+READ_BYTES = 8 << 20  # of features read at once on their way into the buffer
+
+Batch = tuple[np.ndarray, Tensor, Tensor]  # rows (B,) int64, features (B, L, T, D), labels (B, C) float32
+
+
+class FeatureDataset(torch.utils.data.Dataset):
+    """Finished clips of a cache (or these rows of it): features (L, T, D) as stored, labels (C,) float32.
+
+    Safe between threads. Pickles as the cache's path, so spawned workers open their own; do not fork workers while
+    another thread reads. int8 is decoded to float32.
+    """
+
+    def __init__(self, cache: FeatureCache | str | Path, rows=None):
+        self.cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
+        self.rows = self.cache._real_rows(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Several clips by one read, which is how a DataLoader asks for a batch."""
+        rows = self.rows[np.asarray(indices, dtype=np.int64)]
+        features = torch.from_numpy(self.cache.features(rows))
+        return list(zip(features, _labels(self.cache, rows), strict=True))
+
+
+def stream_batches(
+    cache: FeatureCache, batch_size: int, *, rows=None, seed=0, buffer_mb: float = BUFFER_MB, pin: bool = False,
+    prefetch: int = 2,
+) -> Iterator[Batch]:  # fmt: skip
+    """One epoch over the finished clips (or these rows), each once, in an order that the seed alone decides.
+
+    A thread reads shards in random order, each from its first to its last clip, into a buffer of about `buffer_mb`
+    (at least one shard and one batch), from which batches are drawn at random; `prefetch` of them wait to be taken.
+    Only the last may be smaller. Give each epoch a seed of its own: a number, or a sequence such as (seed, epoch).
+    With `pin`, features and labels lie in pinned memory where there is CUDA.
+
+    The thread ends with the epoch, with an error (which is raised here), or when the iterator is closed or dropped.
+    """
+    if batch_size < 1 or prefetch < 1 or not buffer_mb > 0:
+        raise UsageError(
+            f"a batch of {batch_size} clips, {prefetch} batches ahead and a buffer of {buffer_mb} MB were asked for; "
+            "each has to be more than 0"
+        )
+    rows = cache._real_rows(rows)
+    if len(np.unique(rows)) != len(rows):
+        raise UsageError("rows name a clip twice; an epoch has each clip once")
+    stop = threading.Event()
+    return _from_thread(_draw_epoch(cache, rows, batch_size, seed, buffer_mb, pin, stop), prefetch, stop)
+
+
+def _labels(cache: FeatureCache, rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(cache.labels[rows].astype(np.float32))
+
+
+class _ShuffleBuffer:
+    """Room for `capacity` clips. `held` lists the slots that are taken, `free` those that are not."""
+
+    def __init__(self, cache: FeatureCache, capacity: int):
+        self.cache = cache
+        self.features = np.empty((capacity, *_clip_shape(cache)), dtype=_dtype(cache))
+        self.row = np.empty(capacity, dtype=np.int64)
+        self.held: list[int] = []
+        self.free = list(range(capacity))
+        self.step = max(1, READ_BYTES // _clip_bytes(cache))
+
+    def add(self, rows: np.ndarray) -> None:
+        """Read these rows into free slots."""
+        for first in range(0, len(rows), self.step):
+            some = rows[first : first + self.step]
+            slots = [self.free.pop() for _ in some]
+            self.features[slots] = self.cache.features(some)
+            self.row[slots] = some
+            self.held += slots
+
+    def draw(self, count: int, rng: np.random.Generator, pin: bool) -> Batch:
+        """Take some clips out, at random."""
+        for _ in range(count):  # the drawn ones move to the end
+            at = int(rng.integers(len(self.held)))
+            slot, self.held[at] = self.held[at], self.held[-1]
+            self.held.pop()
+            self.free.append(slot)
+        slots = self.free[-count:]
+        features = torch.empty(
+            (count, *self.features.shape[1:]), dtype=getattr(torch, self.features.dtype.name), pin_memory=pin
+        )
+        np.take(self.features, slots, axis=0, out=features.numpy(), mode="clip")  # mode "raise" would copy twice
+        rows = self.row[slots]
+        labels = _labels(self.cache, rows)
+        return rows, features, labels.pin_memory() if pin else labels
+
+
+def _draw_epoch(
+    cache: FeatureCache, rows: np.ndarray, batch_size: int, seed, buffer_mb: float, pin: bool, stop: threading.Event
+) -> Iterator[Batch]:
+    rng = np.random.default_rng(seed)
+    pin = pin and torch.cuda.is_available()
+    shards = _by_shard(rows, cache.clips_per_shard)
+    rng.shuffle(shards)
+    least = max(map(len, shards), default=0) + batch_size  # so that a whole shard fits when no whole batch is left
+    buffer = _ShuffleBuffer(cache, min(len(rows), max(least, int(buffer_mb * 1e6 / _clip_bytes(cache)))))
+    for shard in shards:
+        while len(buffer.free) < len(shard):
+            yield buffer.draw(batch_size, rng, pin)
+        if stop.is_set():
+            return
+        buffer.add(shard)
+    while buffer.held:
+        yield buffer.draw(min(batch_size, len(buffer.held)), rng, pin)
+
+
+def _by_shard(rows: np.ndarray, clips_per_shard: int) -> list[np.ndarray]:
+    """Rows in ascending order, an array for each shard that holds any."""
+    rows = np.sort(rows)
+    edges = np.flatnonzero(np.diff(rows // clips_per_shard)) + 1
+    return np.split(rows, edges) if len(rows) else []
+
+
+def _clip_shape(cache: FeatureCache) -> tuple[int, int, int]:
+    return cache.spec.layers, cache.spec.frames, cache.spec.dim
+
+
+def _dtype(cache: FeatureCache) -> np.dtype:
+    """Type of decoded features."""
+    return np.dtype("float16" if cache.spec.dtype == "float16" else "float32")
+
+
+def _clip_bytes(cache: FeatureCache) -> int:
+    return math.prod(_clip_shape(cache)) * _dtype(cache).itemsize
+
+
+def _from_thread(batches: Iterator[Batch], ahead: int, stop: threading.Event) -> Iterator[Batch]:
+    """What `batches` yields in a thread of its own, at most `ahead` of it waiting here."""
+    waiting: Queue[Batch | BaseException | None] = Queue(ahead)
+    thread = threading.Thread(target=_feed, args=(batches, waiting, stop), name="stream batches", daemon=True)
+    thread.start()
+    try:
+        while (batch := waiting.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            yield batch
+    finally:
+        stop.set()
+        while thread.is_alive():  # it may be waiting to put one more
+            try:
+                waiting.get(timeout=0.01)
+            except Empty:
+                continue
+        thread.join()
+
+
+def _feed(batches: Iterator[Batch], waiting: Queue, stop: threading.Event) -> None:
+    try:
+        for batch in batches:
+            waiting.put(batch)
+            if stop.is_set():
+                return
+    except BaseException as error:
+        waiting.put(error)
+    else:
+        waiting.put(None)
