@@ -80,25 +80,21 @@ def array_bytes(path: Path) -> dict[str, bytes]:
     return {name: file.read_bytes() for name, file in files.items() if "/" in name and not name.startswith(".")}
 
 
-class RandomBackbone:
-    """A backbone of random weights, small and fast; the same for the same seed."""
+def make_backbone(seed: int = 0, *, precision: str = "float32"):
+    """A Whisper backbone of random weights, small and fast; the same for the same seed."""
+    import torch
 
-    sample_rate, precision = 16000, "float32"
+    from whisper_at_cli.extract.backbones import WhisperBackbone
+    from whisper_at_cli.extract.encoder import WhisperEncoder
 
-    def __new__(cls, seed: int = 0, layers: int = 3, dim: int = 64, heads: int = 2, precision: str = "float32"):
-        import torch
-
-        from whisper_at_cli.extract.backbones import WhisperBackbone
-        from whisper_at_cli.extract.encoder import WhisperEncoder
-
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            encoder = WhisperEncoder(mels=80, layers=layers, dim=dim, heads=heads).requires_grad_(False).eval()
-        return WhisperBackbone(
-            encoder, name=f"random{seed}", weights_sha256=str(seed), device=torch.device("cpu"), precision=precision
-        )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder = WhisperEncoder(mels=80, layers=3, dim=64, heads=2)
+    return WhisperBackbone(
+        encoder, name=f"random{seed}", weights_sha256=str(seed), device=torch.device("cpu"), precision=precision
+    )
 
 
 @pytest.fixture(scope="session")
 def random_backbone():
-    return RandomBackbone()
+    return make_backbone()

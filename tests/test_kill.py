@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import RandomBackbone, array_bytes, noise, write_wav
+from conftest import array_bytes, make_backbone, noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract
 
 KILLS = 20
@@ -16,7 +16,7 @@ OPTIONS = dict(clip_seconds=0.5, batch_size=2, shard_mb=CLIPS_PER_SHARD * 3 * 25
 
 
 def extract_in_child(sounds: Path, cache: Path, shard: tuple[int, int]) -> None:
-    report = extract(sounds, cache, model=RandomBackbone(), shard=shard, **OPTIONS)
+    report = extract(sounds, cache, model=make_backbone(), shard=shard, **OPTIONS)
     assert report.failed == 0
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import RandomBackbone, array_bytes, noise, write_wav
+from conftest import array_bytes, make_backbone, noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract, extract_on_devices, pipeline
 from whisper_at_cli.extract.audio import load_clip
 from whisper_at_cli.extract.cache import Status
@@ -107,7 +107,7 @@ def test_a_file_that_vanished_is_a_failed_clip(noise_folder, tmp_path, random_ba
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_what_the_storage_type_cannot_hold_is_an_error_not_a_number(noise_folder, tmp_path, dtype):
-    backbone = RandomBackbone(seed=1)
+    backbone = make_backbone(seed=1)
     backbone.encoder.blocks[1].contract.bias.data[3] = 1e8
     report = extract(noise_folder, tmp_path / "a.zarr", model=backbone, dtype=dtype)
     assert report.failed == 12 and report.written == 0
@@ -134,7 +134,7 @@ def test_a_cache_of_another_length_or_model_is_not_continued(noise_folder, tmp_p
     with pytest.raises(CacheError, match="clip_seconds: 1.0, not 2.0"):
         extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, clip_seconds=2.0)
     with pytest.raises(CacheError, match="backbone: random0, not random5"):
-        extract(noise_folder, tmp_path / "a.zarr", model=RandomBackbone(seed=5), clip_seconds=1.0)
+        extract(noise_folder, tmp_path / "a.zarr", model=make_backbone(seed=5), clip_seconds=1.0)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 0.3, 4.75, 30.5, 1e9, float("nan")])

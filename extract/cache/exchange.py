@@ -133,18 +133,9 @@ def import_npz(
     folder = Path(folder)
     files, settings = _npz_files(folder), _read_settings(folder)
     listed, names, warnings = _listed_clips(folder, files, labels_csv, class_names, settings.get("class_names"))
-    layers, frames, dim = shape = _common_shape([files[clip.file] for clip in listed])
-    settings |= {
-        name: value
-        for name, value in (("backbone", backbone), ("clip_seconds", clip_seconds), ("dtype", dtype))
-        if value is not None
-    }
-    spec = CacheSpec(
-        backbone=_setting(settings, "backbone", folder), weights_sha256=settings.get("weights_sha256", "unknown"),
-        layers=layers, dim=dim, frames=frames, clip_seconds=_positive(_setting(settings, "clip_seconds", folder)),
-        dtype=settings.get("dtype", "float16"), precision=settings.get("precision", "unknown"),
-        dataset=settings.get("dataset", folder.resolve().name), class_names=names,
-    )  # fmt: skip
+    shape = _common_shape([files[clip.file] for clip in listed])
+    given = {"backbone": backbone, "clip_seconds": clip_seconds, "dtype": dtype}
+    spec = _spec(folder, settings, {name: value for name, value in given.items() if value is not None}, shape, names)
     made = {
         "tool_version": __version__,
         "imported_from": str(folder.resolve()),
@@ -181,7 +172,8 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, absolute)
     except OSError as error:
-        raise CacheError(f"cannot write {out}: {error.strerror or error}; make room or choose another place") from error
+        reason = os.strerror(error.errno) if error.errno else error
+        raise CacheError(f"cannot write {out}: {reason}; make room or choose another place") from error
     finally:
         _remove(temporary)
 
@@ -301,10 +293,21 @@ def _read_settings(folder: Path) -> dict:
     return settings
 
 
-def _setting(settings: dict, name: str, folder: Path):
-    if name not in settings:
-        raise UsageError(f"no {SETTINGS_JSON} in {folder} says what made its features; give --{name.replace('_', '-')}")
-    return settings[name]
+def _spec(folder: Path, exported: dict, given: dict, shape: tuple[int, int, int], names: tuple[str, ...]) -> CacheSpec:
+    """What made the features: as given, else as the export says. Weights and precision go with the backbone."""
+    if given.get("backbone", exported.get("backbone")) != exported.get("backbone"):
+        exported = {name: value for name, value in exported.items() if name not in ("weights_sha256", "precision")}
+    settings = {"dtype": "float16", "weights_sha256": "unknown", "precision": "unknown"} | exported | given
+    for name in ("backbone", "clip_seconds"):
+        if name not in settings:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"no {SETTINGS_JSON} in {folder} says what made its features; give {option}")
+    layers, frames, dim = shape
+    return CacheSpec(
+        backbone=settings["backbone"], weights_sha256=settings["weights_sha256"], layers=layers, dim=dim, frames=frames,
+        clip_seconds=_positive(settings["clip_seconds"]), dtype=settings["dtype"], precision=settings["precision"],
+        dataset=settings.get("dataset", folder.resolve().name), class_names=names,
+    )  # fmt: skip
 
 
 def _positive(clip_seconds: float) -> float:

@@ -105,9 +105,7 @@ class _ShuffleBuffer:
             self.held.pop()
             self.free.append(slot)
         slots = self.free[-count:]
-        features = torch.empty(
-            (count, *self.features.shape[1:]), dtype=getattr(torch, self.features.dtype.name), pin_memory=pin
-        )
+        features = _empty((count, *self.features.shape[1:]), self.features.dtype, pin)
         np.take(self.features, slots, axis=0, out=features.numpy(), mode="clip")  # mode "raise" would copy twice
         rows = self.row[slots]
         labels = _labels(self.cache, rows)
@@ -147,6 +145,12 @@ def _clip_shape(cache: FeatureCache) -> tuple[int, int, int]:
 def _dtype(cache: FeatureCache) -> np.dtype:
     """Type of decoded features."""
     return np.dtype("float16" if cache.spec.dtype == "float16" else "float32")
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype, pin: bool) -> Tensor:
+    if pin:
+        return torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True)
+    return torch.from_numpy(np.empty(shape, dtype))  # huge pages: 98 MB filled in 9 ms, 38 ms in torch.empty's
 
 
 def _clip_bytes(cache: FeatureCache) -> int:

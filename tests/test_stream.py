@@ -1,0 +1,186 @@
+"""Streaming: each clip once an epoch, in an order that only the seed decides, and nothing left running."""
+
+import itertools
+import pickle
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from planted import planted_cache
+from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.cache.stream import FeatureDataset, stream_batches
+from whisper_at_cli.extract.errors import CacheError, UsageError
+
+N, L, T, D = 61, 2, 25, 8
+CLIP_MB = L * T * D * 4 / 1e6
+FEATURES = np.random.default_rng(0).normal(size=(N, L, T, D)).astype(np.float32)
+LABELS = np.arange(N) % 3
+FAILED = (5, 60)
+DONE = [row for row in range(N) if row not in FAILED]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> FeatureCache:
+    """Sixty-one clips in shards of four, two of them failed."""
+    path = tmp_path_factory.mktemp("stream") / "a.zarr"
+    return planted_cache(path, FEATURES, LABELS, failed=FAILED, shard_mb=4.5 * CLIP_MB)
+
+
+def order(batches) -> list[int]:
+    return [row for rows, _, _ in batches for row in rows.tolist()]
+
+
+def streaming_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "stream batches"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 59, 100])
+@pytest.mark.parametrize("buffer_mb", [CLIP_MB / 10, 13 * CLIP_MB, 1024])
+def test_an_epoch_has_each_finished_clip_once_with_its_own_content(cache, batch_size, buffer_mb):
+    batches = list(stream_batches(cache, batch_size, buffer_mb=buffer_mb))
+    assert sorted(order(batches)) == DONE
+    sizes = [len(rows) for rows, _, _ in batches]
+    assert set(sizes[:-1]) <= {batch_size} and sizes[-1] == (len(DONE) - 1) % batch_size + 1
+    for rows, features, labels in batches:
+        assert features.dtype == labels.dtype == torch.float32
+        np.testing.assert_array_equal(features.numpy(), FEATURES[rows])
+        np.testing.assert_array_equal(labels.numpy(), np.eye(3)[LABELS[rows]])
+    assert not streaming_threads()
+
+
+def test_the_seed_alone_decides_the_order(cache):
+    def epoch(seed, pause=0.0, **options):
+        batches = []
+        for batch in stream_batches(cache, 4, seed=seed, buffer_mb=12 * CLIP_MB, **options):
+            time.sleep(pause)
+            batches.append(batch)
+        return order(batches)
+
+    first = epoch(1)
+    assert epoch(1) == epoch(1, pause=0.003, prefetch=1) == epoch(1, prefetch=9) == first
+    assert epoch(2) != first and epoch((1, 1)) != epoch((1, 2))
+
+
+def test_batches_mix_several_shards(cache):
+    """Three shards fit in the buffer: neighbours in a shard should seldom be neighbours in a batch."""
+    mixed = order(stream_batches(cache, 4, buffer_mb=16 * CLIP_MB))
+    same_shard = sum(a // 4 == b // 4 for a, b in itertools.pairwise(mixed))
+    assert same_shard < len(mixed) / 2  # 3 of 4 when shards are read one after another
+
+
+def test_rows_can_be_chosen(cache):
+    rows = [60 - 3 * i for i in range(1, 15)]
+    assert sorted(order(stream_batches(cache, 3, rows=rows, buffer_mb=CLIP_MB))) == sorted(rows)
+    assert list(stream_batches(cache, 3, rows=[])) == []
+    with pytest.raises(CacheError, match="'clip5'.*failed"):
+        stream_batches(cache, 3, rows=[4, 5])
+    with pytest.raises(UsageError, match="twice"):
+        stream_batches(cache, 3, rows=[4, 4])
+    for wrong in ({"batch_size": 0}, {"batch_size": 2, "prefetch": 0}, {"batch_size": 2, "buffer_mb": 0}):
+        with pytest.raises(UsageError, match="more than 0"):
+            stream_batches(cache, **wrong)
+
+
+def test_a_shard_is_read_whole_and_once(cache, monkeypatch):
+    read, features = [], FeatureCache.features
+    monkeypatch.setattr(FeatureCache, "features", lambda self, rows: read.append(list(rows)) or features(self, rows))
+    list(stream_batches(cache, 4, buffer_mb=12 * CLIP_MB))
+    assert sorted(itertools.chain(*read)) == DONE
+    assert all(rows == sorted(rows) and len({row // 4 for row in rows}) == 1 for rows in read)
+    shards = [rows[0] // 4 for rows in read]
+    assert len(shards) == len(set(shards)) == 16 - 1 and shards != sorted(shards)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_an_early_stop_leaves_no_thread_behind(cache, taken):
+    batches = stream_batches(cache, 2, buffer_mb=CLIP_MB)
+    for _ in itertools.islice(batches, taken):
+        assert streaming_threads()
+    batches.close()
+    assert not streaming_threads()
+    for _ in stream_batches(cache, 2, buffer_mb=CLIP_MB):
+        break
+    assert not streaming_threads()
+
+
+def test_an_error_while_reading_is_raised_where_batches_are_taken(tmp_path):
+    cache = planted_cache(tmp_path / "a.zarr", FEATURES, LABELS, shard_mb=4.5 * CLIP_MB)
+    shard = cache.path / "features/c/3/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-50])
+    seen = []
+    with pytest.raises(CacheError, match="truncated"):
+        for rows, _, _ in stream_batches(cache, 4, buffer_mb=12 * CLIP_MB):
+            seen += rows.tolist()
+    assert not streaming_threads() and not {12, 13, 14, 15} & set(seen)
+
+
+@pytest.mark.parametrize("dtype, decoded", [("float16", torch.float16), ("int8", torch.float32)])
+def test_features_come_in_the_type_that_the_cache_decodes(tmp_path, dtype, decoded):
+    features = np.round(FEATURES) if dtype == "int8" else FEATURES
+    cache = planted_cache(tmp_path / "a.zarr", features, LABELS, dtype=dtype)
+    if dtype == "int8":
+        cache.scale = lambda rows: np.full((len(rows), L, D), 0.5, np.float32)  # what planted caches leave out
+    for rows, batch, _ in stream_batches(cache, 16):
+        assert batch.dtype == decoded
+        np.testing.assert_array_equal(batch.numpy(), cache.features(rows))
+    assert FeatureDataset(cache)[0][0].dtype == decoded
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
+def test_pinned_batches_are_pinned(cache):
+    for _, features, labels in stream_batches(cache, 16, pin=True):
+        assert features.is_pinned() and labels.is_pinned()
+
+
+def test_pin_without_cuda_changes_nothing(cache):
+    assert order(stream_batches(cache, 16, pin=True)) == order(stream_batches(cache, 16))
+
+
+def test_a_dataset_gives_the_finished_clips(cache):
+    dataset = FeatureDataset(cache.path)
+    assert len(dataset) == len(DONE)
+    features, labels = dataset[5]  # row 5 failed
+    assert features.shape == (L, T, D) and labels.dtype == torch.float32
+    np.testing.assert_array_equal(features.numpy(), FEATURES[6])
+    np.testing.assert_array_equal(labels.numpy(), np.eye(3)[LABELS[6]])
+    np.testing.assert_array_equal(dataset[-1][0].numpy(), FEATURES[59])
+    assert sum(1 for _ in dataset) == len(DONE), "iteration ends by IndexError"
+    chosen = FeatureDataset(cache, rows=[9, 2])
+    np.testing.assert_array_equal(chosen[0][0].numpy(), FEATURES[9])
+    with pytest.raises(CacheError, match="failed"):
+        FeatureDataset(cache, rows=[5])
+
+
+def test_a_batch_of_a_dataset_is_one_read(cache, monkeypatch):
+    read, features = [], FeatureCache.features
+    monkeypatch.setattr(FeatureCache, "features", lambda self, rows: read.append(len(rows)) or features(self, rows))
+    loader = torch.utils.data.DataLoader(FeatureDataset(cache), batch_size=20)
+    assert [len(batch) for batch, _ in loader] == read == [20, 20, 19]
+
+
+def test_spawned_workers_give_what_direct_reading_gives(cache):
+    dataset = FeatureDataset(cache)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(dataset))[3][0].numpy(), FEATURES[3])
+    loader = torch.utils.data.DataLoader(dataset, batch_size=16, num_workers=2, multiprocessing_context="spawn")
+    batches = list(loader)
+    np.testing.assert_array_equal(torch.cat([features for features, _ in batches]).numpy(), FEATURES[DONE])
+    np.testing.assert_array_equal(torch.cat([labels for _, labels in batches]).numpy(), cache.labels[DONE])
+
+
+def test_a_dataset_serves_threads(cache):
+    dataset, wrong = FeatureDataset(cache), []
+
+    def read(seed):
+        for index in np.random.default_rng(seed).integers(0, len(dataset), 100).tolist():
+            if not np.array_equal(dataset[index][0].numpy(), FEATURES[DONE[index]]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
