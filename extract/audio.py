@@ -10,6 +10,7 @@ import math
 import os
 import stat
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ SUFFIXES = frozenset(  # of files that a folder is searched for
 )
 EXACT_LENGTH = frozenset(("w64", "flac", "aiff", "au", "caf"))  # containers whose header counts the samples
 LENGTH_TOLERANCE_SECONDS = 0.05
+RESAMPLER_SECONDS = 0.25  # decoded beyond what is asked for, so that the resampler's end lies behind it
+WAV_PROBE_BYTES = 16384  # enough to tell what is in a WAV file; FFmpeg's own 5 MB cost more than decoding 5 s
 
 
 def decode(path: str | Path, *, max_seconds: float | None = None) -> np.ndarray:
@@ -34,12 +37,11 @@ def decode(path: str | Path, *, max_seconds: float | None = None) -> np.ndarray:
     import av
 
     try:
-        # "file:" so that no name is taken for a protocol, and no protocol but files for what a playlist names
-        with av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"}) as container:
+        # "file:" so that no name is taken for a protocol
+        with av.open(f"file:{path}", metadata_errors="ignore", options=_options(path)) as container:
             if not container.streams.audio:
                 raise AudioError("it holds no audio")
-            pieces = _decode_stream(container, math.inf if max_seconds is None else round(max_seconds * SAMPLE_RATE))
-            samples = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int16)
+            samples = _decode_stream(container, math.inf if max_seconds is None else max_seconds)
             if max_seconds is None or len(samples) < round(max_seconds * SAMPLE_RATE):
                 _refuse_truncated(path, container, len(samples) / SAMPLE_RATE)
     except av.EOFError as error:
@@ -51,6 +53,12 @@ def decode(path: str | Path, *, max_seconds: float | None = None) -> np.ndarray:
     if not len(samples):
         raise AudioError("it holds no samples")
     return samples.astype(np.float32) / 32768.0
+
+
+def _options(path: Path) -> dict[str, str]:
+    """For FFmpeg's demuxer: nothing but files for what a playlist names, and no long look into plain PCM."""
+    look = {"probesize": str(WAV_PROBE_BYTES)} if path.suffix.lower() == ".wav" else {}
+    return {"protocol_whitelist": "file"} | look
 
 
 def load_clip(path: str | Path, samples: int) -> tuple[np.ndarray, int]:
@@ -77,19 +85,66 @@ def _refuse_what_is_no_file(path: Path) -> None:
         raise AudioError("it cannot be read: Permission denied")
 
 
-def _decode_stream(container, max_samples: float) -> list[np.ndarray]:
-    """Pieces of int16 at 16 kHz mono, until `max_samples` are there."""
-    import av
-
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-    pieces, count = [], 0
+def _decode_stream(container, max_seconds: float) -> np.ndarray:
+    """int16 samples at 16 kHz mono, of all of the stream or of a little more than `max_seconds`."""
+    pieces, resampler, seconds = [], None, 0.0
     for frame in container.decode(audio=0):
-        for out in resampler.resample(frame):
-            pieces.append(out.to_ndarray()[0])
-            count += len(pieces[-1])
-        if count >= max_samples:
-            return pieces
-    return pieces + [out.to_ndarray()[0] for out in resampler.resample(None)]
+        form = (frame.format.name, frame.layout.nb_channels, frame.rate)
+        if resampler is None or resampler.form != form:  # a stream may change its form on the way
+            pieces += resampler.finish() if resampler else []
+            resampler = _Resampler(frame, form)
+        resampler.push(frame)
+        seconds += frame.samples / frame.rate
+        if seconds > max_seconds + RESAMPLER_SECONDS:
+            break
+    pieces += resampler.finish() if resampler else []
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int16)
+
+
+class _Resampler:
+    """FFmpeg's resampler and mixer for frames of one form, with large pieces coming out."""
+
+    def __init__(self, frame, form: tuple[str, int, int]):
+        import av
+
+        self.form = form
+        layout = frame.layout.name
+        if layout.endswith(" channels"):  # the file does not say which; FFmpeg's default for their number
+            try:
+                layout = av.AudioLayout(f"{form[1]}c").name
+            except ValueError as error:
+                raise AudioError(f"it has {form[1]} channels and does not say what they are") from error
+        self.graph = graph = av.filter.Graph()  # kept: what it holds goes with it
+        self.source = graph.add_abuffer(
+            sample_rate=form[2], format=form[0], layout=layout, time_base=Fraction(1, form[2])
+        )
+        self.sink = graph.add("abuffersink")
+        last = self.source
+        for name, arguments in (
+            ("aresample", str(SAMPLE_RATE)),
+            ("aformat", "sample_fmts=s16:channel_layouts=mono"),
+            ("asetnsamples", f"n={SAMPLE_RATE}:p=0"),
+        ):
+            following = graph.add(name, arguments)
+            last.link_to(following)
+            last = following
+        last.link_to(self.sink)
+        graph.configure()
+
+    def push(self, frame) -> None:
+        self.source.push(frame)
+
+    def finish(self) -> list[np.ndarray]:
+        """All that was resampled."""
+        import av
+
+        self.source.push(None)
+        pieces = []
+        while True:
+            try:
+                pieces.append(self.sink.pull().to_ndarray()[0])
+            except (av.EOFError, av.BlockingIOError):
+                return pieces
 
 
 def _refuse_truncated(path: Path, container, seconds: float) -> None:
