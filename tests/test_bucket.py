@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import array_bytes, make_backbone
 from planted import planted_cache
@@ -22,6 +23,7 @@ from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable
 from whisper_at_cli.extract.cache.exchange import export_npz, import_npz
 from whisper_at_cli.extract.cache.schema import array_shapes
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
+from whisper_at_cli.extract.cache.stream import FeatureDataset
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, StoreError, UsageError
@@ -314,6 +316,21 @@ def test_what_cannot_be_reached_is_one_clear_line(bucket, server, monkeypatch, c
 
 
 @needs_server
+def test_refused_and_absent_keys_are_one_clear_line(bucket):
+    from obstore.exceptions import GenericError, PermissionDeniedError
+
+    store = BucketStore(f"{bucket}/a.zarr")
+    metadata_server = "Error performing PUT http://169.254.169.254/latest/api/token in 2 s\n\nDebug source:\nGeneric"
+    with pytest.raises(StoreError, match=r"^cannot reach s3://.*/zarr.json: no credentials were found; set AWS_ACC"):
+        with store.asking("zarr.json"):
+            raise GenericError(metadata_server)
+    denied = "403 Forbidden: <Error><Code>AccessDenied</Code><Message>Not yours.</Message></Error>\n\nDebug source:\n"
+    with pytest.raises(StoreError, match=r"access is denied \(Not yours\.\); check what these keys may do: AWS_ACC"):
+        with store.asking("zarr.json"):
+            raise PermissionDeniedError(denied)
+
+
+@needs_server
 def test_an_outage_is_not_taken_for_damage(bucket, monkeypatch):
     planted(f"{bucket}/a.zarr")
 
@@ -323,6 +340,16 @@ def test_an_outage_is_not_taken_for_damage(bucket, monkeypatch):
     monkeypatch.setattr(BucketStore, "read_range", outage)
     with pytest.raises(StoreError, match="gone"):
         verify(f"{bucket}/a.zarr")
+
+
+@needs_server
+def test_spawned_workers_read_and_forked_ones_are_refused(bucket):
+    dataset = FeatureDataset(planted(f"{bucket}/a.zarr"))
+    options = dict(batch_size=4, num_workers=1, timeout=60)
+    batches = list(torch.utils.data.DataLoader(dataset, multiprocessing_context="spawn", **options))
+    np.testing.assert_array_equal(torch.cat([features for features, _ in batches]), dataset.cache.features(range(11)))
+    with pytest.raises(StoreError, match="multiprocessing_context='spawn'"):
+        list(torch.utils.data.DataLoader(dataset, multiprocessing_context="fork", **options))
 
 
 @needs_server

@@ -106,15 +106,16 @@ class ShardFile:
         for chunk in chunks:
             if self._lengths[chunk] != stride or self._starts[chunk] + stride > file.size:
                 raise CacheError(f"{self.path} has no chunk {chunk} although its clip is marked done; {VERIFY}")
+        readv, starts = file.readv, self._starts
+        checksums = np.empty((len(chunks), CRC_BYTES), dtype=np.uint8)
 
         def read_run(run: tuple[int, int]) -> None:
             first, last = run
-            checksums = np.empty((last - first, CRC_BYTES), dtype=np.uint8)
-            buffers = [buffer for at in range(first, last) for buffer in (rows[at], checksums[at - first])]
-            if file.readv(buffers, self._starts[chunks[first]]) != (last - first) * stride:
+            buffers = [buffer for at in range(first, last) for buffer in (rows[at], checksums[at])]
+            if readv(buffers, starts[chunks[first]]) != (last - first) * stride:
                 raise CacheError(f"{self.path} ended while it was read; {VERIFY}")
             for at in range(first, last):
-                if crc32c(rows[at]) != checksums[at - first].tobytes():
+                if crc32c(rows[at]) != checksums[at].tobytes():
                     raise CacheError(
                         f"chunk {chunks[at]} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}"
                     )
@@ -123,10 +124,10 @@ class ShardFile:
 
     def _runs(self, chunks: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
         """First and last (exclusive) of chunks that lie side by side, at most so many of them."""
-        stride, first = self.chunk_bytes + CRC_BYTES, 0
+        starts, stride, first = self._starts, self.chunk_bytes + CRC_BYTES, 0
         while first < len(chunks):
-            start, last, end = self._starts[chunks[first]], first + 1, min(len(chunks), first + longest)
-            while last < end and self._starts[chunks[last]] == start + (last - first) * stride:
+            start, last, end = starts[chunks[first]], first + 1, min(len(chunks), first + longest)
+            while last < end and starts[chunks[last]] == start + (last - first) * stride:
                 last += 1
             yield first, last
             first = last

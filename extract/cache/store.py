@@ -20,13 +20,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from whisper_at_cli.extract.errors import StoreError, UsageError, WhisperATError
 
 BUFFERS = 1024  # that the system takes in one call
-SCHEMES = ("s3", "gs", "az")
 REQUESTS = 32  # that a bucket is asked side by side
 PART_BYTES = 8 << 20  # of a file that goes to a bucket in several parts
 PARTS = 4  # of one file on their way at once
@@ -36,7 +35,11 @@ RETRIES = {
     "retry_timeout": timedelta(seconds=20),
     "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=3), "base": 2},
 }
-KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
+KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SKIP_SIGNATURE=true for a bucket that is open to all)",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
 
 
 def location(address: str | Path) -> LocalStore | BucketStore:
@@ -44,7 +47,7 @@ def location(address: str | Path) -> LocalStore | BucketStore:
     text = str(address)
     if "://" in text:
         return BucketStore(text)
-    if isinstance(address, Path) and (scheme := text.partition(":/")[0]) in SCHEMES:
+    if isinstance(address, Path) and (scheme := text.partition(":/")[0]) in KEYS:
         raise UsageError(f"{text} was an address of a bucket before it became a Path; give it as text: '{scheme}://...'")
     return LocalStore(address)
 
@@ -113,6 +116,8 @@ class LocalFile:
         if hasattr(os, "posix_fadvise"):  # the kernel's reading ahead would read other layers
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         self.size = os.fstat(self._file).st_size
+        if hasattr(os, "preadv"):  # not on macOS
+            self.readv = partial(os.preadv, self._file)
 
     def __del__(self):
         if hasattr(self, "_file"):
@@ -120,14 +125,12 @@ class LocalFile:
 
     def readv(self, buffers: list, start: int) -> int:
         """Fill buffers one after another from byte `start` on; returns how many bytes were read."""
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file, buffers, start)
-        length = sum(memoryview(buffer).nbytes for buffer in buffers)  # macOS has no preadv
+        length = sum(memoryview(buffer).nbytes for buffer in buffers)
         return _scatter(os.pread(self._file, length, start), buffers)
 
 
 class BucketStore:
-    """A part of a bucket, through obstore. Safe between threads; do not fork a process that has used one.
+    """A part of a bucket, through obstore. Safe between threads; refused in a process forked from one that used it.
 
     Objects appear whole, so readers need nothing more. There are no locks: who runs several writers gives each its own
     `--shard I/N`. Endpoint, region and keys come from the environment (AWS_ENDPOINT_URL, AWS_REGION, ...). What fails
@@ -137,10 +140,11 @@ class BucketStore:
     def __init__(self, address: str):
         self.address = address.rstrip("/")
         scheme, _, rest = self.address.partition("://")
-        if scheme not in SCHEMES or not rest.partition("/")[0]:
-            kinds = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        if scheme not in KEYS or not rest.partition("/")[0]:
+            kinds = ", ".join(f"{scheme}://" for scheme in KEYS)
             raise UsageError(f"{address} is no address of a cache; give a path, or a bucket and a name after {kinds}")
         self._obs = _obstore()
+        _refuse_fork(self.address)
         options = {"connect_timeout": CONNECT_TIMEOUT, "timeout": REQUEST_TIMEOUT}
         options["allow_http"] = True  # takes effect only where the endpoint that the user names begins with http://
         try:
@@ -203,6 +207,7 @@ class BucketStore:
 
     def map(self, function: Callable, items: Iterable) -> list:
         """Calls run side by side; those from within one of them, which could wait for themselves, one by one."""
+        _refuse_fork(self.address)
         items = items if isinstance(items, Sequence) else list(items)
         if len(items) < 2 or getattr(_within, "map", False):
             return [function(item) for item in items]
@@ -214,6 +219,7 @@ class BucketStore:
 
     @contextlib.contextmanager
     def asking(self, name: str) -> Iterator[None]:
+        _refuse_fork(self.address)
         try:
             yield
         except self._obs.exceptions.BaseError as error:
@@ -226,19 +232,19 @@ class BucketStore:
     def _explained(self, error: Exception, name: str) -> WhisperATError:
         """What was asked, what came of it, what to do."""
         denied = (self._obs.exceptions.PermissionDeniedError, self._obs.exceptions.UnauthenticatedError)
+        keys = KEYS[self.address.partition("://")[0]]
         text = str(error).partition("\n\nDebug source")[0].strip()
         what = f"cannot reach {self.address}/{name}".rstrip("/")
         if _no_bucket(error):
             bucket = self.address.split("/")[2]
             return UsageError(f"{what}: there is no bucket {bucket!r}; create it, or mend the address")
         if "169.254.169.254" in text:  # where machines in a cloud ask for their keys
-            advice = f"set {KEYS}, or AWS_SKIP_SIGNATURE=true for a bucket that is open to all"
-            return StoreError(f"{what}: no credentials were found; {advice}")
+            return StoreError(f"{what}: no credentials were found; set {keys}")
         reason = found[1] if (found := re.search(r"<Message>(.*?)</Message>", text, re.S)) else text
         if isinstance(error, denied):
-            return StoreError(f"{what}: access is denied ({reason}); check the keys ({KEYS}) and what they may do")
+            return StoreError(f"{what}: access is denied ({reason}); check what these keys may do: {keys}")
         if "HTTP error" in text:
-            advice = "check the network and AWS_ENDPOINT_URL, then run the same command again"
+            advice = "check the network and the endpoint (AWS_ENDPOINT_URL), then run the same command again"
             return StoreError(f"{what}: the server does not answer ({reason}); {advice}")
         return StoreError(f"{what}: {reason}; what was finished is kept: mend this and run the same command again")
 
@@ -271,6 +277,20 @@ def _obstore():
             "a cache in a bucket needs obstore, which is not installed; run: pip install 'whisper-at-cli[cloud]'"
         ) from error
     return obstore
+
+
+_used_by: list[int] = []  # the process in which obstore's threads run
+
+
+def _refuse_fork(address: str) -> None:
+    """A forked process has none of its parent's threads, and would wait for them for ever."""
+    if not _used_by:
+        _used_by.append(os.getpid())
+    if _used_by[0] != os.getpid():
+        raise StoreError(
+            f"cannot use {address} in a process that was forked from one that used a bucket; start workers with "
+            "'spawn' or 'forkserver' (of a DataLoader: multiprocessing_context='spawn')"
+        )
 
 
 def _no_bucket(error: Exception) -> bool:
