@@ -13,7 +13,15 @@ from whisper_at_cli import __version__
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.progress import progress_on_stderr
 
-CACHE = click.argument("cache", type=click.Path(path_type=Path))
+
+class _CacheAddress(click.Path):
+    """A path, or the address of a cache in a bucket as it is: `s3://...`, which a Path would mangle."""
+
+    def convert(self, value, param, ctx):
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+CACHE = click.argument("cache", type=_CacheAddress(path_type=Path))
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="cuda, cuda:1, mps or cpu; auto takes the best."
 )

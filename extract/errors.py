@@ -17,6 +17,10 @@ class CacheError(WhisperATError):
     """A feature cache is damaged, incomplete, in use, or at odds with what was asked of it."""
 
 
+class StoreError(WhisperATError):
+    """The place where a cache lies cannot be reached or refuses; that says nothing about the cache itself."""
+
+
 class AudioError(WhisperATError):
     """One audio file cannot be read. The clip is marked failed; the other clips go on."""
 

@@ -124,7 +124,7 @@ def extract(
         raise UsageError(f"a batch holds at least one clip; {batch_size} was asked for")
     size = batch_size or fitting_batch_size(backbone, samples)
     with CacheWriter.create(
-        Path(cache),
+        cache,
         spec,
         dataset.table(),
         shard_mb=shard_mb,

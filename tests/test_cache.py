@@ -232,7 +232,7 @@ def test_writers_are_kept_apart(tmp_path):
 def test_a_full_disk_is_a_clear_error_and_damages_nothing(tmp_path, monkeypatch):
     import os
 
-    from whisper_at_cli.extract.cache import ShardBlock, shards
+    from whisper_at_cli.extract.cache import ShardBlock, store
 
     spec, clips = spec_and_clips()
     with CacheWriter.create(tmp_path / "a.zarr", spec, clips) as writer:
@@ -243,7 +243,7 @@ def test_a_full_disk_is_a_clear_error_and_damages_nothing(tmp_path, monkeypatch)
             raise OSError(28, os.strerror(28))
 
         with monkeypatch.context() as patch:
-            patch.setattr(shards.os, "fsync", full)
+            patch.setattr(store.os, "fsync", full)
             with pytest.raises(CacheError, match="No space left on device.*run the same command again"):
                 writer.write(0, block)
         assert not list((tmp_path / "a.zarr").rglob("*.partial"))

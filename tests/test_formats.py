@@ -26,6 +26,7 @@ def cache(request, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error:.*is not recognized")  # of a file that is no array
 @pytest.mark.filterwarnings("ignore:.*consolidated.*:RuntimeWarning")
 @pytest.mark.parametrize("options", [{"consolidated": False}, {}])
 def test_xarray_opens_a_cache_as_it_is(cache, options):

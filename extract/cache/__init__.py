@@ -2,6 +2,7 @@
 
 schema  what the arrays and attributes are        shards  the bytes of one shard file
 writer  one process's hold on a cache             reader  features, means and labels out of it
+store   where its files lie: a folder or a bucket
 """
 
 from whisper_at_cli.extract.cache.reader import FeatureCache

@@ -142,9 +142,7 @@ def import_npz(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
     }
-    with CacheWriter.create(
-        Path(cache_path), spec, _clip_table(listed, names), shard_mb=shard_mb, provenance=made
-    ) as writer:
+    with CacheWriter.create(cache_path, spec, _clip_table(listed, names), shard_mb=shard_mb, provenance=made) as writer:
         there = int(writer.cache.done.sum())
         _fill_shards(writer, listed, files, shape, progress)
         return _import_report(writer, there, warnings)

@@ -14,6 +14,7 @@ import numpy as np
 from whisper_at_cli.extract.cache import schema
 from whisper_at_cli.extract.cache.schema import CacheSpec, Status
 from whisper_at_cli.extract.cache.shards import ShardFile, read_chunk
+from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
 OPEN_SHARDS = 128  # files kept open per array
@@ -28,15 +29,17 @@ class FeatureCache:
     N clips, L layers, T frames, D channels, C classes; rows count from 0, layers from 1.
     """
 
-    def __init__(self, path: Path, spec: CacheSpec, attributes: dict):
+    def __init__(self, store: LocalStore | BucketStore, spec: CacheSpec, attributes: dict):
         import zarr
 
-        self.path, self.spec, self.attributes = path, spec, attributes
+        self.store, self.path, self.spec, self.attributes = store, store.address, spec, attributes
         try:
-            self._group = zarr.open_group(path, mode="r")
-            clips, self.clips_per_shard = self._group["features"].shape[0], self._group["features"].shards[0]
+            with store.asking("features"):
+                self._group = zarr.open_group(store.zarr(), mode="r", zarr_format=3)
+                features = self._group["features"]
+            clips, self.clips_per_shard = features.shape[0], features.shards[0]
         except (KeyError, ValueError, OSError, TypeError) as error:
-            raise CacheError(f"{path} is damaged ({error}); restore it or extract again to another path") from error
+            raise CacheError(f"{store} is damaged ({error}); restore it or extract again to another path") from error
         self.damaged_chunks: dict[str, set[int]] = {"status": set(), "valid_frames": set()}
         self.status = self._bytes_per_clip("status", clips)
         self._open: dict[str, OrderedDict[int, ShardFile]] = {}
@@ -44,10 +47,13 @@ class FeatureCache:
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureCache:
-        """The cache at `path`. Raises UsageError where there is none, CacheError where it is damaged."""
-        path = Path(path)
-        attributes = schema.read_attributes(path)
-        return cls(path, schema.spec_from_attributes(attributes, path), attributes)
+        """The cache at `path`, a folder or a bucket's address such as `s3://bucket/esc50.zarr`.
+
+        Raises UsageError where there is none, CacheError where it is damaged or its bucket cannot be reached.
+        """
+        store = location(path)
+        attributes = schema.read_attributes(store)
+        return cls(store, schema.spec_from_attributes(attributes, store), attributes)
 
     def __len__(self) -> int:
         return len(self.status)
@@ -88,14 +94,14 @@ class FeatureCache:
     @cached_property
     def fold(self) -> np.ndarray:
         """(N,) int16: official folds from 1, 0 where there is none."""
-        return self._group["fold"][:]
+        return self._column("fold")
 
     @cached_property
     def labels(self) -> np.ndarray:
         """(N, C) uint8; C is 0 for an unlabelled dataset."""
         if not self.spec.class_names:
             return np.zeros((len(self), 0), dtype=np.uint8)
-        return self._group["labels"][:]
+        return self._column("labels")
 
     @cached_property
     def valid_frames(self) -> np.ndarray:
@@ -110,18 +116,25 @@ class FeatureCache:
         """
         S = self.clips_per_shard
         out = np.zeros(clips, dtype=np.uint8)
-        for shard in range(schema.shard_count(clips, S)):
+
+        def read(shard: int) -> None:
             try:
-                chunk = read_chunk(self.path / name / "c" / str(shard), S)
+                chunk = read_chunk(self.store, f"{name}/c/{shard}", S)
             except CacheError:
                 self.damaged_chunks[name].add(shard)
-                continue
+                return
             if chunk is not None:
                 out[shard * S : (shard + 1) * S] = chunk[: clips - shard * S]
+
+        self.store.map(read, range(schema.shard_count(clips, S)))
         return out
 
+    def _column(self, name: str) -> np.ndarray:
+        with self.store.asking(name):
+            return self._group[name][:]
+
     def _strings(self, name: str) -> np.ndarray:
-        return np.asarray(self._group[name][:]).astype(object).astype(str)
+        return np.asarray(self._column(name)).astype(object).astype(str)
 
     def features(self, rows) -> np.ndarray:
         """All layers of some clips: (n, L, T, D), float16 or float32 as stored; int8 is decoded to float32."""
@@ -139,9 +152,12 @@ class FeatureCache:
         rows = self._real_rows(rows)
         L, T, D = self.spec.layers, self.spec.frames, self.spec.dim
         out = np.empty((len(rows), L, T, D), dtype=self._stored)
-        for at, row in enumerate(rows.tolist()):
-            shard, slot = divmod(row, self.clips_per_shard)
+
+        def read(at: int) -> None:
+            shard, slot = divmod(int(rows[at]), self.clips_per_shard)
             self._shard("features", shard).read(range(slot * L, (slot + 1) * L), out[at])
+
+        self.store.map(read, range(len(rows)))
         return out
 
     def layer(self, layer: int, rows=None, *, dtype="float32") -> np.ndarray:
@@ -155,9 +171,13 @@ class FeatureCache:
         out = np.empty((len(rows), self.spec.frames, self.spec.dim), dtype=self._stored)
         shard_of = rows // S
         edges = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(rows)] if len(rows) else []
-        for first, last in pairwise(edges):  # a run of rows in one shard
+
+        def read(edge: tuple[int, int]) -> None:  # a run of rows in one shard
+            first, last = edge
             chunks = (rows[first:last] % S * L + index).tolist()
             self._shard("features", int(shard_of[first])).read(chunks, out[first:last])
+
+        self.store.map(read, pairwise(edges))
         if self.spec.dtype == "int8":
             return (out * self._per_layer("scale", rows, [index])[:, 0, None, :]).astype(dtype, copy=False)
         return out.astype(dtype, copy=False)
@@ -173,11 +193,14 @@ class FeatureCache:
         """(n, len(layers), D) float32 of `mean` or `scale`, whose chunks are one layer of a whole shard."""
         out = np.empty((len(rows), len(layers), self.spec.dim), dtype=np.float32)
         shard_of, slot_of = np.divmod(rows, self.clips_per_shard)
-        whole = np.empty((len(layers), self.clips_per_shard, self.spec.dim), dtype=self._per_layer_dtype(name))
-        for shard in np.unique(shard_of).tolist():
+
+        def read(shard: int) -> None:
+            whole = np.empty((len(layers), self.clips_per_shard, self.spec.dim), dtype=self._per_layer_dtype(name))
             here = np.flatnonzero(shard_of == shard)
             self._shard(name, shard).read(layers, whole)
             out[here] = whole[:, slot_of[here]].swapaxes(0, 1)
+
+        self.store.map(read, np.unique(shard_of).tolist())
         return out
 
     @property
@@ -214,18 +237,18 @@ class FeatureCache:
             if shard in files:
                 files.move_to_end(shard)
                 return files[shard]
-            files[shard] = self._open_shard(name, shard)
+            files[shard] = self._shard_file(name, shard)
             if len(files) > OPEN_SHARDS:
                 files.popitem(last=False)  # closed when the last thread is done with it
             return files[shard]
 
-    def _open_shard(self, name: str, shard: int) -> ShardFile:
+    def _shard_file(self, name: str, shard: int) -> ShardFile:
         L, T, D, S = self.spec.layers, self.spec.frames, self.spec.dim, self.clips_per_shard
-        folder = self.path / name / "c" / str(shard)
+        file = schema.shard_file(name, shard)
         if name == "features":
-            return ShardFile(folder / "0/0/0", chunk_count=S * L, chunk_bytes=T * D * self._stored.itemsize)
+            return ShardFile(self.store, file, chunk_count=S * L, chunk_bytes=T * D * self._stored.itemsize)
         size = S * D * self._per_layer_dtype(name).itemsize
-        return ShardFile(folder / "0/0", chunk_count=L, chunk_bytes=size)
+        return ShardFile(self.store, file, chunk_count=L, chunk_bytes=size)
 
     def __getstate__(self) -> dict:
         return {"path": self.path}

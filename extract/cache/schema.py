@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
 FORMAT_NAME = "whisper-at-cli feature cache"
@@ -29,6 +30,8 @@ FRAMES = 25
 DTYPES = ("float16", "float32", "int8")
 DEFAULT_SHARD_MB = 128
 MAX_CLIPS_PER_SHARD = 256  # so that a killed run of a small model loses little
+METADATA = "zarr.json"  # of the group; with it a cache begins to be one
+SHARD_SUFFIX = {"features": "/0/0/0", "mean": "/0/0", "scale": "/0/0"}
 ROWS_PER_CHUNK = 65536  # of what the dataset says of each clip
 
 
@@ -170,20 +173,21 @@ def array_shapes(spec: CacheSpec, clips: int) -> dict[str, tuple[tuple[int, ...]
     return shapes
 
 
-def read_attributes(path: Path) -> dict:
-    """Group attributes of the cache at `path`.
+def read_attributes(store: LocalStore | BucketStore) -> dict:
+    """Group attributes of the cache in `store`.
 
     Raises UsageError where there is no cache, CacheError where it is damaged or of another format version.
     """
-    metadata = path / "zarr.json"
-    if not path.exists():
-        raise UsageError(f"{path} does not exist; make a cache with: whisper-at-cli extract DATASET {path}")
-    if not path.is_dir() or not metadata.exists():
+    path = store.address
+    if isinstance(path, Path) and path.exists() and not (path.is_dir() and store.exists(METADATA)):
         raise UsageError(f"{path} is not a feature cache (no zarr.json in it); give the folder that `extract` wrote")
     try:
-        attributes = json.loads(metadata.read_text())["attributes"]
+        metadata = store.read(METADATA)
+        if metadata is None:
+            raise UsageError(f"{path} does not exist; make a cache with: whisper-at-cli extract DATASET {path}")
+        attributes = json.loads(metadata)["attributes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{metadata} is damaged ({error}); restore it or extract again to another path") from error
+        raise _damaged_metadata(store, str(error)) from error
     if attributes.get("format") != FORMAT_NAME:
         raise UsageError(f"{path} is a Zarr group but not a feature cache; give the folder that `extract` wrote")
     if attributes.get("format_version") != FORMAT_VERSION:
@@ -194,12 +198,21 @@ def read_attributes(path: Path) -> dict:
     return attributes
 
 
-def spec_from_attributes(attributes: dict, path: Path) -> CacheSpec:
+def spec_from_attributes(attributes: dict, store: LocalStore | BucketStore) -> CacheSpec:
     """The spec that a cache's own attributes hold."""
     try:
         return CacheSpec(**{name: attributes[name] for name in CacheSpec.__dataclass_fields__})
     except (KeyError, TypeError, ValueError) as error:
-        raise CacheError(f"{path / 'zarr.json'} is damaged: attribute {error} is missing or wrong") from error
+        raise _damaged_metadata(store, f"attribute {error} is missing or wrong") from error
+
+
+def _damaged_metadata(store: LocalStore | BucketStore, problem: str) -> CacheError:
+    return CacheError(f"{store}/{METADATA} is damaged ({problem}); restore it or extract again to another path")
+
+
+def shard_file(name: str, shard: int) -> str:
+    """Name of the file that holds a shard (from 0) of an array: below it, a number for each further dimension."""
+    return f"{name}/c/{shard}{SHARD_SUFFIX.get(name, '')}"
 
 
 def shard_rows(shard: int, clips_per_shard: int, clips: int) -> range:

@@ -7,21 +7,17 @@ every chunk (uint64, little-endian; both 2**64 - 1 where a chunk is absent) and 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import threading
+from collections.abc import Iterator, Sequence
 
 import google_crc32c
 import numpy as np
 
+from whisper_at_cli.extract.cache.store import BucketFile, BucketStore, LocalFile, LocalStore
 from whisper_at_cli.extract.errors import CacheError
 
 ABSENT = np.uint64(2**64 - 1)
 CRC_BYTES = 4
-BUFFERS = 1024  # that the system takes in one call
-RUN = (
-    16  # chunks that one call reads at most: about a megabyte, whose checksums are then taken while it is in the cache
-)
 VERIFY = "run: whisper-at-cli verify"
 
 
@@ -53,116 +49,85 @@ def chunk_buffers(chunk: np.ndarray) -> list:
     return [data, crc32c(data)]
 
 
-def write_whole(path: Path, buffers: list) -> None:
-    """Write a file so that it appears whole or not at all, and is on disk when this returns. One writer per file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")  # what a killed run left is written over
-    try:
-        with open(temporary, "wb", buffering=0) as file:
-            for first in range(0, len(buffers), BUFFERS):
-                _writev(file.fileno(), buffers[first : first + BUFFERS])
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _writev(file: int, buffers: list) -> None:
-    """Write all of these buffers, however many calls the system takes for it."""
-    written = os.writev(file, buffers)
-    for buffer in buffers:
-        size = memoryview(buffer).nbytes
-        if written < size:
-            rest = memoryview(buffer).cast("B")[written:]
-            while len(rest):
-                rest = rest[os.write(file, rest) :]
-        written = max(0, written - size)
-
-
-def read_chunk(path: Path, count: int) -> np.ndarray | None:
+def read_chunk(store: LocalStore | BucketStore, name: str, count: int) -> np.ndarray | None:
     """A chunk file of `count` bytes, (count,) uint8; None where there is none. Raises CacheError if it is damaged."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    data = store.read(name)
+    if data is None:
         return None
     if len(data) != count + CRC_BYTES or crc32c(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
-        raise CacheError(f"{path} is damaged: its CRC-32C does not match; {VERIFY}")
+        raise CacheError(f"{store}/{name} is damaged: its CRC-32C does not match; {VERIFY}")
     return np.frombuffer(data, dtype=np.uint8, count=count)
-
-
-def _readv(file: int, buffers: list, start: int) -> int:
-    """Fill buffers one after another from byte `start` of a file; returns how many bytes were read."""
-    if hasattr(os, "preadv"):
-        return os.preadv(file, buffers, start)
-    views = [memoryview(buffer).cast("B") for buffer in buffers]  # macOS has no preadv
-    data = os.pread(file, sum(map(len, views)), start)
-    at = 0
-    for view in views:
-        part = data[at : at + len(view)]
-        view[: len(part)] = part
-        at += len(part)
-    return len(data)
 
 
 class ShardFile:
     """Read access to the chunks of one shard file, straight into the caller's arrays; every CRC-32C is checked.
 
-    Safe between threads. Chunks that lie side by side are read by one call, and nothing but them is read.
+    Safe between threads. Opened by the first read. Chunks that lie side by side are read by one call, and nothing but
+    them is read.
     """
 
-    def __init__(self, path: Path, *, chunk_count: int, chunk_bytes: int):
-        self.path, self.chunk_bytes = path, chunk_bytes
-        try:
-            self._file = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise CacheError(f"{path} is missing although its clips are marked done; {VERIFY}") from error
-        if hasattr(os, "posix_fadvise"):  # the kernel's reading ahead would read other layers
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
-        self.size = os.fstat(self._file).st_size
-        index = np.empty((chunk_count, 2), dtype="<u8")
+    def __init__(self, store: LocalStore | BucketStore, name: str, *, chunk_count: int, chunk_bytes: int):
+        self.path, self.chunk_bytes = f"{store}/{name}", chunk_bytes
+        self._store, self._name, self._chunk_count = store, name, chunk_count
+        self._file: LocalFile | BucketFile | None = None
+        self._opening = threading.Lock()
+
+    def _open(self) -> LocalFile | BucketFile:
+        """The file, its index read and checked."""
+        with self._opening:
+            if self._file is None:
+                try:
+                    file = self._store.open(self._name)
+                except FileNotFoundError as error:
+                    raise CacheError(f"{self.path} is missing although its clips are marked done; {VERIFY}") from error
+                self._read_index(file)
+                self._file = file
+            return self._file
+
+    def _read_index(self, file: LocalFile | BucketFile) -> None:
+        index = np.empty((self._chunk_count, 2), dtype="<u8")
         checksum = bytearray(CRC_BYTES)
-        start = self.size - index.nbytes - CRC_BYTES
-        if start < 0 or _readv(self._file, [index, checksum], start) != index.nbytes + CRC_BYTES:
-            raise CacheError(f"{path} is {f'truncated to {self.size} bytes' if self.size else 'empty'}; {VERIFY}")
+        start = file.size - index.nbytes - CRC_BYTES
+        if start < 0 or file.readv([index, checksum], start) != index.nbytes + CRC_BYTES:
+            raise CacheError(f"{self.path} is {f'truncated to {file.size} bytes' if file.size else 'empty'}; {VERIFY}")
         if crc32c(index.reshape(-1).view(np.uint8)) != bytes(checksum):
-            raise CacheError(f"{path} is truncated or its index is damaged; {VERIFY}")
+            raise CacheError(f"{self.path} is truncated or its index is damaged; {VERIFY}")
         self._starts: list[int] = index[:, 0].tolist()
         self._lengths: list[int] = index[:, 1].tolist()
-
-    def __del__(self):
-        if hasattr(self, "_file"):
-            os.close(self._file)
 
     def read(self, chunks: Sequence[int], out: np.ndarray) -> None:
         """Read chunks into the rows of `out`, (len(chunks), ...), each row C-contiguous and of a chunk's bytes.
 
         Raises CacheError if one is absent, cut off, or its checksum is wrong.
         """
+        file = self._file or self._open()
         rows = out.reshape(len(chunks), -1).view(np.uint8)
         stride = self.chunk_bytes + CRC_BYTES
         for chunk in chunks:
-            if self._lengths[chunk] != stride or self._starts[chunk] + stride > self.size:
+            if self._lengths[chunk] != stride or self._starts[chunk] + stride > file.size:
                 raise CacheError(f"{self.path} has no chunk {chunk} although its clip is marked done; {VERIFY}")
-        checksums = np.empty((RUN, CRC_BYTES), dtype=np.uint8)
-        first = 0
-        while first < len(chunks):
-            start, last = self._starts[chunks[first]], first + 1
-            while (
-                last < min(len(chunks), first + RUN) and self._starts[chunks[last]] == start + (last - first) * stride
-            ):
-                last += 1
-            buffers = [buffer for at in range(first, last) for buffer in (rows[at], checksums[at - first])]
-            if _readv(self._file, buffers, start) != (last - first) * stride:
+        readv, starts = file.readv, self._starts
+        checksums = np.empty((len(chunks), CRC_BYTES), dtype=np.uint8)
+
+        def read_run(run: tuple[int, int]) -> None:
+            first, last = run
+            buffers = [buffer for at in range(first, last) for buffer in (rows[at], checksums[at])]
+            if readv(buffers, starts[chunks[first]]) != (last - first) * stride:
                 raise CacheError(f"{self.path} ended while it was read; {VERIFY}")
             for at in range(first, last):
-                if crc32c(rows[at]) != checksums[at - first].tobytes():
+                if crc32c(rows[at]) != checksums[at].tobytes():
                     raise CacheError(
                         f"chunk {chunks[at]} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}"
                     )
+
+        self._store.map(read_run, self._runs(chunks, file.run))
+
+    def _runs(self, chunks: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
+        """First and last (exclusive) of chunks that lie side by side, at most so many of them."""
+        starts, stride, first = self._starts, self.chunk_bytes + CRC_BYTES, 0
+        while first < len(chunks):
+            start, last, end = starts[chunks[first]], first + 1, min(len(chunks), first + longest)
+            while last < end and starts[chunks[last]] == start + (last - first) * stride:
+                last += 1
+            yield first, last
             first = last

@@ -15,7 +15,7 @@ def summarise(path: str | Path) -> dict:
     cache = FeatureCache.open(path)
     spec, status = cache.spec, cache.status
     failed = np.flatnonzero(status == Status.FAILED)
-    files = [entry.stat().st_size for entry in Path(path).rglob("*") if entry.is_file()]
+    sizes = cache.store.sizes()
     return {
         "cache": str(path),
         "complete": cache.complete,
@@ -38,8 +38,8 @@ def summarise(path: str | Path) -> dict:
         "splits": sorted({str(split) for split in cache.split if split}),
         "shards": shard_count(len(cache), cache.clips_per_shard),
         "clips_per_shard": cache.clips_per_shard,
-        "files": len(files),
-        "bytes": sum(files),
+        "files": len(sizes),
+        "bytes": sum(sizes.values()),
         "made": cache.attributes.get("made", {}),
         "failures": [
             {"id": str(cache.ids[row]), "path": str(cache.paths[row]), "error": str(cache.errors[row])}

@@ -52,7 +52,8 @@ def _metadata_damage(cache: FeatureCache) -> list[Damage]:
     found = []
     for name, (shape, dtype) in array_shapes(cache.spec, len(cache)).items():
         try:
-            array = zarr.open_array(cache.path / name, mode="r")
+            with cache.store.asking(name):
+                array = zarr.open_array(cache.store.zarr(), path=name, mode="r", zarr_format=3)
             if array.shape != shape or (dtype and array.dtype != dtype):
                 found.append(Damage(-1, (), f"{name}/zarr.json says {array.shape} {array.dtype}, not {shape} {dtype}"))
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -80,14 +81,17 @@ def _shard_damage(cache: FeatureCache, shard: int, rows: np.ndarray) -> list[Dam
     except CacheError as error:
         return [Damage(shard, names, str(error))]
     found = [] if means_are_finite else [Damage(shard, names, "mean holds a value that is not finite")]
-    for row, name in zip(rows, names, strict=True):
-        try:
-            features = cache.features([row])
-        except CacheError as error:
-            found.append(Damage(shard, (name,), str(error)))
-            continue
-        if not np.isfinite(features).all():
-            found.append(Damage(shard, (name,), "features hold a value that is not finite"))
+    problems = cache.store.map(lambda row: _clip_problem(cache, row), rows.tolist())
+    found += [Damage(shard, (name,), problem) for name, problem in zip(names, problems, strict=True) if problem]
     if len(found) == len(rows) > 1 and len({damage.problem for damage in found}) == 1:
         return [Damage(shard, names, found[0].problem)]
     return found
+
+
+def _clip_problem(cache: FeatureCache, row: int) -> str:
+    """What is wrong with one clip's features, or nothing."""
+    try:
+        features = cache.features([row])
+    except CacheError as error:
+        return str(error)
+    return "" if np.isfinite(features).all() else "features hold a value that is not finite"

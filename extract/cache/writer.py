@@ -10,6 +10,8 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import numpy as np
 from whisper_at_cli.extract.cache import schema, shards
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
+from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
 
@@ -52,43 +55,46 @@ class CacheWriter:
     """Creates or continues a cache and writes whole shards into it.
 
     One process per slot: `slot=(i, n)` holds every n-th shard, and a lock keeps out whoever else would write them.
-    `write` may be called from one thread at a time. Use as a context manager; the lock goes with the process.
+    In a bucket there is no lock: two processes with one slot do the same work twice and write the same bytes, unless
+    they were asked for different things. `write` may be called from one thread at a time. Use as a context manager;
+    the lock goes with the process.
     """
 
-    def __init__(self, path: Path, slot: tuple[int, int]):
-        self.path, self.slot = Path(path), slot
-        self._lock = _lock_slot(self.path, slot)
+    def __init__(self, store: LocalStore | BucketStore, slot: tuple[int, int]):
+        self.store, self.path, self.slot = store, store.address, slot
+        self._lock = _lock_slot(store.path, slot) if isinstance(store, LocalStore) else None
         try:
             self.cache = FeatureCache.open(self.path)
         except BaseException:
-            self._lock.close()
+            self.close()
             raise
         self.spec, self.clips_per_shard = self.cache.spec, self.cache.clips_per_shard
 
     @classmethod
     def create(
-        cls, path: Path, spec: CacheSpec, clips: ClipTable, *, shard_mb: float = schema.DEFAULT_SHARD_MB,
+        cls, path: str | Path, spec: CacheSpec, clips: ClipTable, *, shard_mb: float = schema.DEFAULT_SHARD_MB,
         slot: tuple[int, int] = (1, 1), provenance: dict | None = None,
     ) -> CacheWriter:  # fmt: skip
         """Start a new cache at `path`, or continue the one that is there if it was made with the same settings.
 
-        Raises UsageError where `path` holds something else, CacheError where settings or clips differ or another
-        process is at work on it.
+        `path` is a folder or a bucket's address. Raises UsageError where it holds something else, CacheError where
+        settings or clips differ or another process is at work on it.
         """
-        path = Path(path)
+        store = location(path)
         _check_slot(slot)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            shutil.rmtree(temporary, ignore_errors=True)
+
+        def create_arrays(folder: Path) -> None:
             schema.create_arrays(
-                temporary, spec, clips, clips_per_shard=spec.clips_per_shard(shard_mb), provenance=provenance or {}
+                folder, spec, clips, clips_per_shard=spec.clips_per_shard(shard_mb), provenance=provenance or {}
             )
-            with contextlib.suppress(OSError):  # another process of the same job was first: continue its cache
-                os.rename(temporary, path)
-            shutil.rmtree(temporary, ignore_errors=True)
-        schema.read_attributes(path)  # before the lock, so that a folder that is no cache is left as it is
-        writer = cls(path, slot)
+
+        if isinstance(store, BucketStore):
+            if store.read(schema.METADATA) is None:
+                _create_in_bucket(store, create_arrays)
+        elif not store.path.exists():
+            _create_in_folder(store.path, create_arrays)
+        schema.read_attributes(store)  # before the lock, so that a folder that is no cache is left as it is
+        writer = cls(store, slot)
         try:
             writer._refuse_differences(spec, clips)
         except BaseException:
@@ -153,7 +159,7 @@ class CacheWriter:
                 if values is not None:
                     self._write_per_layer(name, shard, values, done)
             self._write_rows("valid_frames", shard, block.valid_frames)
-            if block.errors or (self.path / "error" / "c" / str(shard)).exists():
+            if block.errors or self.store.exists(f"error/c/{shard}"):
                 self._write_errors(rows, block.errors)
             self._write_rows("status", shard, block.status)
         except OSError as error:
@@ -168,28 +174,31 @@ class CacheWriter:
         chunks = np.ascontiguousarray(features).reshape(-1, T, D)
         present = np.zeros(S * L, dtype=bool)
         present[: len(chunks)] = np.repeat(done, L)
-        shards.write_whole(self.path / "features" / "c" / str(shard) / "0/0/0", shards.shard_buffers(chunks, present))
+        self.store.write_whole(schema.shard_file("features", shard), shards.shard_buffers(chunks, present))
 
     def _write_per_layer(self, name: str, shard: int, values: np.ndarray, done: np.ndarray) -> None:
         full = np.full((self.clips_per_shard, *values.shape[1:]), np.nan, dtype=values.dtype)
         full[: len(values)][done] = values[done]
         chunks = np.ascontiguousarray(full.transpose(1, 0, 2))  # one chunk per layer
         data = shards.shard_buffers(chunks, np.full(len(chunks), done.any()))
-        shards.write_whole(self.path / name / "c" / str(shard) / "0/0", data)
+        self.store.write_whole(schema.shard_file(name, shard), data)
 
     def _write_rows(self, name: str, shard: int, values: np.ndarray) -> None:
         chunk = np.zeros(self.clips_per_shard, dtype=np.uint8)
         chunk[: len(values)] = values
-        shards.write_whole(self.path / name / "c" / str(shard), shards.chunk_buffers(chunk))
+        self.store.write_whole(schema.shard_file(name, shard), shards.chunk_buffers(chunk))
 
     def _write_errors(self, rows: range, errors: dict[int, str]) -> None:
         import zarr
 
         text = np.array([errors.get(row - rows.start, "") for row in rows], dtype=object)
-        zarr.open_array(self.path / "error", mode="r+")[rows.start : rows.stop] = text
+        with self.store.asking("error"):
+            array = zarr.open_array(self.store.zarr(), path="error", mode="r+", zarr_format=3)
+            array[rows.start : rows.stop] = text
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -204,11 +213,42 @@ def _check_slot(slot: tuple[int, int]) -> None:
         raise UsageError(f"--shard {index}/{of} is out of range; I runs from 1 to N")
 
 
+def _create_in_folder(path: Path, create_arrays: Callable[[Path], None]) -> None:
+    """Lay out an empty cache, which appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    create_arrays(temporary)
+    with contextlib.suppress(OSError):  # another process of the same job was first: continue its cache
+        os.rename(temporary, path)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _create_in_bucket(store: BucketStore, create_arrays: Callable[[Path], None]) -> None:
+    """Lay out an empty cache here and copy it there, the group's metadata last: without them it is no cache.
+
+    What is there already is refused, unless it is a part of just this, left by a process that was stopped.
+    """
+    with tempfile.TemporaryDirectory(prefix="whisper-at-cli-") as folder:
+        here = LocalStore(Path(folder) / "cache")
+        create_arrays(here.path)
+        names = sorted(here.sizes().keys() - {schema.METADATA})
+        others = sorted(store.sizes().keys() - {*names, schema.METADATA})
+        if others and store.read(schema.METADATA) is None:  # else another process of the same job was first
+            raise UsageError(
+                f"{store} holds {len(others)} objects that are no cache ({others[0]}, ...); choose another address or "
+                "remove them"
+            )
+        if not others:
+            store.map(lambda name: store.write_whole(name, [here.read(name)]), names)
+            store.write_first(schema.METADATA, here.read(schema.METADATA))
+
+
 def _lock_slot(path: Path, slot: tuple[int, int]):
     """Hold this process's slot. Raises CacheError if a running process holds a slot whose shards overlap."""
     index, of = slot
-    folder = path / ".locks"
-    folder.mkdir(exist_ok=True)
+    folder = path / "status" / ".locks"  # within an array, where no reader of Zarr looks for other arrays
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "door", "w") as door:  # one process at a time looks at the other locks
         fcntl.flock(door, fcntl.LOCK_EX)
         for other in folder.glob("*-of-*"):

@@ -1,0 +1,327 @@
+"""Where a cache's files lie: a folder, or a bucket of an object store (`s3://`, `gs://`, `az://`; extra `cloud`).
+
+Both stores have the same methods; a file's `name` is its path within the cache, as `status/c/0`.
+
+write_whole(name, buffers)   the file appears whole or not at all, and is safe when this returns
+read(name)                   all bytes of a file, None where there is none
+open(name)                   for reading parts: its `size`, and `readv` into the caller's buffers
+exists(name), sizes()        whether there is such a file; bytes of every file, by name
+zarr()                       what zarr-python opens
+map(function, items)         a list of results; a bucket is asked for many things side by side
+asking(name)                 a context in which a failure of the store becomes an error that a user can read
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import cached_property, partial
+from pathlib import Path
+
+from whisper_at_cli.extract.errors import StoreError, UsageError, WhisperATError
+
+BUFFERS = 1024  # that the system takes in one call
+REQUESTS = 32  # that a bucket is asked side by side
+PART_BYTES = 8 << 20  # of a file that goes to a bucket in several parts
+PARTS = 4  # of one file on their way at once
+CONNECT_TIMEOUT, REQUEST_TIMEOUT = timedelta(seconds=5), timedelta(seconds=60)
+RETRIES = {
+    "max_retries": 5,
+    "retry_timeout": timedelta(seconds=20),
+    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=3), "base": 2},
+}
+KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SKIP_SIGNATURE=true for a bucket that is open to all)",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+
+
+def location(address: str | Path) -> LocalStore | BucketStore:
+    """The store of a cache's address. Raises UsageError where it is neither a path nor in a kind of bucket we know."""
+    text = str(address)
+    if "://" in text:
+        return BucketStore(text)
+    if isinstance(address, Path) and (scheme := text.partition(":/")[0]) in KEYS:
+        raise UsageError(f"{text} was an address of a bucket before it became a Path; give it as text: '{scheme}://...'")
+    return LocalStore(address)
+
+
+class LocalStore:
+    """A folder. Safe between threads and processes, with one writer per file."""
+
+    def __init__(self, path: str | Path):
+        self.address = self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def write_whole(self, name: str, buffers: list) -> None:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.partial")  # what a killed run left is written over
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                for first in range(0, len(buffers), BUFFERS):
+                    _writev(file.fileno(), buffers[first : first + BUFFERS])
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def open(self, name: str) -> LocalFile:
+        return LocalFile(self.path / name)
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def sizes(self) -> dict[str, int]:
+        files = [entry for entry in self.path.rglob("*") if entry.is_file()]
+        return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
+
+    def zarr(self) -> Path:
+        return self.path
+
+    def map(self, function: Callable, items: Iterable) -> list:
+        return [function(item) for item in items]
+
+    def asking(self, name: str) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+class LocalFile:
+    """A file of a folder, open for reading parts of it. Raises FileNotFoundError where there is none."""
+
+    run = 16  # chunks read by one call: about a megabyte, whose checksums are then taken while it is in the CPU's cache
+
+    def __init__(self, path: Path):
+        self._file = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # the kernel's reading ahead would read other layers
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+        self.size = os.fstat(self._file).st_size
+        if hasattr(os, "preadv"):  # not on macOS
+            self.readv = partial(os.preadv, self._file)
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def readv(self, buffers: list, start: int) -> int:
+        """Fill buffers one after another from byte `start` on; returns how many bytes were read."""
+        length = sum(memoryview(buffer).nbytes for buffer in buffers)
+        return _scatter(os.pread(self._file, length, start), buffers)
+
+
+class BucketStore:
+    """A part of a bucket, through obstore. Safe between threads; refused in a process forked from one that used it.
+
+    Objects appear whole, so readers need nothing more. There are no locks: who runs several writers gives each its own
+    `--shard I/N`. Endpoint, region and keys come from the environment (AWS_ENDPOINT_URL, AWS_REGION, ...). What fails
+    is tried again for some seconds, then raises StoreError, or UsageError where there is no such bucket.
+    """
+
+    def __init__(self, address: str):
+        self.address = address.rstrip("/")
+        scheme, _, rest = self.address.partition("://")
+        if scheme not in KEYS or not rest.partition("/")[0]:
+            kinds = ", ".join(f"{scheme}://" for scheme in KEYS)
+            raise UsageError(f"{address} is no address of a cache; give a path, or a bucket and a name after {kinds}")
+        self._obs = _obstore()
+        _refuse_fork(self.address)
+        options = {"connect_timeout": CONNECT_TIMEOUT, "timeout": REQUEST_TIMEOUT}
+        options["allow_http"] = True  # takes effect only where the endpoint that the user names begins with http://
+        try:
+            self._store = self._obs.store.from_url(self.address, client_options=options, retry_config=RETRIES)
+        except (self._obs.exceptions.BaseError, ValueError) as error:
+            raise self._explained(error, "") from error
+
+    def __str__(self) -> str:
+        return self.address
+
+    def write_whole(self, name: str, buffers: list) -> None:
+        size = sum(memoryview(buffer).nbytes for buffer in buffers)
+        with self.asking(name):
+            if size <= PART_BYTES:
+                self._obs.put(self._store, name, b"".join(buffers))
+            else:  # the object appears with its last part
+                self._obs.put(self._store, name, iter(buffers), chunk_size=PART_BYTES, max_concurrency=PARTS)
+
+    def write_first(self, name: str, data: bytes) -> None:
+        """Write a file unless it is there already."""
+        with self.asking(name), contextlib.suppress(self._obs.exceptions.AlreadyExistsError):
+            self._obs.put(self._store, name, data, mode="create")
+
+    def read(self, name: str) -> bytes | None:
+        with self.asking(name):
+            try:
+                return self._obs.get(self._store, name).bytes().to_bytes()
+            except FileNotFoundError as error:
+                if _no_bucket(error):
+                    raise
+                return None
+
+    def open(self, name: str) -> BucketFile:
+        return BucketFile(self, name)
+
+    def exists(self, name: str) -> bool:
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None where there is none."""
+        with self.asking(name):
+            try:
+                return self._obs.head(self._store, name)["size"]
+            except FileNotFoundError:
+                return None
+
+    def sizes(self) -> dict[str, int]:
+        with self.asking(""):
+            return {entry["path"]: entry["size"] for page in self._obs.list(self._store) for entry in page}
+
+    def read_range(self, name: str, start: int, length: int) -> memoryview:
+        """These bytes of a file, or as many of them as it has."""
+        with self.asking(name):
+            return memoryview(self._obs.get_range(self._store, name, start=start, length=length))
+
+    def zarr(self):
+        from zarr.storage import ObjectStore
+
+        return ObjectStore(self._store)
+
+    def map(self, function: Callable, items: Iterable) -> list:
+        """Calls run side by side; those from within one of them, which could wait for themselves, one by one."""
+        _refuse_fork(self.address)
+        items = items if isinstance(items, Sequence) else list(items)
+        if len(items) < 2 or getattr(_within, "map", False):
+            return [function(item) for item in items]
+        return list(self._threads.map(function, items))
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(REQUESTS, thread_name_prefix="bucket", initializer=_mark_thread)
+
+    @contextlib.contextmanager
+    def asking(self, name: str) -> Iterator[None]:
+        _refuse_fork(self.address)
+        try:
+            yield
+        except self._obs.exceptions.BaseError as error:
+            raise self._explained(error, name) from error
+        except FileNotFoundError as error:  # of one object, which its reader may expect, or of the whole bucket
+            if not _no_bucket(error):
+                raise
+            raise self._explained(error, name) from error
+
+    def _explained(self, error: Exception, name: str) -> WhisperATError:
+        """What was asked, what came of it, what to do."""
+        denied = (self._obs.exceptions.PermissionDeniedError, self._obs.exceptions.UnauthenticatedError)
+        keys = KEYS[self.address.partition("://")[0]]
+        text = str(error).partition("\n\nDebug source")[0].strip()
+        what = f"cannot reach {self.address}/{name}".rstrip("/")
+        if _no_bucket(error):
+            bucket = self.address.split("/")[2]
+            return UsageError(f"{what}: there is no bucket {bucket!r}; create it, or mend the address")
+        if "169.254.169.254" in text:  # where machines in a cloud ask for their keys
+            return StoreError(f"{what}: no credentials were found; set {keys}")
+        reason = found[1] if (found := re.search(r"<Message>(.*?)</Message>", text, re.S)) else text
+        if isinstance(error, denied):
+            return StoreError(f"{what}: access is denied ({reason}); check what these keys may do: {keys}")
+        if "HTTP error" in text:
+            advice = "check the network and the endpoint (AWS_ENDPOINT_URL), then run the same command again"
+            return StoreError(f"{what}: the server does not answer ({reason}); {advice}")
+        return StoreError(f"{what}: {reason}; what was finished is kept: mend this and run the same command again")
+
+
+class BucketFile:
+    """An object of a bucket, for reading parts of it by ranged requests. Raises FileNotFoundError where it is not."""
+
+    run = 256  # chunks read by one request: several megabytes
+
+    def __init__(self, store: BucketStore, name: str):
+        self._store, self._name = store, name
+        size = store.size(name)
+        if size is None:
+            raise FileNotFoundError(name)
+        self.size = size
+
+    def readv(self, buffers: list, start: int) -> int:
+        """Fill buffers one after another from byte `start` on; returns how many bytes were read."""
+        length = sum(memoryview(buffer).nbytes for buffer in buffers)
+        return _scatter(self._store.read_range(self._name, start, length), buffers)
+
+
+def _obstore():
+    try:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+    except ImportError as error:
+        raise UsageError(
+            "a cache in a bucket needs obstore, which is not installed; run: pip install 'whisper-at-cli[cloud]'"
+        ) from error
+    return obstore
+
+
+_used_by: list[int] = []  # the process in which obstore's threads run
+
+
+def _refuse_fork(address: str) -> None:
+    """A forked process has none of its parent's threads, and would wait for them for ever."""
+    if not _used_by:
+        _used_by.append(os.getpid())
+    if _used_by[0] != os.getpid():
+        raise StoreError(
+            f"cannot use {address} in a process that was forked from one that used a bucket; start workers with "
+            "'spawn' or 'forkserver' (of a DataLoader: multiprocessing_context='spawn')"
+        )
+
+
+def _no_bucket(error: Exception) -> bool:
+    return any(code in str(error) for code in ("NoSuchBucket", "ContainerNotFound", "bucket does not exist"))
+
+
+_within = threading.local()
+
+
+def _mark_thread() -> None:
+    _within.map = True
+
+
+def _scatter(data: bytes | memoryview, buffers: list) -> int:
+    """Fill buffers one after another with data; returns how many bytes there were."""
+    at = 0
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        part = data[at : at + len(view)]
+        view[: len(part)] = part
+        at += len(part)
+    return at
+
+
+def _writev(file: int, buffers: list) -> None:
+    """Write all of these buffers, however many calls the system takes for it."""
+    written = os.writev(file, buffers)
+    for buffer in buffers:
+        size = memoryview(buffer).nbytes
+        if written < size:
+            rest = memoryview(buffer).cast("B")[written:]
+            while len(rest):
+                rest = rest[os.write(file, rest) :]
+        written = max(0, written - size)
