@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(N, L, T, D)).astype(np.float16)
     clip_bytes = features[0].nbytes
-    per_shard = CacheSpec("benchmark", "0", L, D, 10.0).clips_per_shard(options.shard_mb)
+    per_shard = CacheSpec("benchmark", "0", L, D, 10.0).clips_per_shard(options.shard_mb, N)
     writing: dict[str, list[float]] = {"cache": [], "plain write": []}
     for number in range(options.rounds):
         writing["plain write"].append(write_plain(folder / f"plain{number}", features, per_shard))

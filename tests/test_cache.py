@@ -261,7 +261,28 @@ def test_a_spec_that_cannot_be_is_refused():
 
 def test_shards_hold_about_the_bytes_asked_for():
     large, _ = spec_and_clips(layers=32, dim=1280)
-    assert large.clip_bytes == 32 * 25 * 1280 * 2 and large.clips_per_shard(128) == 62
-    assert large.clips_per_shard(0.001) == 1
+    assert large.clip_bytes == 32 * 25 * 1280 * 2 and large.clips_per_shard(128, 62 * 9) == 62
+    assert large.clips_per_shard(0.001, 9) == 1 and large.clips_per_shard(128, 0) == 62
+    assert large.clips_per_shard(128, 256) == 52, "five shards, equally full"
     tiny, _ = spec_and_clips(layers=4, dim=384)
-    assert tiny.clips_per_shard(128) == 256
+    assert tiny.clips_per_shard(128, 10**6) == 256
+
+
+def test_int8_moves_no_probe_on_real_sounds(esc10_cache, tmp_path):
+    """ESC-10 through int8 and back: a percent of error in each layer, and accuracies within 0.005."""
+    import torch
+
+    from whisper_at_cli.extract.storage import to_storage
+    from whisper_at_cli.probe import probe_layers
+
+    rows = np.arange(len(esc10_cache))
+    exact = esc10_cache.features(rows).astype(np.float32)
+    stored = to_storage(torch.from_numpy(exact), "int8")
+    decoded = (stored.features.float() * stored.scale.float().unsqueeze(2)).numpy()
+    for layer in range(4):
+        error = np.linalg.norm(decoded[:, layer] - exact[:, layer]) / np.linalg.norm(exact[:, layer])
+        assert error <= 0.01
+    quantised = planted_cache(tmp_path / "a.zarr", decoded, esc10_cache.labels, fold=esc10_cache.fold)
+    before, after = probe_layers(esc10_cache), probe_layers(quantised)
+    for one, other in zip(before.layers, after.layers, strict=True):
+        assert abs(one.accuracy - other.accuracy) <= 0.005

@@ -11,7 +11,7 @@ from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
 from whisper_at_cli.extract.parallel import slots_of
 
-SHARD_MB = 5 * 3 * 25 * 64 * 2 / 1e6  # five clips of the random backbone in float16
+SHARD_MB = 5 * 3 * 25 * 64 * 2 / 1e6  # at most five clips of the random backbone in float16
 
 
 def test_features_are_those_of_each_clip_alone(noise_folder, tmp_path, random_backbone):
@@ -19,7 +19,7 @@ def test_features_are_those_of_each_clip_alone(noise_folder, tmp_path, random_ba
     assert (report.clips, report.written, report.skipped, report.failed) == (12, 12, 0, 0)
     assert 0 < report.encoder_busy <= 1
     cache = FeatureCache.open(tmp_path / "a.zarr")
-    assert cache.complete and cache.clips_per_shard == 5
+    assert cache.complete and cache.clips_per_shard == 4, "three shards, equally full"
     for row in range(12):
         import torch
 
@@ -59,7 +59,7 @@ def test_three_slots_fill_one_cache_with_the_same_bytes(noise_folder, tmp_path, 
     options = dict(model=random_backbone, clip_seconds=1.0, shard_mb=SHARD_MB)
     extract(noise_folder, tmp_path / "whole.zarr", **options)
     reports = [extract(noise_folder, tmp_path / "parts.zarr", shard=(i, 3), **options) for i in (3, 1, 2)]
-    assert [report.clips for report in reports] == [2, 5, 5]
+    assert [report.clips for report in reports] == [4, 4, 4]
     assert array_bytes(tmp_path / "parts.zarr") == array_bytes(tmp_path / "whole.zarr")
 
 
@@ -195,12 +195,9 @@ def test_every_flipped_byte_is_found_by_name_and_mended_to_the_same_bytes(
         shard = int(name.split("/")[2])
         assert not report.ok and {damage.shard for damage in report.damaged} == {shard}, name
         assert report.damaged[0].clips
-        if number % 10 == 0:  # mending takes an extraction: every tenth by itself, the others from a copy
-            repaired = extract(noise_folder, path, repair=True, **options)
-            assert repaired.written == len({clip for damage in report.damaged for clip in damage.clips})
-            assert array_bytes(path) == whole
-        else:
-            (path / name).write_bytes(whole[name])
+        repaired = extract(noise_folder, path, repair=True, **options)
+        assert repaired.written == len({clip for damage in report.damaged for clip in damage.clips})
+        assert array_bytes(path) == whole
 
 
 def test_repair_brings_back_shards_that_are_gone_and_clips_that_were_mended(noise_folder, tmp_path, random_backbone):

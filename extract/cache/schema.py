@@ -74,9 +74,13 @@ class CacheSpec:
         """Bytes of one clip's features."""
         return self.layers * self.frames * self.dim * np.dtype(self.dtype).itemsize
 
-    def clips_per_shard(self, shard_mb: float) -> int:
-        """How many clips make a shard of about `shard_mb` megabytes (at least one, at most 256)."""
-        return max(1, min(MAX_CLIPS_PER_SHARD, int(shard_mb * 1e6 // self.clip_bytes)))
+    def clips_per_shard(self, shard_mb: float, clips: int) -> int:
+        """How many of `clips` clips make a shard of at most about `shard_mb` megabytes: at least one, at most 256.
+
+        All shards are equally full, so that none is padded to the length of the others.
+        """
+        most = max(1, min(MAX_CLIPS_PER_SHARD, int(shard_mb * 1e6 // self.clip_bytes)))
+        return math.ceil(clips / math.ceil(clips / most)) if clips else most
 
     def differences(self, other: CacheSpec) -> list[str]:
         """Each field in which two specs differ, as `field: ours, not theirs`."""

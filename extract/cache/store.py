@@ -48,7 +48,9 @@ def location(address: str | Path) -> LocalStore | BucketStore:
     if "://" in text:
         return BucketStore(text)
     if isinstance(address, Path) and (scheme := text.partition(":/")[0]) in KEYS:
-        raise UsageError(f"{text} was an address of a bucket before it became a Path; give it as text: '{scheme}://...'")
+        raise UsageError(
+            f"{text} was an address of a bucket before it became a Path; give it as text: '{scheme}://...'"
+        )
     return LocalStore(address)
 
 

@@ -85,7 +85,11 @@ class CacheWriter:
 
         def create_arrays(folder: Path) -> None:
             schema.create_arrays(
-                folder, spec, clips, clips_per_shard=spec.clips_per_shard(shard_mb), provenance=provenance or {}
+                folder,
+                spec,
+                clips,
+                clips_per_shard=spec.clips_per_shard(shard_mb, len(clips)),
+                provenance=provenance or {},
             )
 
         if isinstance(store, BucketStore):
