@@ -186,7 +186,7 @@ def test_every_flipped_byte_is_found_by_name_and_mended_to_the_same_bytes(
     names = sorted(name for name in whole if name.split("/")[0] in ("features", "mean", "scale") and "/c/" in name)
     rng = np.random.default_rng(0)
     flips = 200 if dtype == "float16" else 40
-    for number in range(flips):
+    for _ in range(flips):
         name = names[rng.integers(len(names))]
         data = bytearray(whole[name])
         data[rng.integers(len(data))] ^= 1 << rng.integers(8)
