@@ -8,6 +8,7 @@ an uninterrupted one and stores the same bytes; batches whose audio is ready go 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections import deque
@@ -109,6 +110,7 @@ def extract(
     Raises UsageError or CacheError where nothing can be done as asked.
     """
     started = time.perf_counter()
+    _check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format)
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     samples = clip_samples(seconds)
@@ -120,8 +122,6 @@ def extract(
         clip_seconds=seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
         class_names=dataset.class_names,
     )  # fmt: skip
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"a batch holds at least one clip; {batch_size} was asked for")
     size = batch_size or fitting_batch_size(backbone, samples)
     with CacheWriter.create(
         cache,
@@ -137,6 +137,12 @@ def extract(
         run = _Run(dataset, backbone, writer, redo, samples, size, workers or cores(), progress)
         run.all_shards()
         return _report(run, time.perf_counter() - started)
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and not (0 < value < math.inf):
+            raise UsageError(f"{name} is {value:g}, and must be above 0")
 
 
 def _clips_to_redo(writer: CacheWriter) -> np.ndarray:
