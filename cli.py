@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.output import plain, print_json, print_notes, print_table, printable, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 
 
@@ -30,7 +30,6 @@ DEVICES = click.option(
 )
 SEED = click.option("--seed", default=0, show_default=True, help="For whatever is drawn at random.")
 FAILURES_SHOWN = 20
-PIPE_WIDTH = 160  # of tables that no terminal shows
 
 
 class _Commands(click.Group):
@@ -111,11 +110,11 @@ def extract_command(ctx, dataset, cache, as_json, shard, device, batch_size, **o
         else:
             report = extract(dataset, cache, device=device, progress=progress, **options)
     for failure in report.failures[:FAILURES_SHOWN]:
-        click.echo(f"failed: {_printable(failure.path)}: {failure.error}", err=True)
+        click.echo(f"failed: {printable(failure.path)}: {failure.error}", err=True)
     if report.failed > FAILURES_SHOWN:
         click.echo(f"failed: {report.failed - FAILURES_SHOWN} more; all of them: whisper-at-cli info {cache}", err=True)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         click.echo(
             f"{report.cache}: {report.written} clips written, {report.skipped} were there, {report.failed} failed; "
@@ -138,13 +137,13 @@ def info_command(cache, as_json):
 
     summary = summarise(cache)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     failures, made = summary.pop("failures"), summary.pop("made")
     summary |= {f"made: {name}": value for name, value in made.items()}
-    _print_table([(name.replace("_", " "), _plain(value)) for name, value in summary.items()], ("what", "value"))
+    print_table([(name.replace("_", " "), plain(value)) for name, value in summary.items()], ("what", "value"))
     for failure in failures:
-        click.echo(f"failed: {_printable(failure['path'])}: {failure['error']}")
+        click.echo(f"failed: {printable(failure['path'])}: {failure['error']}")
 
 
 @command("verify")
@@ -161,7 +160,7 @@ def verify_command(ctx, cache, as_json):
     with progress_on_stderr("verify", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = verify(cache, progress=progress)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         for damage in report.damaged:
             click.echo(
@@ -197,11 +196,11 @@ def export_command(ctx, cache, out, format, as_json):
     with progress_on_stderr("export", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = exporters[format](cache, out, progress=progress)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         click.echo(f"{report.out}: {report.written} of {report.clips} clips written")
     if report.skipped:
-        _warn([f"{report.skipped} clips are not finished and were left out; see: whisper-at-cli info {cache}"])
+        print_notes([f"{report.skipped} clips are not finished and were left out; see: whisper-at-cli info {cache}"])
         ctx.exit(1)
 
 
@@ -230,13 +229,13 @@ def import_command(ctx, folder, cache, as_json, **options):
 
     with progress_on_stderr("import", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = import_npz(folder, cache, progress=progress, **options)
-    _warn(report.warnings)
+    print_notes(report.warnings)
     for failure in report.failures[:FAILURES_SHOWN]:
-        click.echo(f"failed: {_printable(failure['path'])}: {failure['error']}", err=True)
+        click.echo(f"failed: {printable(failure['path'])}: {failure['error']}", err=True)
     if report.failed > FAILURES_SHOWN:
         click.echo(f"failed: {report.failed - FAILURES_SHOWN} more; all of them: whisper-at-cli info {cache}", err=True)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         click.echo(
             f"{report.cache}: {report.written} clips written, {report.skipped} were there, {report.failed} failed"
@@ -274,14 +273,14 @@ def probe_command(ctx, cache, layers, strength, figure, seed, device, as_json):
         result = probe_layers(
             opened, layers=_layer_numbers(layers), strength=strength, device=device, seed=seed, progress=progress
         )
-    _warn(result.warnings)
+    print_notes(result.warnings)
     if figure:
         from whisper_at_cli.probe.figures import draw_layer_accuracy
 
         draw_layer_accuracy([(opened.spec.backbone, result)], figure)
         click.echo(f"figure: {figure}", err=True)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         _print_probe(result)
 
@@ -316,9 +315,9 @@ def train_head_command(ctx, cache, head, dim, recipe, lr, epochs, out, seed, dev
             opened, head=head, width=dim, recipe=recipe, changes=changes, out=out, device=device, seed=seed,
             progress=progress,
         )  # fmt: skip
-    _warn(result.warnings)
+    print_notes(result.warnings)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         _print_training(result)
 
@@ -339,9 +338,9 @@ def heads_command(model, classes, clip_seconds, as_json):
 
     rows = head_table(model, classes=classes, clip_seconds=clip_seconds)
     if as_json:
-        _print_json({"model": model, "classes": classes, "clip_seconds": clip_seconds, "heads": rows})
+        print_json({"model": model, "classes": classes, "clip_seconds": clip_seconds, "heads": rows})
         return
-    _print_table(
+    print_table(
         [
             (
                 row["head"], row["dim"], f"{row['params'] / 1e6:.2f}", f"{row['flops'] / 1e9:.4f}",
@@ -387,12 +386,12 @@ def demo_command(ctx, out, as_json):
         trained = train_head(opened, head="wa-tr", out=head, progress=progress)
     places = {"sounds": str(sounds), "cache": str(cache), "figure": str(figure), "checkpoint": str(head)}
     if as_json:
-        _print_json({"extract": asdict(extracted), "probe": asdict(probed), "head": asdict(trained), **places})
+        print_json({"extract": asdict(extracted), "probe": asdict(probed), "head": asdict(trained), **places})
         return
     click.echo(f"\n{extracted.written + extracted.skipped} clips of {len(opened.spec.class_names)} classes, 5 folds\n")
     _print_probe(probed)
     _print_training(trained)
-    _print_table(list(places.items()), ("what", "where"))
+    print_table(list(places.items()), ("what", "where"))
     click.echo(
         "The same on your own sounds (a folder per class, or ESC-50's layout):\n"
         "    whisper-at-cli extract SOUNDS sounds.zarr --model tiny.en\n"
@@ -426,53 +425,6 @@ def _layer_numbers(layers: tuple[str, ...]):
     return [int(layer) for layer in layers]
 
 
-def _plain(value) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(str, value[:12])) + (f", ... ({len(value)})" if len(value) > 12 else "")
-    return str(value)
-
-
-def _printable(text: str) -> str:
-    """A path on one line, whatever is in its name."""
-    return text if text.isprintable() else repr(text)
-
-
-def _warn(warnings) -> None:
-    for warning in warnings:
-        click.echo(f"note: {warning}", err=True)
-
-
-def _print_json(result) -> None:
-    """One JSON document on stdout; NaN, which JSON does not have, as null."""
-    click.echo(json.dumps(_without_nan(asdict(result) if is_dataclass(result) else result), indent=1))
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
-
-
-def _print_table(rows, header: tuple[str, ...]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else PIPE_WIDTH, highlight=False, emoji=False, markup=False)
-    with console.capture() as drawn:
-        console.print(table)
-    lines = [line.rstrip() for line in drawn.get().splitlines()]
-    click.echo("\n".join(line for line in lines if line) + "\n")
-
-
 def _print_probe(result) -> None:
     if result.metric == "accuracy":
         header = ("layer", "accuracy", "std over folds", "macro F1")
@@ -480,19 +432,15 @@ def _print_probe(result) -> None:
     else:
         header = ("layer", "mAP", "std over folds")
         rows = [(row.layer, row.mAP, row.mAP_std) for row in result.layers]
-    _print_table([(row[0], *map(_score, row[1:])) for row in rows], header)
-
-
-def _score(value: float | None) -> str:
-    return "undefined" if value is None or value != value else f"{value:.4f}"
+    print_table([(row[0], *map(score, row[1:])) for row in rows], header)
 
 
 def _print_training(result) -> None:
-    folds = "  ".join(f"{fold['fold']}: {_score(fold['value'])}" for fold in result.folds)
-    _print_table(
+    folds = "  ".join(f"{fold['fold']}: {score(fold['value'])}" for fold in result.folds)
+    print_table(
         [
             ("head", f"{result.head}, {result.dim} channels, {result.params:,} parameters"),
-            (result.metric, f"{_score(result.value)} (std over folds {_score(result.std)})"),
+            (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
             ("folds", folds),
             ("time", f"{result.seconds:.1f} s, {result.samples_per_second:,.0f} samples/s"),
             ("checkpoint", result.checkpoint or "not saved (give --out FOLDER)"),

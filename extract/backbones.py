@@ -12,7 +12,7 @@ from torch import Tensor
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.encoder import PRECISIONS, WhisperEncoder, encoder_from_state
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.mel import SAMPLE_RATE, log_mel
+from whisper_at_cli.extract.mel import SAMPLE_RATE, filters_and_window, log_mel
 from whisper_at_cli.extract.weights import WhisperWeights, read_weights
 
 
@@ -68,6 +68,9 @@ class WhisperBackbone:
         self.name, self.weights_sha256, self.precision, self.device = name, weights_sha256, precision, device
         self.layers, self.dim = len(encoder.blocks), encoder.dim
         self.encoder = encoder.prepare(precision=precision, device=device)
+        filters_and_window(encoder.mels, device)
+        if device.type == "cuda":  # batches run in streams that do not wait for the one that did this
+            torch.cuda.synchronize(device)
 
     @classmethod
     def from_weights(cls, weights: WhisperWeights, *, device: torch.device, precision: str) -> WhisperBackbone:

@@ -15,7 +15,8 @@ assert SAMPLE_RATE % HOP == 0
 
 
 @lru_cache(maxsize=8)
-def _filters_and_window(mels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def filters_and_window(mels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Whisper's mel filters (mels, 201) and the window (400,), float32 on a device; made once."""
     from whisper.audio import mel_filters
 
     return mel_filters(device, mels), torch.hann_window(N_FFT, device=device)
@@ -28,7 +29,7 @@ def log_mel(waveforms: Tensor, mels: int) -> Tensor:
     each clip's own maximum; `whisper.log_mel_spectrogram` takes the maximum of the whole batch, so that one clip would
     change another's features.
     """
-    filters, window = _filters_and_window(mels, waveforms.device)
+    filters, window = filters_and_window(mels, waveforms.device)
     spectrum = torch.stft(waveforms, N_FFT, HOP, window=window, return_complex=True)
     power = spectrum[..., :-1].abs().square_()
     log = (filters @ power).clamp_(min=1e-10).log10_()

@@ -1,0 +1,62 @@
+"""Results on stdout: tables for people, JSON for programs. Progress and messages go to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, is_dataclass
+
+import click
+
+PIPE_WIDTH = 160  # of tables that no terminal shows
+
+
+def print_json(result) -> None:
+    """One JSON document on stdout; NaN, which JSON does not have, as null."""
+    click.echo(json.dumps(_without_nan(asdict(result) if is_dataclass(result) else result), indent=1))
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def print_table(rows, header: tuple[str, ...]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else PIPE_WIDTH, highlight=False, emoji=False, markup=False)
+    with console.capture() as drawn:
+        console.print(table)
+    lines = [line.rstrip() for line in drawn.get().splitlines()]
+    click.echo("\n".join(line for line in lines if line) + "\n")
+
+
+def print_notes(warnings) -> None:
+    for warning in warnings:
+        click.echo(f"note: {warning}", err=True)
+
+
+def plain(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:12])) + (f", ... ({len(value)})" if len(value) > 12 else "")
+    return str(value)
+
+
+def printable(text: str) -> str:
+    """A path on one line, whatever is in its name."""
+    return text if text.isprintable() else repr(text)
+
+
+def score(value: float | None) -> str:
+    return "undefined" if value is None or value != value else f"{value:.4f}"
