@@ -11,7 +11,7 @@ from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, Feat
 
 def planted_cache(
     path: Path, features, labels, *, fold=None, split=None, class_names=None, dtype="float32", shard_mb=128.0,
-    backbone="planted", clip_seconds=5.0, failed=(), weights_sha256="0" * 64,
+    backbone="planted", clip_seconds=5.0, failed=(), weights_sha256="0" * 64, scale=None,
 ) -> FeatureCache:  # fmt: skip
     """A finished cache with these features (N, L, T, D) and labels ((N, C) of 0 and 1, or (N,) class numbers)."""
     features, labels = np.asarray(features), np.asarray(labels)
@@ -36,6 +36,8 @@ def planted_cache(
             block = ShardBlock.empty(len(rows), spec)
             block.features[:] = features[rows]
             block.mean[:] = features[rows].mean(axis=2)
+            if scale is not None:
+                block.scale[:] = scale[rows]
             block.valid_frames[:] = T
             block.status[:] = [Status.FAILED if row in failed else Status.DONE for row in rows]
             block.errors = {i: "planted failure" for i, row in enumerate(rows) if row in failed}

@@ -47,6 +47,24 @@ def test_what_is_written_comes_back_through_us_and_through_zarr(tmp_path, dtype)
     assert group["error"][2] == "planted failure" and group["id"][10] == "clip10"
 
 
+def test_int8_is_read_by_zarr_and_takes_at_most_027_of_float32(tmp_path):
+    """Features and scale of realistic shape: 120 clips of 2 layers and 384 channels."""
+    features = np.random.default_rng(0).normal(size=(120, 2, 25, 384)) * np.random.default_rng(1).gamma(1, size=384)
+    exact = planted_cache(tmp_path / "f.zarr", features, np.arange(120) % 2)
+    scale = (np.abs(features).max(axis=2) / 127).astype(np.float16)
+    stored = np.round(features / scale[:, :, None].astype(np.float32)).clip(-127, 127).astype(np.int8)
+    cache = planted_cache(tmp_path / "i.zarr", stored, np.arange(120) % 2, dtype="int8", scale=scale)
+    np.testing.assert_allclose(cache.features(range(120)), features, atol=np.abs(features).max() / 127)
+    group = zarr.open_group(tmp_path / "i.zarr", mode="r")
+    np.testing.assert_array_equal(group["scale"][:], scale)
+    np.testing.assert_array_equal(cache.scale(), scale.astype(np.float32))
+    small, large = (
+        sum(size for name, size in each.store.sizes().items() if name.startswith(("features/c", "scale/c")))
+        for each in (cache, exact)
+    )
+    assert small <= 0.27 * large
+
+
 def test_our_shard_bytes_are_those_of_zarr(tmp_path):
     """The same values written by zarr-python give the same chunks and checksums."""
     cache = small_cache(tmp_path / "a.zarr")

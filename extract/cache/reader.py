@@ -197,7 +197,8 @@ class FeatureCache:
         def read(shard: int) -> None:
             whole = np.empty((len(layers), self.clips_per_shard, self.spec.dim), dtype=self._per_layer_dtype(name))
             here = np.flatnonzero(shard_of == shard)
-            self._shard(name, shard).read(layers, whole)
+            file = self._shard(name, shard)
+            (file.read_compressed if name == "scale" else file.read)(layers, whole)
             out[here] = whole[:, slot_of[here]].swapaxes(0, 1)
 
         self.store.map(read, np.unique(shard_of).tolist())

@@ -3,7 +3,7 @@
 N clips, L layers, T frames, D channels, C classes, S clips per shard.
 
 features      (N, L, T, D)  one shard file per S clips, one chunk per clip and layer, CRC-32C on each
-scale         (N, L, D)     only with int8: features = stored * scale
+scale         (N, L, D)     only with int8: features = stored * scale; laid out as mean is, and compressed by zstd
 mean          (N, L, D)     mean over frames; one shard file per S clips, one chunk per layer
 valid_frames  (N,)          uint8, one chunk per S clips
 status        (N,)          uint8, one chunk per S clips, written last
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from whisper_at_cli.extract.cache.shards import ZSTD_LEVEL
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
@@ -123,7 +124,7 @@ class ClipTable:
 def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_shard: int, provenance: dict) -> None:
     """Lay out an empty cache at `path`: every array's metadata, and what the dataset says of each clip."""
     import zarr
-    from zarr.codecs import Crc32cCodec
+    from zarr.codecs import Crc32cCodec, ZstdCodec
 
     attributes = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **asdict(spec), "made": provenance}
     attributes["class_names"] = list(spec.class_names)
@@ -133,7 +134,8 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
     def add(name, shape, dtype, dims, *, chunks, shards=None, fill_value=0):
         return group.create_array(
             name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, dimension_names=dims,
-            compressors=Crc32cCodec(), fill_value=fill_value,
+            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()] if name == "scale" else Crc32cCodec(),
+            fill_value=fill_value,
         )  # fmt: skip
 
     feature_fill = 0 if spec.dtype == "int8" else np.nan

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 
 import google_crc32c
 import numpy as np
+from numcodecs import zstd
 
 from whisper_at_cli.extract.cache.store import BucketFile, BucketStore, LocalFile, LocalStore
 from whisper_at_cli.extract.errors import CacheError
 
 ABSENT = np.uint64(2**64 - 1)
 CRC_BYTES = 4
+ZSTD_LEVEL = 1  # scales compress to 0.8 of their size at any level
 VERIFY = "run: whisper-at-cli verify"
 
 
@@ -26,20 +28,22 @@ def crc32c(data: np.ndarray | bytes) -> bytes:
     return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
 
 
-def shard_buffers(chunks: np.ndarray, present: np.ndarray) -> list:
-    """A shard file as a list of buffers to be written one after another; the chunks' own bytes are not copied.
+def shard_buffers(chunks: np.ndarray, present: np.ndarray, *, compressed: bool = False) -> list:
+    """A shard file as a list of buffers to be written one after another; plain chunks' own bytes are not copied.
 
-    chunks   (K, ...) C-contiguous, one row per chunk in the order of the shard's chunk grid (C order)
-    present  (K or more,) bool; an absent chunk takes no space and reads as the array's fill value
+    chunks      (K, ...) C-contiguous, one row per chunk in the order of the shard's chunk grid (C order)
+    present     (K or more,) bool; an absent chunk takes no space and reads as the array's fill value
+    compressed  by zstd, each chunk before its checksum is taken
     """
     rows = chunks.reshape(len(chunks), -1).view(np.uint8)
-    stride = rows.shape[1] + CRC_BYTES
     written = np.flatnonzero(present)
+    data = [zstd.compress(rows[row], ZSTD_LEVEL) if compressed else rows[row] for row in written.tolist()]
+    lengths = np.array([len(part) + CRC_BYTES for part in data], dtype=np.uint64)
     index = np.full((len(present), 2), ABSENT, dtype="<u8")
-    index[written, 0] = np.arange(len(written), dtype=np.uint64) * np.uint64(stride)
-    index[written, 1] = stride
+    index[written, 0] = np.cumsum(lengths) - lengths
+    index[written, 1] = lengths
     index_bytes = index.tobytes()
-    buffers = [buffer for row in written.tolist() for buffer in (rows[row], crc32c(rows[row]))]
+    buffers = [buffer for part in data for buffer in (part, crc32c(part))]
     return [*buffers, index_bytes, crc32c(index_bytes)]
 
 
@@ -121,6 +125,19 @@ class ShardFile:
                     )
 
         self._store.map(read_run, self._runs(chunks, file.run))
+
+    def read_compressed(self, chunks: Sequence[int], out: np.ndarray) -> None:
+        """`read` for chunks that were compressed by zstd."""
+        file = self._file or self._open()
+        rows = out.reshape(len(chunks), -1).view(np.uint8)
+        for row, chunk in zip(rows, chunks, strict=True):
+            start, length = self._starts[chunk], self._lengths[chunk]
+            if start + length > file.size:
+                raise CacheError(f"{self.path} has no chunk {chunk} although its clip is marked done; {VERIFY}")
+            data = bytearray(length)
+            if file.readv([data], start) != length or crc32c(bytes(data[:-CRC_BYTES])) != data[-CRC_BYTES:]:
+                raise CacheError(f"chunk {chunk} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}")
+            row[:] = np.frombuffer(zstd.decompress(bytes(data[:-CRC_BYTES])), dtype=np.uint8)
 
     def _runs(self, chunks: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
         """First and last (exclusive) of chunks that lie side by side, at most so many of them."""

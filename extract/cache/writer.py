@@ -184,7 +184,7 @@ class CacheWriter:
         full = np.full((self.clips_per_shard, *values.shape[1:]), np.nan, dtype=values.dtype)
         full[: len(values)][done] = values[done]
         chunks = np.ascontiguousarray(full.transpose(1, 0, 2))  # one chunk per layer
-        data = shards.shard_buffers(chunks, np.full(len(chunks), done.any()))
+        data = shards.shard_buffers(chunks, np.full(len(chunks), done.any()), compressed=name == "scale")
         self.store.write_whole(schema.shard_file(name, shard), data)
 
     def _write_rows(self, name: str, shard: int, values: np.ndarray) -> None:
