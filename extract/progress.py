@@ -58,11 +58,11 @@ class BarProgress:
         self.bar = RichProgress(*columns, console=Console(stderr=True))
         self.task = self.bar.add_task(label, total=None, rate="", note="")
         self.started, self.first_done = time.monotonic(), None
-        self.bar.start()
 
     def __call__(self, done: int, total: int, message: str = "") -> None:
         if self.first_done is None:
             self.first_done = done
+            self.bar.start()  # only now: what is refused before it begins shows no bar
         rate = (done - self.first_done) / max(time.monotonic() - self.started, 1e-9)
         self.bar.update(self.task, completed=done, total=total, rate=f"{rate:.1f}/s", note=message)
 
