@@ -26,7 +26,7 @@ class PlainProgress:
     def __call__(self, done: int, total: int, message: str = "") -> None:
         now = time.monotonic()
         if self.first_done is None:
-            self.first_done = done
+            self.first_done = done if done < total else 0
         if self.finished or (done < total and now - self.last_line < self.every_seconds):
             return
         self.finished = done >= total
@@ -61,7 +61,7 @@ class BarProgress:
 
     def __call__(self, done: int, total: int, message: str = "") -> None:
         if self.first_done is None:
-            self.first_done = done
+            self.first_done = done if done < total else 0
             self.bar.start()  # only now: what is refused before it begins shows no bar
         rate = (done - self.first_done) / max(time.monotonic() - self.started, 1e-9)
         self.bar.update(self.task, completed=done, total=total, rate=f"{rate:.1f}/s", note=message)
