@@ -109,10 +109,7 @@ def extract_command(ctx, dataset, cache, as_json, shard, device, batch_size, **o
             report = extract_on_devices(dataset, cache, devices=devices, progress=progress, **options)
         else:
             report = extract(dataset, cache, device=device, progress=progress, **options)
-    for failure in report.failures[:FAILURES_SHOWN]:
-        click.echo(f"failed: {printable(failure.path)}: {failure.error}", err=True)
-    if report.failed > FAILURES_SHOWN:
-        click.echo(f"failed: {report.failed - FAILURES_SHOWN} more; all of them: whisper-at-cli info {cache}", err=True)
+    _print_failures([asdict(failure) for failure in report.failures], cache)
     if as_json:
         print_json(report)
     else:
@@ -230,10 +227,7 @@ def import_command(ctx, folder, cache, as_json, **options):
     with progress_on_stderr("import", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = import_npz(folder, cache, progress=progress, **options)
     print_notes(report.warnings)
-    for failure in report.failures[:FAILURES_SHOWN]:
-        click.echo(f"failed: {printable(failure['path'])}: {failure['error']}", err=True)
-    if report.failed > FAILURES_SHOWN:
-        click.echo(f"failed: {report.failed - FAILURES_SHOWN} more; all of them: whisper-at-cli info {cache}", err=True)
+    _print_failures(report.failures, cache)
     if as_json:
         print_json(report)
     else:
@@ -398,6 +392,15 @@ def demo_command(ctx, out, as_json):
         "    whisper-at-cli probe sounds.zarr --layer all --figure layers.png\n"
         "    whisper-at-cli train-head sounds.zarr --head wa-tr --out head"
     )
+
+
+def _print_failures(failures: list[dict], cache) -> None:
+    """The first clips that failed, on stderr, and where to find the others."""
+    for failure in failures[:FAILURES_SHOWN]:
+        click.echo(f"failed: {printable(failure['path'])}: {failure['error']}", err=True)
+    if len(failures) > FAILURES_SHOWN:
+        more = len(failures) - FAILURES_SHOWN
+        click.echo(f"failed: {more} more; all of them: whisper-at-cli info {cache}", err=True)
 
 
 def _slot(text: str) -> tuple[int, int]:

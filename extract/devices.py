@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -54,3 +55,16 @@ def fitting_batch_size(backbone, samples: int) -> int:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def one_thread_per_operation(on: bool):
+    """Keep torch from splitting single operations over threads, where that gains nothing: whole batches run side by
+    side, or what is computed is small."""
+    before = torch.get_num_threads()
+    try:
+        if on:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)

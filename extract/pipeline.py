@@ -7,7 +7,6 @@ an uninterrupted one and stores the same bytes; batches whose audio is ready go 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
@@ -26,7 +25,7 @@ from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheS
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
-from whisper_at_cli.extract.devices import cores, fitting_batch_size, streams
+from whisper_at_cli.extract.devices import cores, fitting_batch_size, one_thread_per_operation, streams
 from whisper_at_cli.extract.encoder import clip_samples
 from whisper_at_cli.extract.errors import AudioError, UsageError
 from whisper_at_cli.extract.progress import Progress
@@ -306,18 +305,6 @@ class _Run:
         if self.progress:
             note = f"{self.failed} failed" if self.failed else ""
             self.progress(self.skipped + self.done + self.failed, self.total, note)
-
-
-@contextlib.contextmanager
-def one_thread_per_operation(on: bool):
-    """Keep torch from splitting single operations over threads, for as long as whole batches run side by side."""
-    before = torch.get_num_threads()
-    try:
-        if on:
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _prepare_thread() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from whisper_at_cli import __version__
+from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.heads.forms import build_head
 
@@ -61,9 +61,9 @@ def save_head(module: nn.Module, folder: str | Path, description: HeadDescriptio
     record = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(description)}
     record["head_sha256"] = hashlib.sha256(weights).hexdigest()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / "head.safetensors", weights)
-        _write_whole(folder / "head.json", (json.dumps(record, indent=1) + "\n").encode())
+        store = LocalStore(folder)
+        store.write_whole("head.safetensors", [weights])
+        store.write_whole("head.json", [(json.dumps(record, indent=1) + "\n").encode()])
     except OSError as error:
         raise WhisperATError(f"cannot write the head to {folder}: {error}; choose another --out") from error
     return folder
@@ -113,9 +113,3 @@ def _read_record(folder: Path) -> dict:
     if found != FORMAT or version != FORMAT_VERSION:
         raise WhisperATError(f"{path} is a {found!r} of version {version}; this version reads {FORMAT_VERSION}")
     return record
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from whisper_at_cli.extract.cache.schema import FRAMES
+from whisper_at_cli.extract.encoder import POSITIONS_PER_SECOND
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.forms import head_form
 
 AST_FLOPS = 133e9  # Table 1, for one 10-second clip
 AUDIOSET_CLASSES = 527
-FRAMES = 25
 PROJECTIONS = (128, 256, 512, 768)  # Table 2
-POSITIONS_PER_SECOND = 50
 NORM_FLOPS_PER_ELEMENT = 5
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from whisper_at_cli.extract.cache import FeatureCache
-from whisper_at_cli.extract.devices import choose_device
+from whisper_at_cli.extract.devices import choose_device, one_thread_per_operation
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.folds import Fold, evaluation_folds
 from whisper_at_cli.extract.progress import Progress
@@ -191,17 +191,11 @@ class _Trainer:
             self.progress(self.epochs_done, self.epochs, f"loss {loss:.4f}")
 
 
-@contextmanager
-def _few_threads(clips: Clips, recipe: Recipe) -> Iterator[None]:
+def _few_threads(clips: Clips, recipe: Recipe) -> AbstractContextManager:
     """One CPU thread for batches so small that more gain nothing. Measured for WA-MLP on ESC-10, two threads and two
     cores: no faster alone, and 40 times slower while other processes kept the cores busy."""
-    before = torch.get_num_threads()
     small = clips.device.type == "cpu" and recipe.batch_size * clips.features[0].numel() <= SMALL_BATCH
-    torch.set_num_threads(1 if small else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return one_thread_per_operation(small)
 
 
 def fit(
