@@ -1,0 +1,216 @@
+"""The commands of stage 1: extract, info, verify, export, import. Heavy imports sit inside them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.options import CACHE, command
+from whisper_at_cli.extract.output import plain, print_json, print_notes, print_table, printable
+from whisper_at_cli.extract.progress import progress_on_stderr
+
+DEVICES = click.option(
+    "--device", default="auto", show_default=True, help="As cuda, mps, cpu; or several: cuda:0,cuda:1."
+)
+FAILURES_SHOWN = 20
+
+
+@command("extract")
+@click.argument("dataset", type=click.Path(path_type=Path))
+@CACHE
+@click.option(
+    "--model", required=True, help="An OpenAI name (tiny.en ... large-v3), a .pt file, or a CTranslate2 folder."
+)
+@click.option(
+    "--format", default="auto", show_default=True, help="Dataset layout: esc50 or folder; auto looks for itself."
+)
+@click.option("--clip-seconds", type=float, help="Cut or pad clips to this length.  [default: the dataset's; else 10]")
+@click.option("--dtype", default="float16", show_default=True, help="Storage type: float16, float32 or int8.")
+@click.option("--precision", default="float32", show_default=True, help="Arithmetic: float32, bfloat16 or float16.")
+@click.option("--batch-size", default="auto", show_default=True, help="Clips encoded together; auto finds what fits.")
+@click.option("--workers", type=int, help="Threads that decode audio.  [default: one per core]")
+@click.option("--shard-mb", type=float, default=128, show_default=True, help="Size of a shard file of a new cache.")
+@click.option(
+    "--shard", default="1/1", show_default=True, metavar="I/N", help="Do every N-th shard, the I-th of each N."
+)
+@click.option("--compile", is_flag=True, help="Compile the encoder first; pays on a GPU when a run takes long.")
+@click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
+@DEVICES
+@click.pass_context
+def extract_command(ctx, dataset, cache, as_json, shard, device, batch_size, **options):
+    """Run frozen Whisper over DATASET once; store every layer, pooled to 25 frames, in CACHE.
+
+    DATASET is an ESC-50 layout (meta/esc50.csv beside audio/) or a folder per class. If CACHE exists, the same command
+    continues it. A clip that cannot be read is reported and marked failed.
+
+    \b
+        whisper-at-cli extract ESC-50 esc50.zarr --model tiny.en
+        whisper-at-cli extract my-sounds sounds.zarr --model large-v1 --clip-seconds 5 --precision bfloat16
+    """
+    from whisper_at_cli.extract import extract, extract_on_devices
+
+    options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
+    devices = device.split(",")
+    with progress_on_stderr("extract", "clips", quiet=ctx.obj["quiet"]) as progress:
+        if len(devices) > 1:
+            report = extract_on_devices(dataset, cache, devices=devices, progress=progress, **options)
+        else:
+            report = extract(dataset, cache, device=device, progress=progress, **options)
+    _print_failures([asdict(failure) for failure in report.failures], cache)
+    if as_json:
+        print_json(report)
+    else:
+        click.echo(
+            f"{report.cache}: {report.written} clips written, {report.skipped} were there, {report.failed} failed; "
+            f"{report.seconds:.1f} s, {report.clips_per_second:.1f} clips/s, "
+            f"encoder busy {report.encoder_busy:.0%} of the time"
+        )
+    if report.failed:
+        ctx.exit(1)
+
+
+@command("info")
+@CACHE
+def info_command(cache, as_json):
+    """What is in CACHE: how it was made, how much of it is done, which clips failed.
+
+    \b
+        whisper-at-cli info esc50.zarr
+    """
+    from whisper_at_cli.extract.cache.summary import summarise
+
+    summary = summarise(cache)
+    if as_json:
+        print_json(summary)
+        return
+    failures, made = summary.pop("failures"), summary.pop("made")
+    summary |= {f"made: {name}": value for name, value in made.items()}
+    print_table([(name.replace("_", " "), plain(value)) for name, value in summary.items()], ("what", "value"))
+    for failure in failures:
+        click.echo(f"failed: {printable(failure['path'])}: {failure['error']}")
+
+
+@command("verify")
+@CACHE
+@click.pass_context
+def verify_command(ctx, cache, as_json):
+    """Read all of CACHE back and name what is damaged. Exit status 1 if anything is.
+
+    \b
+        whisper-at-cli verify esc50.zarr
+    """
+    from whisper_at_cli.extract.cache.verify import verify
+
+    with progress_on_stderr("verify", "clips", quiet=ctx.obj["quiet"]) as progress:
+        report = verify(cache, progress=progress)
+    if as_json:
+        print_json(report)
+    else:
+        for damage in report.damaged:
+            click.echo(
+                f"damaged: {', '.join(damage.clips[:5])}{' ...' if len(damage.clips) > 5 else ''}: {damage.problem}"
+            )
+        click.echo(f"{cache}: {report.clips_read} clips read, {'all whole' if report.ok else 'damage found'}")
+    if not report.ok:
+        ctx.exit(1)
+
+
+@command("export")
+@CACHE
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", help="npz or hdf5.  [default: hdf5 where OUT ends in .h5 or .hdf5, else npz]")
+@click.pass_context
+def export_command(ctx, cache, out, format, as_json):
+    """Write the finished clips of CACHE to OUT: a folder with one npz per clip, or one HDF5 file.
+
+    Each npz holds arr_0, (layers, 25, channels), as in the original project; labels.csv and cache.json beside them say
+    the rest, so that `import` gives the same cache back. Exit status 1 if clips were left out: those that failed or are
+    pending.
+
+    \b
+        whisper-at-cli export esc50.zarr esc50-npz
+        whisper-at-cli export esc50.zarr esc50.h5
+    """
+    from whisper_at_cli.extract.cache.exchange import export_hdf5, export_npz
+
+    exporters = {"npz": export_npz, "hdf5": export_hdf5}
+    format = format or ("hdf5" if out.suffix.lower() in (".h5", ".hdf5") else "npz")
+    if format not in exporters:
+        raise UsageError(f"--format {format} is not known; choose from {', '.join(exporters)}")
+    with progress_on_stderr("export", "clips", quiet=ctx.obj["quiet"]) as progress:
+        report = exporters[format](cache, out, progress=progress)
+    if as_json:
+        print_json(report)
+    else:
+        click.echo(f"{report.out}: {report.written} of {report.clips} clips written")
+    if report.skipped:
+        print_notes([f"{report.skipped} clips are not finished and were left out; see: whisper-at-cli info {cache}"])
+        ctx.exit(1)
+
+
+@command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@CACHE
+@click.option(
+    "--labels", "labels_csv", type=click.Path(path_type=Path), metavar="CSV",
+    help="Columns id, optionally path, fold, split, labels (separated by ;).  [default: labels.csv in FOLDER]",
+)  # fmt: skip
+@click.option("--backbone", metavar="NAME", help="What made the features.  [default: as cache.json in FOLDER says]")
+@click.option("--clip-seconds", type=float, help="Length of the clips.  [default: as cache.json in FOLDER says]")
+@click.option("--dtype", help="Storage type: float16, float32 or int8.  [default: as cache.json says, else float16]")
+@click.pass_context
+def import_command(ctx, folder, cache, as_json, **options):
+    """Read a FOLDER with one npz per clip (arr_0, layers x 25 x channels) into CACHE.
+
+    A file that is damaged, of another shape or not finite makes its clip fail, with the reason; the others go on. The
+    same command continues what was stopped and tries failed clips again.
+
+    \b
+        whisper-at-cli import features as.zarr --labels clips.csv --backbone large-v1 --clip-seconds 10
+        whisper-at-cli import esc50-npz copy.zarr
+    """
+    from whisper_at_cli.extract.cache.exchange import import_npz
+
+    with progress_on_stderr("import", "clips", quiet=ctx.obj["quiet"]) as progress:
+        report = import_npz(folder, cache, progress=progress, **options)
+    print_notes(report.warnings)
+    _print_failures(report.failures, cache)
+    if as_json:
+        print_json(report)
+    else:
+        click.echo(
+            f"{report.cache}: {report.written} clips written, {report.skipped} were there, {report.failed} failed"
+        )
+    if report.failed:
+        ctx.exit(1)
+
+
+def _print_failures(failures: list[dict], cache) -> None:
+    """The first clips that failed, on stderr, and where to find the others."""
+    for failure in failures[:FAILURES_SHOWN]:
+        click.echo(f"failed: {printable(failure['path'])}: {failure['error']}", err=True)
+    if len(failures) > FAILURES_SHOWN:
+        more = len(failures) - FAILURES_SHOWN
+        click.echo(f"failed: {more} more; all of them: whisper-at-cli info {cache}", err=True)
+
+
+def _slot(text: str) -> tuple[int, int]:
+    """`--shard I/N`."""
+    index, slash, of = text.partition("/")
+    if not (slash and index.isdecimal() and of.isdecimal()):
+        raise UsageError(f"--shard {text} is not of the form I/N, such as 2/8")
+    return int(index), int(of)
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"--batch-size {text} is neither a number nor 'auto'")
+    return int(text)
+
+
+COMMANDS = (extract_command, info_command, verify_command, export_command, import_command)

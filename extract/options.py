@@ -1,0 +1,31 @@
+"""What the commands of every room share: how one is declared, and the arguments that mean the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+class _CacheAddress(click.Path):
+    """A path, or the address of a cache in a bucket as it is: `s3://...`, which a Path would mangle."""
+
+    def convert(self, value, param, ctx):
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+CACHE = click.argument("cache", type=_CacheAddress(path_type=Path))
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="cuda, cuda:1, mps or cpu; auto takes the best."
+)
+SEED = click.option("--seed", default=0, show_default=True, help="For whatever is drawn at random.")
+
+
+def command(name: str):
+    """A command with --json. `ctx.obj["quiet"]` says whether progress is unwanted."""
+
+    def register(function):
+        function = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+        return click.command(name)(function)
+
+    return register
