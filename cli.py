@@ -114,6 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("interrupted; what was finished is kept, and the same command continues", 1, debug)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        _fail(f"the system refused: {what}; check permissions, free space and the path", 1, debug)
     except Exception as error:
         _fail(
             f"{type(error).__name__}: {error}; this should not happen: run again with --debug for the traceback",

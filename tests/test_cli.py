@@ -208,3 +208,15 @@ def test_verify_fails_on_damage(capsys, cache):
     assert status == 1 and "damaged: clip0" in out
     status, out, _ = run(capsys, "verify", cache, "--json")
     assert status == 1 and json.loads(out)["ok"] is False
+
+
+def test_what_the_system_refuses_is_said_as_that(capsys, cache, tmp_path, monkeypatch):
+    """A test run as root may write anywhere, so the refusal is planted."""
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
+
+    monkeypatch.setattr("whisper_at_cli.extract.cache.exchange.export_npz", refuse)
+    status, out, err = run(capsys, "export", cache, tmp_path / "out")
+    assert status == 1 and out == "" and err.count("\n") == 1
+    assert f"{tmp_path / 'out'}: Permission denied" in err and "should not happen" not in err
