@@ -145,9 +145,9 @@ def _check_numbers(**numbers: float | None) -> None:
 
 
 def _clips_to_redo(writer: CacheWriter) -> np.ndarray:
-    """(N,) bool: clips that are pending, failed, or damaged in what was written of them."""
+    """(N,) bool: clips that are pending, failed, or damaged in what this slot wrote of them."""
     redo = writer.cache.status != Status.DONE
-    damaged = {name for damage in verify(writer.path).damaged for name in damage.clips}
+    damaged = {name for damage in verify(writer.path, rows=writer.mine()).damaged for name in damage.clips}
     return redo | np.isin(writer.cache.ids, list(damaged))
 
 

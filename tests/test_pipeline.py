@@ -223,6 +223,25 @@ def test_repair_brings_back_shards_that_are_gone_and_clips_that_were_mended(nois
     assert not FeatureCache.open(path).errors.any()
 
 
+def test_repair_with_a_slot_reads_and_mends_only_what_the_slot_holds(
+    noise_folder, tmp_path, random_backbone, monkeypatch
+):
+    path = tmp_path / "a.zarr"
+    options = dict(model=random_backbone, clip_seconds=1.0, shard_mb=SHARD_MB)
+    extract(noise_folder, path, **options)
+    whole = array_bytes(path)
+    for shard in (0, 1):
+        file = path / "features" / "c" / str(shard) / "0/0/0"
+        file.write_bytes(file.read_bytes()[:100])
+    read = []
+    monkeypatch.setattr(pipeline, "verify", lambda *args, **how: read.append(verify(*args, **how)) or read[-1])
+    report = extract(noise_folder, path, repair=True, shard=(2, 3), **options)
+    assert report.written == 4 and [damage.shard for damage in read[0].damaged] == [1] and read[0].clips_read == 4
+    assert {damage.shard for damage in verify(path).damaged} == {0}
+    extract(noise_folder, path, repair=True, shard=(1, 3), **options)
+    assert array_bytes(path) == whole
+
+
 class SmallDevice:
     """A backbone on a device that holds only so many clips at a time."""
 

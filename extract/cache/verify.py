@@ -32,11 +32,14 @@ class VerifyReport:
     damaged: tuple[Damage, ...]
 
 
-def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
-    """Read back every finished clip of a cache. Raises UsageError or CacheError where it cannot even be opened."""
+def verify(path: str | Path, *, rows: np.ndarray | None = None, progress: Progress | None = None) -> VerifyReport:
+    """Read back every finished clip of a cache, or those in `rows`, (N,) bool.
+
+    Raises UsageError or CacheError where the cache cannot even be opened.
+    """
     cache = FeatureCache.open(path)
     damaged = _metadata_damage(cache) + _chunk_damage(cache)
-    done = np.flatnonzero(cache.done)
+    done = np.flatnonzero(cache.done if rows is None else cache.done & rows)
     for shard in np.unique(done // cache.clips_per_shard).tolist():
         rows = done[done // cache.clips_per_shard == shard]
         damaged += _shard_damage(cache, shard, rows)
