@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,8 +35,9 @@ FAILURES_SHOWN = 20
 @click.option("--workers", type=int, help="Threads that decode audio.  [default: one per core]")
 @click.option("--shard-mb", type=float, default=128, show_default=True, help="Size of a shard file of a new cache.")
 @click.option(
-    "--shard", default="1/1", show_default=True, metavar="I/N", help="Do every N-th shard, the I-th of each N."
-)
+    "--shard", default="1/1", show_default=True, metavar="I/N",
+    help="Do every N-th shard, the I-th of each N; auto reads the task number of a SLURM array.",
+)  # fmt: skip
 @click.option("--compile", is_flag=True, help="Compile the encoder first; pays on a GPU when a run takes long.")
 @click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
 @DEVICES
@@ -86,11 +88,47 @@ def info_command(cache, as_json):
     if as_json:
         print_json(summary)
         return
-    failures, made = summary.pop("failures"), summary.pop("made")
+    failures, made, slots = summary.pop("failures"), summary.pop("made"), summary.pop("slots")
     summary |= {f"made: {name}": value for name, value in made.items()}
     print_table([(name.replace("_", " "), plain(value)) for name, value in summary.items()], ("what", "value"))
+    if len(slots) > 1:
+        columns = ("shard", "clips", "done", "failed", "pending", "running")
+        print_table([[plain(slot[name]) for name in columns] for slot in slots], columns)
     for failure in failures:
         click.echo(f"failed: {printable(failure['path'])}: {failure['error']}")
+
+
+@command("slurm")
+@click.argument("dataset", type=click.Path(path_type=Path))
+@CACHE
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--tasks", type=int, required=True, help="Tasks of the job array; each fills shards of its own.")
+@click.option("--gpus", default=1, show_default=True, help="GPUs of each task; 0 for none.")
+@click.option("--cpus", default=8, show_default=True, help="Cores of each task, for decoding.")
+@click.option("--memory-gb", default=32, show_default=True, help="Main memory of each task.")
+@click.option("--time", default="24:00:00", show_default=True, help="Time limit of each task.")
+@click.option("--partition", help="Partition to run in.  [default: the cluster's]")
+@click.option("--account", help="Account to charge.  [default: the user's]")
+@click.option("--name", default="whisper-at", show_default=True, help="Name of the job and of its log files.")
+@click.option("--setup", metavar="LINE", help="Shell line to run first, such as 'conda activate whisper-at-cli'.")
+def slurm_command(dataset, cache, options, as_json, **asked):
+    """Print a job script that fills CACHE from DATASET with an array of SLURM tasks; pipe it to sbatch.
+
+    What follows -- goes to `extract` as it is. Submit the same script again to continue; `info` shows what each
+    task still lacks.
+
+    \b
+        whisper-at-cli slurm audioset as2m.zarr --tasks 16 -- --model large-v1 --precision bfloat16 > job.sh
+        sbatch job.sh
+    """
+    from whisper_at_cli.extract.slurm import SlurmJob, job_script
+
+    job = SlurmJob(**asked)
+    script = job_script(job, [str(dataset), str(cache), *options])
+    if as_json:
+        print_json({"script": script, **asdict(job)})
+    else:
+        click.echo(script, nl=False)
 
 
 @command("verify")
@@ -198,10 +236,14 @@ def _print_failures(failures: list[dict], cache) -> None:
 
 
 def _slot(text: str) -> tuple[int, int]:
-    """`--shard I/N`."""
+    """`--shard I/N` or `--shard auto`."""
+    if text == "auto":
+        from whisper_at_cli.extract.slurm import slot_from_environment
+
+        return slot_from_environment(os.environ)
     index, slash, of = text.partition("/")
     if not (slash and index.isdecimal() and of.isdecimal()):
-        raise UsageError(f"--shard {text} is not of the form I/N, such as 2/8")
+        raise UsageError(f"--shard {text} is neither of the form I/N, such as 2/8, nor auto")
     return int(index), int(of)
 
 
@@ -213,4 +255,4 @@ def _batch_size(text: str) -> int | None:
     return int(text)
 
 
-COMMANDS = (extract_command, info_command, verify_command, export_command, import_command)
+COMMANDS = (extract_command, slurm_command, info_command, verify_command, export_command, import_command)

@@ -74,7 +74,7 @@ def test_a_traceback_only_with_debug(tmp_path, debug):
         (["extract", "{sounds}", "{new}", "--model", "{weights}", "--dtype", "float8"], "choose from float16"),
         (["extract", "{sounds}", "{new}", "--model", "{weights}", "--precision", "int4"], "choose from float32"),
         (["extract", "{sounds}", "{new}", "--model", "{weights}", "--device", "tpu9"], "device 'tpu9'"),
-        (["extract", "{sounds}", "{new}", "--model", "{weights}", "--shard", "3"], "not of the form I/N"),
+        (["extract", "{sounds}", "{new}", "--model", "{weights}", "--shard", "3"], "neither of the form I/N"),
         (["extract", "{sounds}", "{new}", "--model", "{weights}", "--shard", "3/2"], "out of range"),
         (["extract", "{sounds}", "{sounds}", "--model", "{weights}"], "not a feature cache"),
         (["extract", "{sounds}", "{new}", "--model", "{weights}", "--batch-size", "0"], "batch_size is 0"),

@@ -8,6 +8,8 @@ import numpy as np
 
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import Status, shard_count
+from whisper_at_cli.extract.cache.store import LocalStore
+from whisper_at_cli.extract.cache.writer import lock_files, running_slots
 
 
 def summarise(path: str | Path) -> dict:
@@ -41,8 +43,31 @@ def summarise(path: str | Path) -> dict:
         "files": len(sizes),
         "bytes": sum(sizes.values()),
         "made": cache.attributes.get("made", {}),
+        "slots": _slots(cache),
         "failures": [
             {"id": str(cache.ids[row]), "path": str(cache.paths[row]), "error": str(cache.errors[row])}
             for row in failed
         ],
     }
+
+
+def _slots(cache: FeatureCache) -> list[dict]:
+    """What each task of the last division of the work (`--shard I/N`) has still to do, and whether it is running.
+
+    Empty in a bucket, which has no locks and so no trace of the tasks.
+    """
+    files = lock_files(cache.store.path) if isinstance(cache.store, LocalStore) else {}
+    if not files:
+        return []
+    running = running_slots(cache.store.path)
+    of = max(files, key=lambda slot: files[slot].stat().st_mtime)[1]
+    slot_of = np.arange(len(cache)) // cache.clips_per_shard % of
+    return [
+        {
+            "shard": f"{index}/{of}",
+            "clips": int((slot_of == index - 1).sum()),
+            **{status.name.lower(): int((cache.status[slot_of == index - 1] == status).sum()) for status in Status},
+            "running": (index, of) in running,
+        }
+        for index in range(1, of + 1)
+    ]

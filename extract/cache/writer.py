@@ -7,6 +7,7 @@ not at all, and status comes last, so a process killed anywhere leaves shards th
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -251,22 +252,59 @@ def _create_in_bucket(store: BucketStore, create_arrays: Callable[[Path], None])
 def _lock_slot(path: Path, slot: tuple[int, int]):
     """Hold this process's slot. Raises CacheError if a running process holds a slot whose shards overlap."""
     index, of = slot
-    folder = path / "status" / ".locks"  # within an array, where no reader of Zarr looks for other arrays
+    folder = lock_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "door", "w") as door:  # one process at a time looks at the other locks
-        fcntl.flock(door, fcntl.LOCK_EX)
-        for other in folder.glob("*-of-*"):
-            other_index, other_of = (int(number) for number in other.name.split("-of-"))
+        _lock(door, wait=True)
+        for (other_index, other_of), file in lock_files(path).items():
             if other_of == of and other_index != index:
                 continue
-            with open(other) as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    raise CacheError(
-                        f"another process is writing to {path} as --shard {other_index}/{other_of}; wait for it, or "
-                        "give every process its own --shard I/N with the same N"
-                    ) from error
+            if _is_held(file):
+                raise CacheError(
+                    f"another process is writing to {path} as --shard {other_index}/{other_of}; wait for it, or "
+                    "give every process its own --shard I/N with the same N"
+                )
         held = open(folder / f"{index}-of-{of}", "w")
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(held)
     return held
+
+
+def lock_folder(path: Path) -> Path:
+    return path / "status" / ".locks"  # within an array, where no reader of Zarr looks for other arrays
+
+
+def lock_files(path: Path) -> dict[tuple[int, int], Path]:
+    """The lock file of every slot (i, n) that was ever at work on a cache in a folder."""
+    files = {}
+    for file in lock_folder(path).glob("*-of-*"):
+        index, _, of = file.name.partition("-of-")
+        if index.isdecimal() and of.isdecimal():
+            files[int(index), int(of)] = file
+    return files
+
+
+def running_slots(path: Path) -> set[tuple[int, int]]:
+    """The slots that running processes hold. Empty where the file system has no locks: then nobody can know."""
+    files = lock_files(path)
+    if not files:
+        return set()
+    with open(lock_folder(path) / "door") as door:  # else a process that starts now would find its lock taken
+        _lock(door, wait=True)
+        return {slot for slot, file in files.items() if _is_held(file)}
+
+
+def _is_held(path: Path) -> bool:
+    with open(path) as file:
+        return not _lock(file)
+
+
+def _lock(file, *, wait: bool = False) -> bool:
+    """Take a file's lock. False if another process has it; True also where the file system knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+            raise
+    return True
