@@ -38,11 +38,14 @@ FAILURES_SHOWN = 20
     "--shard", default="1/1", show_default=True, metavar="I/N",
     help="Do every N-th shard, the I-th of each N; auto reads the task number of a SLURM array.",
 )  # fmt: skip
+@click.option("--engine", default="local", show_default=True, help="local: this machine; ray: a Ray cluster.")
+@click.option("--address", help="Ray cluster: auto, HOST:PORT or ray://...  [default: RAY_ADDRESS, else this machine]")
+@click.option("--encoders", type=int, help="With ray, at most so many.  [default: one per GPU, else one per core]")
 @click.option("--compile", is_flag=True, help="Compile the encoder first; pays on a GPU when a run takes long.")
 @click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
 @DEVICES
 @click.pass_context
-def extract_command(ctx, dataset, cache, as_json, shard, device, batch_size, **options):
+def extract_command(ctx, dataset, cache, as_json, shard, batch_size, **options):
     """Run frozen Whisper over DATASET once; store every layer, pooled to 25 frames, in CACHE.
 
     DATASET is an ESC-50 layout (meta/esc50.csv beside audio/) or a folder per class. If CACHE exists, the same command
@@ -52,15 +55,10 @@ def extract_command(ctx, dataset, cache, as_json, shard, device, batch_size, **o
         whisper-at-cli extract ESC-50 esc50.zarr --model tiny.en
         whisper-at-cli extract my-sounds sounds.zarr --model large-v1 --clip-seconds 5 --precision bfloat16
     """
-    from whisper_at_cli.extract import extract, extract_on_devices
-
     options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
-    devices = device.split(",")
+    run, options = _engine(**options)
     with progress_on_stderr("extract", "clips", quiet=ctx.obj["quiet"]) as progress:
-        if len(devices) > 1:
-            report = extract_on_devices(dataset, cache, devices=devices, progress=progress, **options)
-        else:
-            report = extract(dataset, cache, device=device, progress=progress, **options)
+        report = run(dataset, cache, progress=progress, **options)
     _print_failures([asdict(failure) for failure in report.failures], cache)
     if as_json:
         print_json(report)
@@ -233,6 +231,26 @@ def _print_failures(failures: list[dict], cache) -> None:
     if len(failures) > FAILURES_SHOWN:
         more = len(failures) - FAILURES_SHOWN
         click.echo(f"failed: {more} more; all of them: whisper-at-cli info {cache}", err=True)
+
+
+def _engine(*, engine: str, device: str, address: str | None, encoders: int | None, workers: int | None, **options):
+    """The function that does the work, and its options."""
+    devices = device.split(",")
+    if engine == "ray":
+        from whisper_at_cli.extract.ray_engine import extract_on_ray
+
+        if workers is not None or len(devices) > 1:
+            raise UsageError("--workers and several devices are for --engine local; Ray's nodes say what they have")
+        return extract_on_ray, options | {"device": device, "address": address, "encoders": encoders}
+    if engine != "local":
+        raise UsageError(f"--engine {engine} is not known; choose local or ray")
+    if address is not None or encoders is not None:
+        raise UsageError("--address and --encoders need --engine ray")
+    from whisper_at_cli.extract import extract, extract_on_devices
+
+    if len(devices) > 1:
+        return extract_on_devices, options | {"devices": devices, "workers": workers}
+    return extract, options | {"device": device, "workers": workers}
 
 
 def _slot(text: str) -> tuple[int, int]:

@@ -29,7 +29,7 @@ GPU_STREAMS = 2  # one batch is computed while another is copied
 SHARE_OF_FREE_MEMORY = 0.8
 
 
-def streams(device: torch.device) -> int:
+def streams_of(device: torch.device) -> int:
     """How many batches are encoded side by side: one per core, each with one thread; two on an accelerator."""
     return cores() if device.type == "cpu" else GPU_STREAMS
 

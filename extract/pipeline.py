@@ -25,7 +25,7 @@ from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheS
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
-from whisper_at_cli.extract.devices import cores, fitting_batch_size, one_thread_per_operation, streams
+from whisper_at_cli.extract.devices import cores, fitting_batch_size, one_thread_per_operation, streams_of
 from whisper_at_cli.extract.encoder import clip_samples
 from whisper_at_cli.extract.errors import AudioError, UsageError
 from whisper_at_cli.extract.progress import Progress
@@ -109,49 +109,60 @@ def extract(
     Raises UsageError or CacheError where nothing can be done as asked.
     """
     started = time.perf_counter()
-    _check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
+    check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format)
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     samples = clip_samples(seconds)
     backbone = load_backbone(model, device=device, precision=precision) if isinstance(model, str | Path) else model
     if compile:
         backbone.compile()
+    size = batch_size or fitting_batch_size(backbone, samples)
+    with open_cache(cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard) as writer:
+        if batch_size is None:
+            size = batch_size_of(writer, size)
+        redo = clips_to_do(writer, repair)
+        run = ShardRun(dataset, backbone, writer, redo, samples, size, workers or cores(), progress)
+        run.all_shards()
+        return report_of(
+            writer, dataset, run.done, time.perf_counter() - started, run.encoder_busy, run.disk_wait_seconds
+        )
+
+
+def open_cache(
+    cache: str | Path, dataset: Dataset, backbone, clip_seconds: float, dtype: str, batch_size: int, *,
+    shard_mb: float, slot: tuple[int, int],
+) -> CacheWriter:  # fmt: skip
+    """The cache of this extraction, new or continued. `backbone` is a Backbone or says the same of itself."""
     spec = CacheSpec(
         backbone=backbone.name, weights_sha256=backbone.weights_sha256, layers=backbone.layers, dim=backbone.dim,
-        clip_seconds=seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
+        clip_seconds=clip_seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
         class_names=dataset.class_names,
     )  # fmt: skip
-    size = batch_size or fitting_batch_size(backbone, samples)
-    with CacheWriter.create(
-        cache,
-        spec,
-        dataset.table(),
-        shard_mb=shard_mb,
-        slot=shard,
-        provenance=_provenance(backbone, dataset, size),
-    ) as writer:
-        if batch_size is None:  # the batch size that began the cache, so that the same clips share a batch
-            size = writer.cache.attributes["made"].get("batch_size", size)
-        redo = _clips_to_redo(writer) if repair else writer.cache.status == Status.PENDING
-        run = _Run(dataset, backbone, writer, redo, samples, size, workers or cores(), progress)
-        run.all_shards()
-        return _report(run, time.perf_counter() - started)
+    provenance = _provenance(backbone, dataset, batch_size)
+    return CacheWriter.create(cache, spec, dataset.table(), shard_mb=shard_mb, slot=slot, provenance=provenance)
 
 
-def _check_numbers(**numbers: float | None) -> None:
+def batch_size_of(writer: CacheWriter, size: int) -> int:
+    """The batch size that began the cache, so that the same clips share a batch."""
+    return writer.cache.attributes["made"].get("batch_size", size)
+
+
+def check_numbers(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not (0 < value < math.inf):
             raise UsageError(f"{name} is {value:g}, and must be above 0")
 
 
-def _clips_to_redo(writer: CacheWriter) -> np.ndarray:
-    """(N,) bool: clips that are pending, failed, or damaged in what this slot wrote of them."""
+def clips_to_do(writer: CacheWriter, repair: bool) -> np.ndarray:
+    """(N,) bool: clips that are pending; with `repair` also those that failed or are damaged in this slot's shards."""
+    if not repair:
+        return writer.cache.status == Status.PENDING
     redo = writer.cache.status != Status.DONE
     damaged = {name for damage in verify(writer.path, rows=writer.mine()).damaged for name in damage.clips}
     return redo | np.isin(writer.cache.ids, list(damaged))
 
 
-def _provenance(backbone: Backbone, dataset: Dataset, batch_size: int) -> dict:
+def _provenance(backbone, dataset: Dataset, batch_size: int) -> dict:
     return {
         "tool_version": __version__,
         "torch_version": torch.__version__,
@@ -163,7 +174,13 @@ def _provenance(backbone: Backbone, dataset: Dataset, batch_size: int) -> dict:
     }
 
 
-class _Run:
+def batch_slots(rows: range, redo: np.ndarray, batch_size: int) -> list[range]:
+    """The batches of a shard of these rows that hold a clip in `redo`, (N,) bool; as places within the shard."""
+    parts = [range(at, min(at + batch_size, len(rows))) for at in range(0, len(rows), batch_size)]
+    return [slots for slots in parts if redo[rows[slots.start] : rows[slots.stop - 1] + 1].any()]
+
+
+class ShardRun:
     """One extraction: audio decoded ahead of the encoder, and encoded shards written behind it.
 
     One thread (the caller's) hands out the work and fills the shards; decoding, encoding and writing have threads of
@@ -172,11 +189,11 @@ class _Run:
 
     def __init__(
         self, dataset: Dataset, backbone: Backbone, writer: CacheWriter, redo: np.ndarray, samples: int,
-        batch_size: int, workers: int, progress: Progress | None,
+        batch_size: int, workers: int, progress: Progress | None, streams: int | None = None,
     ):  # fmt: skip
         self.dataset, self.backbone, self.writer = dataset, backbone, writer
         self.samples, self.batch_size, self.progress = samples, batch_size, progress
-        self.streams = streams(backbone.device)
+        self.streams = streams or streams_of(backbone.device)
         self.decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.encoders = ThreadPoolExecutor(self.streams, thread_name_prefix="encode", initializer=_prepare_thread)
         self.disk = ThreadPoolExecutor(1, thread_name_prefix="write")
@@ -228,8 +245,7 @@ class _Run:
         """Every batch that holds a clip to be done, its decoding started as it is drawn."""
         for shard in self.writer.shards_of(self.redo):
             rows = self.writer.rows(shard)
-            parts = [range(at, min(at + self.batch_size, len(rows))) for at in range(0, len(rows), self.batch_size)]
-            parts = [slots for slots in parts if self.redo[rows[slots.start] : rows[slots.stop - 1] + 1].any()]
+            parts = batch_slots(rows, self.redo, self.batch_size)
             self.open_shards[shard] = _OpenShard(batches_left=len(parts))
             for slots in parts:
                 yield _Batch(shard, slots, [self._decode(rows[slot]) for slot in slots])
@@ -323,15 +339,17 @@ def _take_ready(window: deque[_Batch]) -> _Batch:
         wait(waiting, return_when=FIRST_COMPLETED)
 
 
-def _report(run: _Run, seconds: float) -> ExtractReport:
-    writer, clips = run.writer, run.dataset.clips
-    mine, status = writer.mine(), writer.cache.status
+def report_of(
+    writer: CacheWriter, dataset: Dataset, written: int, seconds: float, encoder_busy: float, disk_wait_seconds: float
+) -> ExtractReport:
+    """What a run over this slot's clips did, from what the cache says now."""
+    mine, status, clips = writer.mine(), writer.cache.status, dataset.clips
     failed_rows = np.flatnonzero(mine & (status == Status.FAILED))
     errors = writer.cache.errors
     failures = tuple(Failure(clips[row].id, clips[row].path, str(errors[row])) for row in failed_rows)
     return ExtractReport(
-        cache=str(writer.path), clips=int(mine.sum()), written=run.done,
-        skipped=int((mine & (status == Status.DONE)).sum()) - run.done, failed=len(failures), failures=failures,
-        seconds=round(seconds, 3), clips_per_second=round(run.done / max(seconds, 1e-9), 2),
-        encoder_busy=round(run.encoder_busy, 3), disk_wait_seconds=round(run.disk_wait_seconds, 3),
+        cache=str(writer.path), clips=int(mine.sum()), written=written,
+        skipped=int((mine & (status == Status.DONE)).sum()) - written, failed=len(failures), failures=failures,
+        seconds=round(seconds, 3), clips_per_second=round(written / max(seconds, 1e-9), 2),
+        encoder_busy=round(encoder_busy, 3), disk_wait_seconds=round(disk_wait_seconds, 3),
     )  # fmt: skip

@@ -61,9 +61,9 @@ class CacheWriter:
     the lock goes with the process.
     """
 
-    def __init__(self, store: LocalStore | BucketStore, slot: tuple[int, int]):
+    def __init__(self, store: LocalStore | BucketStore, slot: tuple[int, int], *, lock: bool = True):
         self.store, self.path, self.slot = store, store.address, slot
-        self._lock = _lock_slot(store.path, slot) if isinstance(store, LocalStore) else None
+        self._lock = _lock_slot(store.path, slot) if lock and isinstance(store, LocalStore) else None
         try:
             self.cache = FeatureCache.open(self.path)
         except BaseException:
@@ -106,6 +106,11 @@ class CacheWriter:
             writer.close()
             raise
         return writer
+
+    @classmethod
+    def join(cls, path: str | Path) -> CacheWriter:
+        """Write shards of a cache for a process that holds its lock and hands each shard to one writer."""
+        return cls(location(path), (1, 1), lock=False)
 
     def _refuse_differences(self, spec: CacheSpec, clips: ClipTable) -> None:
         differences = self.spec.differences(spec)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,10 @@ class Dataset:
         Called from several threads at once. Raises AudioError for what cannot be read.
         """
         return load_clip(self.audio_path(self.clips[row]), samples)
+
+    def part(self, rows: Sequence[int]) -> Dataset:
+        """These clips alone, to be sent to another process."""
+        return replace(self, clips=tuple(self.clips[row] for row in rows))
 
     def table(self) -> ClipTable:
         """The clips as columns, for the cache."""
