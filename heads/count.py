@@ -73,8 +73,8 @@ def head_cost(
         return classifier
     if head == "wa-mlp":
         return Cost(layers) + classifier
-    if head == "wa-tr":
-        return Cost(layers) + block(dim, frames) + classifier
+    if head in ("last-tr", "wa-tr"):
+        return Cost(layers if head == "wa-tr" else 0) + block(dim, frames) + classifier
     blocks = block(inner, frames, sequences=layers) + block(inner, layers)
     if width is None:
         return blocks + classifier

@@ -9,7 +9,10 @@ from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.heads import build_head, load_head
 from whisper_at_cli.heads.checkpoint import HeadDescription, save_head
 
-FORMS_AND_WIDTHS = [("last-mlp", None), ("wa-mlp", None), ("wa-tr", None), ("tl-tr", None), ("tl-tr", 8)]
+FORMS_AND_WIDTHS = [
+    *((head, None) for head in ("last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr")),
+    ("tl-tr", 8),
+]
 
 
 def describe(head="wa-mlp", width=None, **changes) -> HeadDescription:

@@ -11,7 +11,11 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.count import AST_FLOPS, encoder_cost, head_cost, head_table
 from whisper_at_cli.heads.forms import build_head
 
-HEADS = [("last-mlp", None), ("wa-mlp", None), ("wa-tr", None), ("tl-tr", None), ("tl-tr", 128), ("tl-tr", 512)]
+HEADS = [
+    *((head, None) for head in ("last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr")),
+    ("tl-tr", 128),
+    ("tl-tr", 512),
+]
 # Table 2 on Whisper-Large, as printed: width, GFLOPs, parameters in millions
 TABLE_2 = [(128, 0.31, 0.6), (256, 0.94, 2.1), (512, 3.17, 7.2), (768, 6.72, 15.6), (1280, 16.42, 40.0)]
 # Table 1 on Whisper-Large: parameters in millions, speed-up against AST
