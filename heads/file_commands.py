@@ -113,6 +113,34 @@ def export_head_command(folder, file, prefix, as_json):
         click.echo(f"{len(names)} tensors in {file}, named {prefix}...")
 
 
+@command("table")
+@click.argument("number", type=int)
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--format", "form", default="text", show_default=True, help="text, markdown, latex or csv.")
+def table_command(number, results, form, as_json):
+    """Table NUMBER (1 or 2) of the paper: its rows as printed and as counted here, and your own RESULTS below them.
+
+    A result is a folder that train-head --out wrote, or a file of what train-head --json or evaluate --json printed.
+
+    \b
+        whisper-at-cli table 1 tagger --format markdown
+        whisper-at-cli table 2 tagger/fold-1 tagger/fold-2
+    """
+    from whisper_at_cli.heads.tables import cells, paper_table, render
+
+    table = paper_table(number, results)
+    if as_json:
+        print_json(table)
+        return
+    print_notes(table["notes"])
+    if form == "text":
+        header, rows = cells(table)
+        print_table(rows, header)
+    else:
+        click.echo(render(table, form))
+    click.echo(f"printed values: {table['source']}; the others are counted or measured here", err=True)
+
+
 def print_evaluation(found) -> None:
     trained_on = "not recorded" if found.clips_trained_on is None else f"{found.clips_trained_on}"
     print_table(
@@ -159,4 +187,4 @@ def print_confusions(confusion: dict | None) -> None:
         )
 
 
-COMMANDS = (evaluate_command, import_head_command, export_head_command)
+COMMANDS = (evaluate_command, import_head_command, export_head_command, table_command)
