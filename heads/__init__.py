@@ -7,6 +7,9 @@ _NAMES = {
     "load_head": "checkpoint",
     "build_head": "forms",
     "evaluate_head": "evaluate",
+    "finetune": "finetune",
+    "load_end_to_end": "endtoend",
+    "evaluate_end_to_end": "endtoend",
     "import_head": "original",
     "export_head": "original",
 }

@@ -80,6 +80,11 @@ def evaluate_head(
     folder = None if isinstance(checkpoint, nn.Module) else Path(checkpoint)
     module = checkpoint if folder is None else load_head(folder)
     description = module.description
+    if description.encoder is not None:
+        raise UsageError(
+            f"the encoder of {folder or 'this head'} was trained with it, so no cache of frozen features fits: give "
+            "the dataset instead"
+        )
     columns, notes = check_fits(description, cache)
     choice = choose_rows(cache, description, folder, rows=rows, fold=fold, split=split)
     logits = stream_logits(module.to(target), cache, choice.rows, target, progress)

@@ -36,10 +36,16 @@ def evaluate_command(ctx, checkpoint, data, fold, split, device, as_json):
     """
     from whisper_at_cli.extract import FeatureCache
     from whisper_at_cli.heads import evaluate_head
+    from whisper_at_cli.heads.checkpoint import read_record
+    from whisper_at_cli.heads.endtoend import evaluate_end_to_end
 
+    options = {"fold": fold, "split": split, "device": device}
     with progress_on_stderr("evaluate", "clips", quiet=ctx.obj["quiet"]) as progress:
-        opened = FeatureCache.open(data if "://" in data else Path(data))
-        found = evaluate_head(checkpoint, opened, fold=fold, split=split, device=device, progress=progress)
+        if read_record(checkpoint).get("encoder"):
+            found = evaluate_end_to_end(checkpoint, data, progress=progress, **options)
+        else:
+            opened = FeatureCache.open(data if "://" in data else Path(data))
+            found = evaluate_head(checkpoint, opened, progress=progress, **options)
     print_notes(found.notes)
     if as_json:
         print_json(found)
@@ -139,6 +145,35 @@ def table_command(number, results, form, as_json):
     else:
         click.echo(render(table, form))
     click.echo(f"printed values: {table['source']}; the others are counted or measured here", err=True)
+
+
+def finetune_command_body(
+    dataset, *, model, head, dim, recipe, changes, encoder_lr_share, fold, out, seed, device, quiet, as_json
+) -> None:
+    """What `train-head DATASET --unfreeze --model M` does: fine-tune from audio, and print the result."""
+    from whisper_at_cli.heads.finetune import finetune
+
+    with progress_on_stderr(f"fine-tune {model}", "epochs", quiet=quiet) as progress:
+        result = finetune(
+            dataset, model=model, head=head, width=dim, recipe=recipe, changes=changes,
+            encoder_lr_share=encoder_lr_share, fold=fold, out=out, seed=seed, device=device, progress=progress,
+        )  # fmt: skip
+    print_notes(result.warnings)
+    if as_json:
+        print_json(result)
+        return
+    folds = "  ".join(f"{fold['fold']}: {score(fold['value'])}" for fold in result.folds)
+    print_table(
+        [
+            ("model", f"{result.model} with {result.head}, {result.params:,} parameters, all trained"),
+            ("learning rate", f"{result.recipe['lr']:g}, the encoder's {result.encoder_lr:g}"),
+            (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
+            ("folds", folds),
+            ("time", f"{result.seconds:.1f} s, {result.samples_per_second:,.1f} samples/s"),
+            ("checkpoint", result.checkpoint or "not saved (give --out FOLDER)"),
+        ],
+        ("fine-tuning", ""),
+    )
 
 
 def print_evaluation(found) -> None:

@@ -7,7 +7,7 @@ training clips are compared with how training divides this cache.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,26 @@ class Choice:
 
     rows: np.ndarray  # (n,) of the cache
     text: str  # what they are
-    trained_on: int | None  # how many of them the head was trained on; None where that cannot be told
-    notes: list[str] = field(default_factory=list)
+    seen: np.ndarray | None  # (n,) bool: whether the head was trained on each; None where that cannot be told
+
+    @property
+    def trained_on(self) -> int | None:
+        """How many of them the head was trained on."""
+        return None if self.seen is None else int(self.seen.sum())
+
+    @property
+    def notes(self) -> list[str]:
+        if self.seen is None:
+            return ["which clips the head was trained on was not recorded: some of these may be among them"]
+        if not self.trained_on:
+            return []
+        return [
+            f"the head was trained on {self.trained_on} of these {len(self.rows)} clips: see this as training error"
+        ]
+
+    def only(self, marked: np.ndarray) -> Choice:
+        """Those of the clips that are marked, (n,) bool."""
+        return Choice(self.rows[marked], self.text, None if self.seen is None else self.seen[marked])
 
 
 def choose_rows(
@@ -41,7 +59,7 @@ def choose_rows(
     """
     if rows is not None and (fold is not None or split is not None):
         raise UsageError("give either rows, or a fold or a split: they were given together")
-    seen, notes = seen_rows(cache, description, folder)
+    seen = seen_rows(cache, description, folder)
     if rows is not None:
         chosen, text = np.asarray(rows, dtype=np.int64), "rows as given"
     elif fold is not None or split is not None:
@@ -52,28 +70,15 @@ def choose_rows(
             chosen, text = chosen[~seen[chosen]], "clips that the head was not trained on"
     if not len(chosen):
         raise UsageError(f"{cache.path} has no finished clips to evaluate on; run extract again to continue it")
-    if seen is None:
-        return Choice(chosen, text, None, notes)
-    trained_on = int(seen[chosen].sum())
-    if trained_on:
-        notes = [
-            *notes,
-            f"the head was trained on {trained_on} of these {len(chosen)} clips: see this as training error",
-        ]
-    return Choice(chosen, text, trained_on, notes)
+    return Choice(chosen, text, None if seen is None else seen[chosen])
 
 
-def seen_rows(
-    cache: FeatureCache, description: HeadDescription, folder: Path | None
-) -> tuple[np.ndarray | None, list[str]]:
-    """(N,) bool: whether the head was trained on a clip, None where that cannot be told; and notes."""
+def seen_rows(cache: FeatureCache, description: HeadDescription, folder: Path | None) -> np.ndarray | None:
+    """(N,) bool: whether the head was trained on a clip; None where that cannot be told."""
     hashes = None if folder is None else trained_id_hashes(folder)
     if hashes is not None:
-        return np.isin(id_hashes(cache.ids), hashes), []
-    seen = _by_division(cache, description, folder)
-    if seen is None:
-        return None, ["which clips the head was trained on was not recorded: some of these may be among them"]
-    return seen, []
+        return np.isin(id_hashes(cache.ids), hashes)
+    return _by_division(cache, description, folder)
 
 
 def _by_division(cache: FeatureCache, description: HeadDescription, folder: Path | None) -> np.ndarray | None:
