@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_at_cli.extract.cache.schema import FRAMES
+from whisper_at_cli.extract.cache.schema import FRAMES, METADATA
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.devices import choose_device, cores
 from whisper_at_cli.extract.encoder import EncoderBlock, WhisperEncoder, clip_samples, encoder_from_state, windows
-from whisper_at_cli.extract.errors import AudioError, WhisperATError
+from whisper_at_cli.extract.errors import AudioError, UsageError, WhisperATError
 from whisper_at_cli.extract.mel import log_mel
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.extract.weights import WhisperWeights
 from whisper_at_cli.heads.checkpoint import HeadDescription, load_encoder_weights, load_head, save_head
 from whisper_at_cli.heads.data import free_bytes
-from whisper_at_cli.heads.evaluate import Evaluation, as_evaluation, class_columns
+from whisper_at_cli.heads.evaluate import NEEDS_AUDIO, Evaluation, as_evaluation, class_columns
 from whisper_at_cli.heads.metrics import evaluate_scores
 from whisper_at_cli.heads.seen import choose_rows
 
@@ -150,7 +150,10 @@ def evaluate_end_to_end(
     target = choose_device(device)
     model = load_end_to_end(checkpoint, target)
     description = model.description
-    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format)
+    if not isinstance(dataset, Dataset):
+        if (Path(dataset) / METADATA).is_file():
+            raise UsageError(NEEDS_AUDIO.format(checkpoint))
+        dataset = open_dataset(dataset, format=format)
     columns, notes = class_columns(description, dataset.class_names, str(dataset.root))
     choice = choose_rows(ListedClips.of(dataset), description, Path(checkpoint), fold=fold, split=split)
     audio = Waveforms(dataset, clip_samples(description.clip_seconds), keep_bytes=0)

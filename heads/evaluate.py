@@ -26,6 +26,7 @@ from whisper_at_cli.heads.seen import choose_rows
 
 BATCH_BYTES = 64 << 20  # of float32 features
 READ_BYTES = 256 << 20  # of features read at once; as much again is read ahead
+NEEDS_AUDIO = "the encoder of {} was trained with it, so no cache of frozen features fits: give the dataset instead"
 NAMED = 8  # of the classes that a message lists
 
 
@@ -81,10 +82,7 @@ def evaluate_head(
     module = checkpoint if folder is None else load_head(folder)
     description = module.description
     if description.encoder is not None:
-        raise UsageError(
-            f"the encoder of {folder or 'this head'} was trained with it, so no cache of frozen features fits: give "
-            "the dataset instead"
-        )
+        raise UsageError(NEEDS_AUDIO.format(folder or "this head"))
     columns, notes = check_fits(description, cache)
     choice = choose_rows(cache, description, folder, rows=rows, fold=fold, split=split)
     logits = stream_logits(module.to(target), cache, choice.rows, target, progress)

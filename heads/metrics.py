@@ -8,6 +8,7 @@ out of the means, counted, and named in `notes`. N clips, C classes, K positives
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -115,12 +116,20 @@ def _ap_and_auc(scores_CN: Tensor, labels_CN: Tensor, positives: np.ndarray) -> 
     C, N = scores_CN.shape
     ap, auc = np.full(C, np.nan), np.full(C, np.nan)
     order = np.argsort(-positives, kind="stable")[: int((positives > 0).sum())]
-    step = max(1, CHUNK_SCORES // max(1, N))
-    for first in range(0, len(order), step):
-        some = order[first : first + step]
+    for some in _alike(order, positives, most=max(1, CHUNK_SCORES // max(1, N))):
         chosen = torch.from_numpy(some).to(scores_CN.device)
         ap[some], auc[some] = _rank_positives(scores_CN[chosen], labels_CN[chosen], positives[some])
     return ap, auc
+
+
+def _alike(order: np.ndarray, positives: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """These classes, which fall in their number of positives, in runs of at most `most` that at most halve it."""
+    first = 0
+    while first < len(order):
+        within = int((positives[order[first:]] >= positives[order[first]] / 2).sum())
+        last = first + min(most, within)
+        yield order[first:last]
+        first = last
 
 
 def _rank_positives(scores_CN: Tensor, labels_CN: Tensor, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

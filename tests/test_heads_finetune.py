@@ -237,6 +237,10 @@ def test_the_commands_tune_and_evaluate_from_audio(capsys, sounds, weights, tmp_
     assert {"head", "dim", "params", "metric", "value", "folds", "seconds", "checkpoint"} <= set(result)
     status, out, _ = run(capsys, "evaluate", tmp_path / "tuned", sounds, "--device", "cpu", "--json")
     assert status == 0 and json.loads(out)["accuracy"] == result["value"]
+    (tmp_path / "a.zarr").mkdir()
+    (tmp_path / "a.zarr" / "zarr.json").write_text("{}")
+    status, _, err = run(capsys, "evaluate", tmp_path / "tuned", tmp_path / "a.zarr")
+    assert status == 2 and "give the dataset instead" in err
     with pytest.raises(UsageError, match="give the dataset instead"):
         evaluate_head(tmp_path / "tuned", None, device="cpu")
     with pytest.raises(UsageError, match="no encoder of its own"):
