@@ -78,6 +78,23 @@ def test_a_run_stands_in_the_papers_column_only_if_it_is_of_the_same_task(tmp_pa
     assert row["value"] == 32.14 and row["at_params_M"] is None
 
 
+def test_training_error_is_named_and_stands_in_no_column_of_the_papers(tmp_path):
+    folder = saved(tmp_path / "head")
+    found = {
+        "checkpoint": str(folder),
+        "mAP": 0.9,
+        "accuracy": None,
+        "clips": 9,
+        "chosen": "all",
+        "clips_trained_on": 9,
+    }
+    (tmp_path / "seen.json").write_text(json.dumps(found))
+    (tmp_path / "held.json").write_text(json.dumps(found | {"clips_trained_on": 0}))
+    seen, held = paper_table(1, [tmp_path / "seen.json", tmp_path / "held.json"])["rows"][-2:]
+    assert seen["as20k_mAP"] is None and "on clips that it was trained on" in seen["result"] and seen["training_error"]
+    assert held["as20k_mAP"] == 90 and "trained on" not in held["result"]
+
+
 def test_a_run_is_counted_by_its_own_sizes(tmp_path):
     folder = saved(tmp_path / "head", classes=7)
     module = build_head("tl-tr", layers=4, dim=384, classes=7, width=128)
