@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, is_dataclass
 
@@ -12,16 +13,16 @@ PIPE_WIDTH = 160  # of tables that no terminal shows
 
 
 def print_json(result) -> None:
-    """One JSON document on stdout; NaN, which JSON does not have, as null."""
-    click.echo(json.dumps(_without_nan(asdict(result) if is_dataclass(result) else result), indent=1))
+    """One JSON document on stdout; NaN and infinity, which JSON does not have, as null."""
+    click.echo(json.dumps(_finite(asdict(result) if is_dataclass(result) else result), indent=1))
 
 
-def _without_nan(value):
+def _finite(value):
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(rows, header: tuple[str, ...]) -> None:

@@ -7,6 +7,11 @@ _NAMES = {
     "load_head": "checkpoint",
     "build_head": "forms",
     "evaluate_head": "evaluate",
+    "finetune": "finetune",
+    "load_end_to_end": "endtoend",
+    "evaluate_end_to_end": "endtoend",
+    "import_head": "original",
+    "export_head": "original",
 }
 __all__ = list(_NAMES)
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

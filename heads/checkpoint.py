@@ -1,4 +1,8 @@
-"""A trained head on disk: `head.safetensors` with its weights and `head.json` with all that is needed to use it."""
+"""A trained head on disk: `head.safetensors` with its weights and `head.json` with all that is needed to use it.
+
+Beside them `trained_on.safetensors`, where it is known which clips the head was trained on, and `encoder.safetensors`,
+where the encoder was trained with it. head.json is written last and holds the SHA-256 of each of the others.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache.store import LocalStore
@@ -18,6 +23,8 @@ from whisper_at_cli.heads.forms import build_head
 
 FORMAT = "whisper-at-cli head"
 FORMAT_VERSION = 1
+HEAD, TRAINED_ON, ENCODER = "head", "trained_on", "encoder"  # files NAME.safetensors; NAME_sha256 is in head.json
+UNKNOWN = "unknown"  # checksum of a backbone whose weights nobody recorded
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class HeadDescription:
     frames: int
     class_names: tuple[str, ...]
     backbone: str
-    weights_sha256: str  # of the backbone
+    weights_sha256: str  # of the backbone; "unknown" for a head from elsewhere
     clip_seconds: float
     loss: str  # "ce": probabilities are the softmax of the logits; "bce": the sigmoid of each
     width: int | None = None
@@ -40,6 +47,9 @@ class HeadDescription:
     trained_clips: int = 0
     seed: int = 0
     recipe: dict = field(default_factory=dict)
+    class_names_known: bool = True  # False: nobody said what the classes are, and they are named by their numbers
+    source: str = ""  # the file that the head was imported from
+    encoder: dict | None = None  # mels and heads of an encoder that was trained with the head and lies beside it
     tool_version: str = __version__
     torch_version: str = torch.__version__
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -52,17 +62,31 @@ class HeadDescription:
         return len(self.class_names)
 
 
-def save_head(module: nn.Module, folder: str | Path, description: HeadDescription) -> Path:
-    """Write a head to `folder`, made where needed, and return the folder. Each file appears whole or not at all."""
-    from safetensors.torch import save
+def save_head(
+    module: nn.Module, folder: str | Path, description: HeadDescription, *, trained_ids=None,
+    encoder: dict[str, Tensor] | None = None,
+) -> Path:  # fmt: skip
+    """Write a head to `folder`, made where needed, and return the folder. Each file appears whole or not at all.
 
+    `trained_ids` are the ids of the clips that it was trained on, so that `evaluate` can tell whether it knows a clip;
+    `encoder` the weights of the encoder that was trained with it.
+    """
     folder = Path(folder)
-    weights = save({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()})
+    files = {HEAD: module.state_dict()}
+    if trained_ids is not None:
+        files[TRAINED_ON] = {"id_hash": torch.from_numpy(np.sort(id_hashes(trained_ids)))}
+    if encoder is not None:
+        files[ENCODER] = encoder
     record = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(description)}
-    record["head_sha256"] = hashlib.sha256(weights).hexdigest()
     try:
         store = LocalStore(folder)
-        store.write_whole("head.safetensors", [weights])
+        for name in (HEAD, TRAINED_ON, ENCODER):
+            if name in files:
+                content = to_safetensors(files[name])
+                record[f"{name}_sha256"] = hashlib.sha256(content).hexdigest()
+                store.write_whole(f"{name}.safetensors", [content])
+            else:  # what an earlier head left here is not this one's
+                (folder / f"{name}.safetensors").unlink(missing_ok=True)
         store.write_whole("head.json", [(json.dumps(record, indent=1) + "\n").encode()])
     except OSError as error:
         raise WhisperATError(f"cannot write the head to {folder}: {error}; choose another --out") from error
@@ -74,33 +98,56 @@ def load_head(folder: str | Path, device: str | torch.device = "cpu") -> nn.Modu
 
     Raises UsageError where there is none, WhisperATError where it is damaged.
     """
-    from safetensors.torch import load
-
     folder = Path(folder)
-    record = _read_record(folder)
+    record = read_record(folder)
+    weights = _read_tensors(folder, HEAD, record)
     try:
-        weights = (folder / "head.safetensors").read_bytes()
-    except OSError as error:
-        raise WhisperATError(f"{folder} has a head.json but no weights to read ({error}); train it again") from error
-    if hashlib.sha256(weights).hexdigest() != record.pop("head_sha256", None):
-        raise WhisperATError(
-            f"{folder / 'head.safetensors'} is not the file that head.json describes: one of them is damaged, or comes "
-            "from another run; restore both, or train the head again"
-        )
-    try:
-        description = HeadDescription(**record)
+        description = HeadDescription(**{name: value for name, value in record.items() if not _is_checksum(name)})
         module = build_head(
             description.head, layers=description.layers, dim=description.dim, classes=description.classes,
             width=description.width,
         )  # fmt: skip
-        module.load_state_dict(load(weights))
+        module.load_state_dict(weights)
     except (TypeError, KeyError, RuntimeError, UsageError) as error:
         raise WhisperATError(f"{folder / 'head.json'} does not fit its weights: {error}") from error
     module.description = description
     return module.to(device).eval()
 
 
-def _read_record(folder: Path) -> dict:
+def load_encoder_weights(folder: str | Path) -> dict[str, Tensor]:
+    """The weights of the encoder that was trained with a head. Raises UsageError where the head came without one."""
+    folder = Path(folder)
+    record = read_record(folder)
+    if record.get("encoder") is None:
+        raise UsageError(
+            f"{folder} holds a head for features of the frozen encoder {record.get('backbone')}, and no encoder of its "
+            "own: give it a cache, which `whisper-at-cli extract` makes"
+        )
+    return _read_tensors(folder, ENCODER, record)
+
+
+def trained_id_hashes(folder: str | Path) -> np.ndarray | None:
+    """Ascending hashes of the ids of the clips that a saved head was trained on; None where that was not recorded."""
+    folder = Path(folder)
+    record = read_record(folder)
+    if f"{TRAINED_ON}_sha256" not in record:
+        return None
+    return _read_tensors(folder, TRAINED_ON, record)["id_hash"].numpy()
+
+
+def id_hashes(ids) -> np.ndarray:
+    """(n,) int64: eight bytes of each id's SHA-256. Two million ids take 16 MB, and hardly any two of them meet."""
+    digests = b"".join(hashlib.sha256(str(name).encode()).digest()[:8] for name in ids)
+    return np.frombuffer(digests, dtype="<i8").copy()
+
+
+def to_safetensors(tensors: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
+def read_record(folder: Path) -> dict:
     """The fields of head.json, of this format version."""
     path = folder / "head.json"
     if not path.is_file():
@@ -113,3 +160,25 @@ def _read_record(folder: Path) -> dict:
     if found != FORMAT or version != FORMAT_VERSION:
         raise WhisperATError(f"{path} is a {found!r} of version {version}; this version reads {FORMAT_VERSION}")
     return record
+
+
+def _is_checksum(name: str) -> bool:
+    return name in {f"{file}_sha256" for file in (HEAD, TRAINED_ON, ENCODER)}
+
+
+def _read_tensors(folder: Path, name: str, record: dict) -> dict[str, Tensor]:
+    """The tensors of NAME.safetensors, which has to be the file that head.json describes."""
+    from safetensors.torch import load
+
+    path = folder / f"{name}.safetensors"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        what = "weights" if name == HEAD else path.name
+        raise WhisperATError(f"{folder} has a head.json but no {what} to read ({error}); train it again") from error
+    if hashlib.sha256(content).hexdigest() != record.get(f"{name}_sha256"):
+        raise WhisperATError(
+            f"{path} is not the file that head.json describes: one of them is damaged, or comes from another run; "
+            "restore both, or train the head again"
+        )
+    return load(content)

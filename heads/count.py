@@ -14,7 +14,7 @@ from whisper_at_cli.extract.encoder import POSITIONS_PER_SECOND
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.forms import head_form
 
-AST_FLOPS = 133e9  # Table 1, for one 10-second clip
+AST_FLOPS = 133e9  # as Table 1 prints it, for one 10-second clip; `ast_cost` counts 130.6e9
 AUDIOSET_CLASSES = 527
 PROJECTIONS = (128, 256, 512, 768)  # Table 2
 NORM_FLOPS_PER_ELEMENT = 5
@@ -73,8 +73,8 @@ def head_cost(
         return classifier
     if head == "wa-mlp":
         return Cost(layers) + classifier
-    if head == "wa-tr":
-        return Cost(layers) + block(dim, frames) + classifier
+    if head in ("last-tr", "wa-tr"):
+        return Cost(layers if head == "wa-tr" else 0) + block(dim, frames) + classifier
     blocks = block(inner, frames, sequences=layers) + block(inner, layers)
     if width is None:
         return blocks + classifier
@@ -91,19 +91,56 @@ def encoder_cost(*, mels: int, layers: int, dim: int, clip_seconds: float) -> Co
     return total
 
 
+def ast_cost(config=None) -> Cost:
+    """Cost of AST on one clip of 10 s, from a `transformers.ASTConfig`: by default the paper's AST, with 527 classes.
+
+    Raises UsageError where the `transformers` extra is not installed.
+    """
+    if config is None:
+        try:
+            from transformers import ASTConfig
+        except ImportError as error:
+            raise UsageError("AST's sizes come from transformers; run: pip install 'whisper-at-cli[hf]'") from error
+        config = ASTConfig(num_labels=AUDIOSET_CLASSES)
+    dim, patch = config.hidden_size, config.patch_size
+    if config.intermediate_size != 4 * dim or not config.qkv_bias:
+        raise UsageError("only an AST whose MLP is four times as wide, with biases on query, key and value, is counted")
+    patches = (config.num_mel_bins - patch) // config.frequency_stride + 1
+    patches *= (config.max_length - patch) // config.time_stride + 1
+    tokens = patches + 2  # class and distillation
+    total = linear(patch * patch, dim, patches) + Cost(2 * dim + tokens * dim)  # both tokens and the positions
+    for _ in range(config.num_hidden_layers):
+        total += block(dim, tokens) + Cost(dim)  # AST's key has a bias
+    return total + layer_norm(dim, tokens) + layer_norm(dim) + linear(dim, config.num_labels)
+
+
+def end_to_end_cost(model: str, *, classes: int = AUDIOSET_CLASSES, clip_seconds: float = 10.0) -> Cost:
+    """Cost of a whole Whisper encoder with a Transformer layer over all its positions (last-tr, nothing pooled before
+    it), for one clip. Raises UsageError for an unknown size."""
+    size = whisper_size(model)
+    encoder = encoder_cost(mels=size.mels, layers=size.layers, dim=size.dim, clip_seconds=clip_seconds)
+    positions = round(clip_seconds * POSITIONS_PER_SECOND)
+    return encoder + head_cost("last-tr", layers=size.layers, dim=size.dim, classes=classes, frames=positions)
+
+
+def whisper_size(model: str):
+    """Sizes of a Whisper encoder by name. Raises UsageError for a name that is none."""
+    from whisper_at_cli.extract.backbones import WHISPER_SIZES
+
+    if model not in WHISPER_SIZES:
+        raise UsageError(f"{model!r} is not a Whisper size; choose from {', '.join(WHISPER_SIZES)}")
+    return WHISPER_SIZES[model]
+
+
 def head_table(model: str, classes: int = AUDIOSET_CLASSES, clip_seconds: float = 10.0) -> list[dict]:
     """One row per head on features of the Whisper size `model`, for one clip; TL-Tr also at the projections of Table 2.
 
     Each row has head, dim (channels inside the head), params, flops, flops_two_per_multiply_add, speedup_vs_ast and
     share_of_encoder (of its FLOPs). Raises UsageError for a name that is not a Whisper size.
     """
-    from whisper_at_cli.extract.backbones import WHISPER_SIZES
-
-    if model not in WHISPER_SIZES:
-        raise UsageError(f"{model!r} is not a Whisper size; choose from {', '.join(WHISPER_SIZES)}")
+    size = whisper_size(model)
     if classes < 1 or clip_seconds <= 0:
         raise UsageError(f"cannot count heads for {classes} classes and clips of {clip_seconds} seconds")
-    size = WHISPER_SIZES[model]
     encoder = encoder_cost(mels=size.mels, layers=size.layers, dim=size.dim, clip_seconds=clip_seconds)
     heads = [(head, None) for head in ("last-mlp", "wa-mlp", "wa-tr", "tl-tr")]
     heads += [("tl-tr", width) for width in PROJECTIONS if width < size.dim]

@@ -1,4 +1,4 @@
-"""The four heads of the paper: cached features of every layer in, one logit per class out.
+"""The heads of the paper: cached features of every layer in, one logit per class out.
 
 B clips in a batch, L layers, T frames, D channels of the encoder, d channels inside a head, C classes.
 Parameters carry the names of the original project's state dicts (`time_tr.attn.query.weight`, ...), so that heads can
@@ -87,6 +87,22 @@ class WAMLP(nn.Module):
         return self.mlp_layer(mixed_BD)
 
 
+class LastTr(nn.Module):
+    """Last-Tr: a block over time on the last layer, mean, linear. features (B, L, T, D) -> logits (B, C).
+
+    What the paper's end-to-end rows put on the encoder."""
+
+    reads = "features"
+
+    def __init__(self, *, layers: int, dim: int, classes: int):
+        super().__init__()
+        self.time_tr = Block(dim, TEMPORAL_ATTENTION_HEADS)
+        self.mlp_layer = normed_linear(dim, classes)
+
+    def forward(self, features_BLTD: Tensor) -> Tensor:
+        return self.mlp_layer(self.time_tr(features_BLTD[:, -1]).mean(dim=1))
+
+
 class WATr(nn.Module):
     """WA-Tr: learned average over layers, a block over time, mean, linear. features (B, L, T, D) -> logits (B, C)."""
 
@@ -125,7 +141,7 @@ class TLTr(nn.Module):
         return self.mlp_layer(self.layer_tr(layers_BLd).mean(dim=1))
 
 
-FORMS = {"last-mlp": LastMLP, "wa-mlp": WAMLP, "wa-tr": WATr, "tl-tr": TLTr}
+FORMS = {"last-mlp": LastMLP, "wa-mlp": WAMLP, "last-tr": LastTr, "wa-tr": WATr, "tl-tr": TLTr}
 
 
 def head_form(head: str, width: int | None = None) -> type[nn.Module]:

@@ -1,19 +1,24 @@
-"""How good scores are: accuracy, average precision, AUC and d-prime.
+"""How good scores are: accuracy, average precision, AUC, d-prime and confusion matrix, computed where the scores lie.
 
 Scores may be logits or probabilities: only their order within a class (and, for accuracy, within a clip) matters.
 A metric that is undefined for a class (no positives; for AUC also no negatives) is NaN there, and such classes are left
-out of the means and counted. N clips, C classes.
+out of the means, counted, and named in `notes`. N clips, C classes, K positives of the class that has most.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from whisper_at_cli.extract.errors import WhisperATError
+
+CHUNK_SCORES = 1 << 24  # scores ranked at once, so that a large evaluation takes little memory beyond its scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,30 +28,49 @@ class Metrics:
     accuracy: float  # NaN unless every clip has exactly one label
     mAP: float
     mAUC: float
-    d_prime: float
+    d_prime: float  # of mAUC
     class_ap: np.ndarray  # (C,)
     class_auc: np.ndarray  # (C,)
     classes_without_positives: int
+    classes_without_negatives: int
+    confusion: np.ndarray | None  # (C, C) clips: row the label, column the highest score; None where accuracy is NaN
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the means has to know."""
+        classes, absent, everywhere = (
+            len(self.class_ap), self.classes_without_positives, self.classes_without_negatives,
+        )  # fmt: skip
+        found = []
+        if absent:
+            found.append(f"{absent} of {classes} classes are in none of the clips and do not count in mAP and mAUC")
+        if everywhere:
+            found.append(f"{everywhere} of {classes} classes are in every clip and do not count in mAUC")
+        if math.isinf(self.d_prime):
+            found.append(f"mAUC is exactly {self.mAUC:g}, for which d-prime is infinite")
+        if math.isnan(self.accuracy):
+            found.append("accuracy is undefined: it needs exactly one label on every clip")
+        return found
 
 
+@torch.no_grad()
 def evaluate_scores(scores, labels) -> Metrics:
-    """Metrics of scores (N, C) against labels (N, C) of 0 and 1; NumPy arrays or tensors.
+    """Metrics of scores (N, C) against labels (N, C) of 0 and 1; NumPy arrays or tensors, ranked on their device.
 
+    Ties are taken as scikit-learn takes them: clips with the same score pass any threshold together.
     Raises WhisperATError where a score is not finite.
     """
     scores, labels = _checked(scores, labels)
-    by_class = [_class_ap_and_auc(scores[:, c], labels[:, c]) for c in range(scores.shape[1])]
-    class_ap, class_auc = np.array(by_class, dtype=float).reshape(-1, 2).T
+    positives = labels.sum(dim=0, dtype=torch.int32).cpu().numpy()
+    class_ap, class_auc = _ap_and_auc(scores.t(), labels.t(), positives)
+    confusion = _confusion(scores, labels)
     mAUC = _mean_of_defined(class_auc)
     return Metrics(
-        accuracy=_accuracy(scores, labels),
-        mAP=_mean_of_defined(class_ap),
-        mAUC=mAUC,
-        d_prime=d_prime(mAUC),
-        class_ap=class_ap,
-        class_auc=class_auc,
-        classes_without_positives=int((~labels.any(axis=0)).sum()),
-    )
+        accuracy=math.nan if confusion is None else float(confusion.trace() / len(scores)),
+        mAP=_mean_of_defined(class_ap), mAUC=mAUC, d_prime=d_prime(mAUC), class_ap=class_ap, class_auc=class_auc,
+        classes_without_positives=int((positives == 0).sum()),
+        classes_without_negatives=int(((positives == len(labels)) & (positives > 0)).sum()), confusion=confusion,
+    )  # fmt: skip
 
 
 def d_prime(auc: float) -> float:
@@ -56,45 +80,88 @@ def d_prime(auc: float) -> float:
     return math.sqrt(2) * NormalDist().inv_cdf(auc) if 0 < auc < 1 else math.nan
 
 
-def _checked(scores, labels) -> tuple[np.ndarray, np.ndarray]:
-    """As arrays of one shape (N, C): scores float, labels bool."""
-    scores, labels = (np.asarray(a.detach().cpu() if hasattr(a, "detach") else a) for a in (scores, labels))
+def _checked(scores, labels) -> tuple[Tensor, Tensor]:
+    """As tensors of one shape (N, C) on the scores' device: scores float32 or float64, labels bool."""
+    scores, labels = (torch.as_tensor(values) for values in (scores, labels))
     if scores.ndim != 2 or scores.shape != labels.shape:
-        raise ValueError(f"scores {scores.shape} and labels {labels.shape} must both be (clips, classes)")
-    bad = ~np.isfinite(scores)
-    if bad.any():
+        raise ValueError(f"scores {tuple(scores.shape)} and labels {tuple(labels.shape)} must both be (clips, classes)")
+    if scores.device.type == "mps":  # which has no float64
+        scores = scores.cpu()
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.to(torch.float32 if scores.is_floating_point() else torch.float64)
+    finite = scores.isfinite()
+    if not finite.all():
+        bad = (~finite).nonzero()
         raise WhisperATError(
-            f"{bad.sum()} of {bad.size} scores are not finite, the first for clip {np.argwhere(bad)[0][0]} of these: "
+            f"{len(bad)} of {scores.numel()} scores are not finite, the first for clip {int(bad[0, 0])} of these: "
             "verify the cache, or train the head again"
         )
-    return scores, labels.astype(bool)
+    return scores, labels.to(scores.device) != 0
 
 
-def _accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
-    if not len(labels) or (labels.sum(axis=1) != 1).any():
-        return math.nan
-    return float((scores.argmax(axis=1) == labels.argmax(axis=1)).mean())
+def _confusion(scores: Tensor, labels: Tensor) -> np.ndarray | None:
+    N, C = scores.shape
+    if not N or (labels.sum(dim=1) != 1).any():
+        return None
+    cell = labels.to(torch.uint8).argmax(dim=1) * C + scores.argmax(dim=1)
+    return torch.bincount(cell, minlength=C * C).view(C, C).cpu().numpy()
 
 
-def _class_ap_and_auc(scores: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
+def _ap_and_auc(scores_CN: Tensor, labels_CN: Tensor, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Average precision (precision at each positive, averaged) and AUC (how often a positive outscores a negative, a
-    tie counting half) of one class. Clips with the same score form a group that any threshold takes or leaves whole."""
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if not positives:
-        return math.nan, math.nan
-    order = np.argsort(-scores, kind="stable")
-    falls = np.diff(scores[order]) != 0
-    group_ends = np.flatnonzero(np.append(falls, True))
-    taken = group_ends + 1
-    hits = positive[order].cumsum()[group_ends]
-    misses = taken - hits
-    group_hits, group_misses = np.diff(hits, prepend=0), np.diff(misses, prepend=0)
-    ap = (group_hits * hits / taken).sum() / positives
-    if not negatives:
-        return float(ap), math.nan
-    beaten = negatives - misses + group_misses / 2
-    return float(ap), float((group_hits * beaten).sum() / (positives * negatives))
+    tie counting half) of each class, float64. `positives` counts those of each class.
+
+    Classes with a like number of positives are ranked together, so that few places are padding.
+    """
+    C, N = scores_CN.shape
+    ap, auc = np.full(C, np.nan), np.full(C, np.nan)
+    order = np.argsort(-positives, kind="stable")[: int((positives > 0).sum())]
+    for some in _alike(order, positives, most=max(1, CHUNK_SCORES // max(1, N))):
+        chosen = torch.from_numpy(some).to(scores_CN.device)
+        ap[some], auc[some] = _rank_positives(scores_CN[chosen], labels_CN[chosen], positives[some])
+    return ap, auc
+
+
+def _alike(order: np.ndarray, positives: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """These classes, which fall in their number of positives, in runs of at most `most` that at most halve it."""
+    first = 0
+    while first < len(order):
+        within = int((positives[order[first:]] >= positives[order[first]] / 2).sum())
+        last = first + min(most, within)
+        yield order[first:last]
+        first = last
+
+
+def _rank_positives(scores_CN: Tensor, labels_CN: Tensor, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AP and AUC of some classes, all with positives, by each positive's place among all scores and among positives.
+
+    All counts are whole numbers; only the final divisions round. Overwrites `scores_CN`.
+    """
+    C, N = scores_CN.shape
+    positives_C = torch.from_numpy(positives.astype(np.int64)).to(scores_CN.device)[:, None]
+    most = int(positives.max())
+    real_CK = torch.arange(most, device=scores_CN.device) < positives_C
+    hits_CK = _ascending(scores_CN.masked_fill(~labels_CN, torch.inf))[:, :most].contiguous()  # inf where there is none
+    all_CN = _ascending(scores_CN)
+    reached_all, above_all = (N - torch.searchsorted(all_CN, hits_CK, right=right) for right in (False, True))
+    reached, above = (  # padding sorts behind every positive, so it is not counted before one
+        positives_C - torch.searchsorted(hits_CK, hits_CK, right=right) for right in (False, True)
+    )
+    precision = (reached.double() / reached_all.clamp(min=1)).masked_fill(~real_CK, 0)
+    ap = precision.sum(dim=1) / positives_C[:, 0]
+    negatives_C = N - positives_C
+    twice_beaten = 2 * negatives_C - (reached_all - reached) - (above_all - above)
+    wins = twice_beaten.masked_fill(~real_CK, 0).sum(dim=1).double()
+    auc = wins / (2 * positives_C * negatives_C)[:, 0]  # 0 / 0 without negatives: NaN
+    return ap.cpu().numpy(), auc.cpu().numpy()
+
+
+def _ascending(values: Tensor) -> Tensor:
+    """Each row sorted, in place on a CPU: NumPy's sort took 26 ms for (527, 20000) float32 there, torch's 640."""
+    if values.device.type != "cpu":
+        return values.sort(dim=1).values
+    values.numpy().sort(axis=1)
+    return values
 
 
 def _mean_of_defined(values: np.ndarray) -> float:

@@ -2,14 +2,24 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.heads import build_head, load_head
-from whisper_at_cli.heads.checkpoint import HeadDescription, save_head
+from whisper_at_cli.heads.checkpoint import (
+    HeadDescription,
+    id_hashes,
+    load_encoder_weights,
+    save_head,
+    trained_id_hashes,
+)
 
-FORMS_AND_WIDTHS = [("last-mlp", None), ("wa-mlp", None), ("wa-tr", None), ("tl-tr", None), ("tl-tr", 8)]
+FORMS_AND_WIDTHS = [
+    *((head, None) for head in ("last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr")),
+    ("tl-tr", 8),
+]
 
 
 def describe(head="wa-mlp", width=None, **changes) -> HeadDescription:
@@ -109,3 +119,31 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WhisperATError, match="cannot write the head to .*file"):
         save_head(new_head(), tmp_path / "file" / "head", describe())
+
+
+def test_the_clips_that_a_head_was_trained_on_are_kept_by_their_ids_and_go_with_the_next_head(tmp_path):
+    folder = save_head(new_head(), tmp_path / "head", describe(), trained_ids=["b", "a", "c"])
+    hashes = trained_id_hashes(folder)
+    assert np.isin(id_hashes(["a", "b", "c", "d"]), hashes).tolist() == [True, True, True, False]
+    assert len(id_hashes([f"clip{i}" for i in range(10_000)])) == len(set(id_hashes(f"clip{i}" for i in range(10_000))))
+    damage = bytearray((folder / "trained_on.safetensors").read_bytes())
+    damage[-1] ^= 1
+    (folder / "trained_on.safetensors").write_bytes(damage)
+    with pytest.raises(WhisperATError, match="trained_on.safetensors is not the file that head.json describes"):
+        trained_id_hashes(folder)
+    load_head(folder)  # which needs the head alone
+    save_head(new_head(), folder, describe())
+    assert trained_id_hashes(folder) is None
+    assert sorted(path.name for path in folder.iterdir()) == ["head.json", "head.safetensors"]
+
+
+def test_a_head_of_an_earlier_version_is_read(saved):
+    """Fields that came later have defaults."""
+    record = json.loads((saved / "head.json").read_text())
+    for name in ("class_names_known", "source", "encoder"):
+        del record[name]
+    (saved / "head.json").write_text(json.dumps(record))
+    description = load_head(saved).description
+    assert description.class_names_known and description.encoder is None
+    with pytest.raises(UsageError, match="no encoder of its own"):
+        load_encoder_weights(saved)

@@ -8,10 +8,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.count import AST_FLOPS, encoder_cost, head_cost, head_table
+from whisper_at_cli.heads.count import AST_FLOPS, ast_cost, encoder_cost, end_to_end_cost, head_cost, head_table
 from whisper_at_cli.heads.forms import build_head
 
-HEADS = [("last-mlp", None), ("wa-mlp", None), ("wa-tr", None), ("tl-tr", None), ("tl-tr", 128), ("tl-tr", 512)]
+HEADS = [
+    *((head, None) for head in ("last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr")),
+    ("tl-tr", 128),
+    ("tl-tr", 512),
+]
 # Table 2 on Whisper-Large, as printed: width, GFLOPs, parameters in millions
 TABLE_2 = [(128, 0.31, 0.6), (256, 0.94, 2.1), (512, 3.17, 7.2), (768, 6.72, 15.6), (1280, 16.42, 40.0)]
 # Table 1 on Whisper-Large: parameters in millions, speed-up against AST
@@ -119,3 +123,55 @@ def test_an_unknown_size_is_refused_with_the_known_ones():
         head_table("huge")
     with pytest.raises(UsageError, match="0 classes"):
         head_table("tiny", classes=0)
+
+
+@pytest.fixture(scope="module")
+def ast_on_meta():
+    """AST as transformers builds it, on the meta device: parameters, multiply-adds and norm FLOPs of one clip."""
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        module = transformers.ASTForAudioClassification(transformers.ASTConfig(num_labels=527)).eval()
+        clip = torch.zeros(1, 1024, 128)
+    normed = []
+    for part in module.modules():
+        if isinstance(part, torch.nn.LayerNorm):
+            part.register_forward_hook(lambda part, inputs, output: normed.append(output.numel()))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(clip)
+    return sum(p.numel() for p in module.parameters()), counter.get_total_flops() // 2, 5 * sum(normed)
+
+
+def test_ast_is_counted_as_pytorch_executes_it(ast_on_meta):
+    cost = ast_cost()
+    assert (cost.params, cost.multiply_adds, cost.norm_flops) == ast_on_meta
+
+
+def test_ast_is_counted_near_the_printed_figure_and_no_nearer(ast_on_meta):
+    """Table 1 prints 133 GFLOPs; the convention that gives Table 2 to the last digit gives AST 130.6, which is kept."""
+    cost = ast_cost()
+    assert cost.params / 1e6 == pytest.approx(87, abs=0.5)
+    assert cost.flops / 1e9 == pytest.approx(130.63, abs=0.005)
+    assert cost.flops / AST_FLOPS == pytest.approx(1, abs=0.02)
+
+
+# Table 1's other frozen backbones: layers, channels, head, parameters in millions, speed-up against AST
+OTHER_BACKBONES = [
+    (48, 1280, "wa-mlp", 0.7, 195000),
+    (48, 1280, "tl-tr", 40, 5),
+    (24, 1024, "wa-mlp", 0.5, 244000),
+    (24, 1024, "tl-tr", 26, 17),
+]
+
+
+@pytest.mark.parametrize("layers, dim, head, params_M, speedup", OTHER_BACKBONES)
+def test_table_1_is_reproduced_for_other_backbones(layers, dim, head, params_M, speedup):
+    cost = head_cost(head, layers=layers, dim=dim)
+    assert cost.params / 1e6 == pytest.approx(params_M, abs=0.06 if params_M < 1 else 0.5)
+    assert AST_FLOPS / cost.flops == pytest.approx(speedup, rel=0.005, abs=0.5)
+
+
+@pytest.mark.parametrize("model, params_M, speedup", [("large-v1", 655, 0.4), ("small", 94, 2.5)])
+def test_table_1_is_reproduced_for_whole_encoders_with_a_layer_on_top(model, params_M, speedup):
+    cost = end_to_end_cost(model)
+    assert cost.params / 1e6 == pytest.approx(params_M, abs=0.5)
+    assert AST_FLOPS / cost.flops == pytest.approx(speedup, abs=0.06)

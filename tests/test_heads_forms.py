@@ -10,7 +10,10 @@ from whisper.model import ResidualAttentionBlock
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.forms import FORMS, Block, build_head
 
-FORMS_AND_WIDTHS = [("last-mlp", None), ("wa-mlp", None), ("wa-tr", None), ("tl-tr", None), ("tl-tr", 16)]
+FORMS_AND_WIDTHS = [
+    *((head, None) for head in ("last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr")),
+    ("tl-tr", 16),
+]
 L, T, D, C = 3, 25, 32, 7
 
 
@@ -34,6 +37,8 @@ def slow_logits(name, module, clip_LTD):
     """One clip through the paper's equations with plain loops; a block is trusted here and tested on its own."""
     if name == "last-mlp":
         return module.mlp_layer(sum(clip_LTD[-1]) / T)
+    if name == "last-tr":
+        return module.mlp_layer(sum(module.time_tr(clip_LTD[-1:])[0]) / T)
     if name in ("wa-mlp", "wa-tr"):
         weights = module.layer_weight / sum(module.layer_weight)
         mixed_TD = sum(weight * layer for weight, layer in zip(weights, clip_LTD, strict=True))
@@ -108,7 +113,7 @@ KINDS = ("weight", "bias")
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"head": "tltr"}, "'tltr' is not known; choose from last-mlp, wa-mlp, wa-tr, tl-tr"),
+        ({"head": "tltr"}, "'tltr' is not known; choose from last-mlp, wa-mlp, last-tr, wa-tr, tl-tr"),
         ({"head": "wa-mlp", "width": 128}, "wa-mlp has no projection"),
         ({"head": "tl-tr", "width": 100}, "cannot project to 100 channels; choose a multiple of 8"),
         ({"head": "tl-tr", "width": 0}, "cannot project to 0 channels"),
@@ -132,6 +137,7 @@ def test_every_form_says_what_it_reads():
     assert {name: form.reads for name, form in FORMS.items()} == {
         "last-mlp": "last mean",
         "wa-mlp": "mean",
+        "last-tr": "features",
         "wa-tr": "features",
         "tl-tr": "features",
     }
