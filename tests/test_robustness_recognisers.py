@@ -43,7 +43,9 @@ def small_whisper(seed: int = 0, text_tokens: int = 32):
     """Random weights: greedy decoding goes on to its limit, and every window is doubtful."""
     torch.manual_seed(seed)
     dims = whisper.model.ModelDimensions(80, 1500, 64, 2, 1, 51864, text_tokens, 64, 2, 1)
-    return whisper.model.Whisper(dims).eval()
+    model = whisper.model.Whisper(dims).eval()
+    model.decoder.positional_embedding.data.normal_()  # Whisper leaves it as the memory was
+    return model
 
 
 def one_by_one(recogniser, windows):
@@ -77,8 +79,8 @@ def test_the_mel_is_the_one_that_transcribe_makes_whatever_else_is_in_the_batch(
 def test_rows_that_leave_early_and_rows_at_the_limit_decode_as_in_whisper():
     model = small_whisper()
     torch.manual_seed(1)
-    model.decoder.token_embedding.weight.data[50256] *= 6  # the end becomes probable now and then
-    model.decoder.blocks[0].cross_attn.out.weight.data *= 30  # and what is heard matters
+    model.decoder.token_embedding.weight.data[50256] *= 9  # the end becomes probable now and then
+    model.decoder.blocks[0].cross_attn.out.weight.data *= 5  # and what is heard matters
     windows = torch.randn(12, 1500, 64) + 3 * torch.randn(12, 1, 64)
     options = whisper.DecodingOptions(language="en", fp16=False)
     single = [whisper.decode(model, window, options) for window in windows]
@@ -86,7 +88,7 @@ def test_rows_that_leave_early_and_rows_at_the_limit_decode_as_in_whisper():
     assert [result.tokens for result in batched] == [result.tokens for result in single]
     assert [result.avg_logprob for result in batched] == pytest.approx([r.avg_logprob for r in single], abs=1e-4)
     lengths = [len(result.tokens) for result in single]
-    assert sum(length < 16 for length in lengths) >= 3 and max(lengths) == 16, lengths
+    assert sum(length < 16 for length in lengths) >= 3 and len(set(lengths)) > 2 and max(lengths) == 16, lengths
 
 
 def test_decoding_leaves_no_hooks_behind(recogniser, mixtures):
