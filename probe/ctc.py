@@ -25,13 +25,15 @@ class CTCRecogniser:
 
     reads_int16 = False
 
-    def __init__(self, model, processor, *, name: str, weights_sha256: str, device: torch.device):
+    def __init__(
+        self, model, processor, *, name: str, weights_sha256: str, device: torch.device, language: str = "en"
+    ):  # fmt: skip
         from whisper_at_cli.probe.recognisers import default_streams
 
         self.model, self.processor, self.name, self.device = model, processor, name, device
         self.weights_sha256 = weights_sha256
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.settings = {"decoding": "ctc, greedy", "language": "en"}
+        self.settings = {"decoding": "ctc, greedy", "language": language}
         self.batch_size = BATCH_SIZE.get(device.type, GPU_BATCH_SIZE)
         self.streams = default_streams(device)
 
@@ -63,8 +65,8 @@ class CTCRecogniser:
         return need
 
 
-def load_ctc(model: str | Path, *, device: str = "auto") -> CTCRecogniser:
-    """A CTC recogniser from a folder or by its name on the Hugging Face hub.
+def load_ctc(model: str | Path, *, device: str = "auto", language: str = "en") -> CTCRecogniser:
+    """A CTC recogniser from a folder or by its name on the Hugging Face hub. `language` only says how it is scored.
 
     Raises UsageError where the extra is missing, the model cannot be had or is no CTC recogniser for 16 kHz.
     """
@@ -72,8 +74,9 @@ def load_ctc(model: str | Path, *, device: str = "auto") -> CTCRecogniser:
         from transformers import AutoModelForCTC, AutoProcessor
     except ImportError as error:
         raise UsageError(f"{model} needs transformers; run: pip install 'whisper-at-cli[hf]'") from error
-    from whisper_at_cli.probe.recognisers import tensors_sha256
+    from whisper_at_cli.probe.recognisers import check_language, tensors_sha256
 
+    check_language(language)
     local = Path(model).is_dir()
     try:
         processor = AutoProcessor.from_pretrained(str(model), local_files_only=local)
@@ -100,4 +103,5 @@ def load_ctc(model: str | Path, *, device: str = "auto") -> CTCRecogniser:
         raise UsageError(f"{model} wants {processor.feature_extractor.sampling_rate} Hz; only {SAMPLE_RATE} is known")
     chosen, name = choose_device(device), Path(model).resolve().name if local else str(model)
     sha256 = tensors_sha256(loaded.state_dict())
-    return CTCRecogniser(loaded.to(chosen).eval(), processor, name=name, weights_sha256=sha256, device=chosen)
+    known = {"name": name, "weights_sha256": sha256, "device": chosen, "language": language}
+    return CTCRecogniser(loaded.to(chosen).eval(), processor, **known)

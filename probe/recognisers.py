@@ -146,8 +146,8 @@ def default_streams(device: torch.device) -> int:
     return min(streams(device), 16)
 
 
-def check_language(language: str, *, multilingual: bool, name: str) -> None:
-    """Raises UsageError for a language that this Whisper model does not know."""
+def check_language(language: str, *, multilingual: bool = True, name: str = "") -> None:
+    """Raises UsageError for a language that nobody knows, or that this Whisper model does not know."""
     from whisper.tokenizer import LANGUAGES
 
     if language not in LANGUAGES:
@@ -193,7 +193,7 @@ def load_recogniser(
 
         if fallback:
             raise UsageError(f"--fallback is Whisper's; {model} is no Whisper model. Leave it out")
-        return load_ctc(model, device=device)
+        return load_ctc(model, device=device, language=language)
     from whisper_at_cli.extract.backbones import load_whisper
     from whisper_at_cli.extract.weights import read_weights
 
@@ -220,7 +220,7 @@ def is_transformers(model: str | Path) -> bool:
         except (ValueError, AttributeError) as error:
             raise UsageError(f"{config} is not a readable configuration: {error}") from error
         return kind is not None and kind != "whisper"
-    # OWNER/NAME; those of Whisper are left to load_whisper
+    # OWNER/NAME; Whisper's own are left to load_whisper
     parts = str(model).split("/")
     hub_name = len(parts) == 2 and all(parts) and parts[0][0] not in ".~" and not path.suffix == ".pt"
-    return hub_name and not path.exists() and not parts[1].lower().startswith("whisper")
+    return hub_name and not path.exists() and "whisper" not in str(model).lower()

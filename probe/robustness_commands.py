@@ -41,7 +41,7 @@ SKIPS_SHOWN = 20
     "--mixing", default="exact", show_default=True,
     help="exact: each mixture has its SNR, unclipped; paper: level of the whole clip, 16-bit clipping for Whisper.",
 )  # fmt: skip
-@click.option("--language", default="en", show_default=True, help="Of the speech, for multilingual Whisper models.")
+@click.option("--language", default="en", show_default=True, help="Of the speech; for multilingual models.")
 @click.option("--fallback", is_flag=True, help="Whisper's rising temperatures for doubtful windows, as in the paper.")
 @click.option("--batch-size", default="auto", show_default=True, help="Utterances decoded together.")
 @DEVICE

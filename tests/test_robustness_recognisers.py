@@ -1,5 +1,7 @@
 """Recognisers: batching changes nothing, and the text is what Whisper's or transformers' own code gives."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from whisper_at_cli.extract.errors import UsageError, WeightsError
 from whisper_at_cli.probe.greedy import decode_greedily
 from whisper_at_cli.probe.mixing import mix
 from whisper_at_cli.probe.recognisers import WhisperRecogniser, is_transformers, load_recogniser
+from whisper_at_cli.probe.robustness import measure_robustness
 from whisper_at_cli.probe.utterances import read_speech
 
 VOCABULARY = ["<pad>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
@@ -39,6 +42,13 @@ def mixtures(spoken, esc10):
     return made
 
 
+@pytest.fixture(scope="module")
+def alone(recogniser, mixtures):
+    """What Whisper itself makes of each mixture."""
+    options = {"language": "en", "temperature": 0, "fp16": False}
+    return [recogniser.model.transcribe(samples, **options)["text"].strip() for samples in mixtures]
+
+
 def small_whisper(seed: int = 0, text_tokens: int = 32):
     """Random weights: greedy decoding goes on to its limit, and every window is doubtful."""
     torch.manual_seed(seed)
@@ -53,7 +63,7 @@ def one_by_one(recogniser, windows):
     return [whisper.decode(recogniser.model, window, options) for window in windows]
 
 
-def test_batched_transcripts_equal_whispers_own_one_by_one(recogniser, mixtures):
+def test_batched_transcripts_equal_whispers_own_one_by_one(recogniser, mixtures, alone):
     mels = torch.stack([recogniser.log_mel(samples) for samples in mixtures])
     batched, single = recogniser.decode(mels), one_by_one(recogniser, mels)
     assert [result.tokens for result in batched] == [result.tokens for result in single]
@@ -62,11 +72,12 @@ def test_batched_transcripts_equal_whispers_own_one_by_one(recogniser, mixtures)
         assert ours.text == theirs.text
         assert ours.avg_logprob == pytest.approx(theirs.avg_logprob, abs=1e-4)
         assert ours.no_speech_prob == pytest.approx(theirs.no_speech_prob, abs=1e-4)
-    transcribed = [
-        recogniser.model.transcribe(samples, language="en", temperature=0, fp16=False)["text"].strip()
-        for samples in mixtures
-    ]
-    assert recogniser.transcribe(mixtures[::-1])[::-1] == transcribed
+    assert recogniser.transcribe(mixtures[::-1])[::-1] == alone
+
+
+def test_threads_do_not_disturb_each_other(recogniser, mixtures, alone):
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda samples: recogniser.transcribe([samples])[0], mixtures)) == alone
 
 
 def test_the_mel_is_the_one_that_transcribe_makes_whatever_else_is_in_the_batch(recogniser, mixtures):
@@ -175,6 +186,17 @@ def test_ctc_transcripts_equal_transformers_own_one_by_one(tmp_path):
     assert recogniser.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_a_ctc_model_goes_through_a_whole_run(tmp_path, shared, esc10):
+    report = measure_robustness(
+        shared / "data" / "speech14", esc10, model=save_ctc(tmp_path / "wav2vec2-small"), snrs=(20, -20), utterances=2,
+        clips_per_class=2, language="de", out=tmp_path / "out",
+    )  # fmt: skip
+    assert (report.model, report.normaliser, report.results[0].mixtures) == ("wav2vec2-small", "whisper-basic", 20)
+    assert all(level.wer >= 0.9 for level in report.results), "random weights understand nothing"
+    with pytest.raises(UsageError, match="'klingon' is not known"):
+        load_recogniser(tmp_path / "wav2vec2-small", language="klingon")
+
+
 def test_a_model_that_was_only_pre_trained_is_refused(tmp_path):
     with pytest.raises(WeightsError, match="was not trained to recognise speech"):
         load_recogniser(save_ctc(tmp_path / "headless", head=False))
@@ -190,7 +212,15 @@ def test_models_are_told_apart_by_their_form(tmp_path, tiny_en):
     (tmp_path / "hubert").mkdir()
     (tmp_path / "hubert" / "config.json").write_text('{"model_type": "hubert"}')
     assert is_transformers(tmp_path / "hubert") and is_transformers("facebook/hubert-large-ls960-ft")
-    for whisper_model in (tmp_path / "whisper", tiny_en, "tiny.en", "openai/whisper-tiny.en", "./absent/m.pt", "m.pt"):
+    for whisper_model in (
+        tmp_path / "whisper",
+        tiny_en,
+        "tiny.en",
+        "openai/whisper-tiny.en",
+        "distil-whisper/distil-small.en",
+        "./absent/m.pt",
+        "m.pt",
+    ):
         assert not is_transformers(whisper_model), whisper_model
     with pytest.raises(UsageError, match="no model 'huge.en'"):
         load_recogniser("huge.en")
