@@ -14,6 +14,7 @@ from whisper_at_cli.extract.mel import SAMPLE_RATE
 
 BATCH_SIZE = {"cpu": 4}
 GPU_BATCH_SIZE = 16
+HUB_SECONDS = 10  # until the hub must have answered
 
 
 class CTCRecogniser:
@@ -65,6 +66,24 @@ class CTCRecogniser:
         return need
 
 
+def _ask_hub(name: str) -> None:
+    """Raises UsageError where the hub has no such model or cannot be reached, unless it was downloaded before.
+
+    Asked once and at once: `transformers` would try every file for half a minute, with a line for each try.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=HUB_SECONDS)
+    except Exception as error:  # which HTTP library it comes from changes between versions of the hub's client
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{name} is no folder, and no model that can be had from the Hugging Face hub ({reason}); "
+            "give a folder, or a name such as facebook/wav2vec2-base-960h"
+        ) from error
+
+
 def load_ctc(model: str | Path, *, device: str = "auto", language: str = "en") -> CTCRecogniser:
     """A CTC recogniser from a folder or by its name on the Hugging Face hub. `language` only says how it is scored.
 
@@ -78,6 +97,8 @@ def load_ctc(model: str | Path, *, device: str = "auto", language: str = "en") -
 
     check_language(language)
     local = Path(model).is_dir()
+    if not local:
+        _ask_hub(str(model))
     try:
         processor = AutoProcessor.from_pretrained(str(model), local_files_only=local)
         loaded, report = AutoModelForCTC.from_pretrained(

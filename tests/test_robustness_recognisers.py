@@ -206,7 +206,7 @@ def test_a_model_that_was_only_pre_trained_is_refused(tmp_path):
         load_recogniser(tmp_path / "headless", fallback=True)
 
 
-def test_models_are_told_apart_by_their_form(tmp_path, tiny_en):
+def test_models_are_told_apart_by_their_form(tmp_path, tiny_en, monkeypatch):
     (tmp_path / "whisper").mkdir()
     (tmp_path / "whisper" / "config.json").write_text('{"model_type": "whisper"}')
     (tmp_path / "hubert").mkdir()
@@ -222,6 +222,9 @@ def test_models_are_told_apart_by_their_form(tmp_path, tiny_en):
         "m.pt",
     ):
         assert not is_transformers(whisper_model), whisper_model
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match="nobody/nothing is no folder, and no model that can be had"):
+        load_recogniser("nobody/nothing")
     with pytest.raises(UsageError, match="no model 'huge.en'"):
         load_recogniser("huge.en")
     (tmp_path / "hubert" / "config.json").write_text("not JSON")
