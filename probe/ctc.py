@@ -104,7 +104,7 @@ def load_ctc(model: str | Path, *, device: str = "auto", language: str = "en") -
         loaded, report = AutoModelForCTC.from_pretrained(
             str(model), local_files_only=local, output_loading_info=True, dtype=torch.float32
         )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
             f"{model} cannot be used as a speech recogniser ({reason}); give a CTC model with its tokenizer, such as "
@@ -119,6 +119,10 @@ def load_ctc(model: str | Path, *, device: str = "auto", language: str = "en") -
         raise WeightsError(
             f"{model} lacks {len(missing)} of its weights ({missing[0]}, ...): it was not trained to recognise speech, "
             "or is damaged; give a model with a trained CTC head"
+        )
+    if not hasattr(loaded.config, "conv_kernel"):
+        raise UsageError(
+            f"{model} does not take waveforms; give a model such as wav2vec 2.0, HuBERT, WavLM or data2vec"
         )
     if processor.feature_extractor.sampling_rate != SAMPLE_RATE:
         raise UsageError(f"{model} wants {processor.feature_extractor.sampling_rate} Hz; only {SAMPLE_RATE} is known")
