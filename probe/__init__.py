@@ -4,6 +4,7 @@ from whisper_at_cli.extract.lazy import lazy_names
 
 _NAMES = {
     "LayerProbe": "estimator",
+    "measure_robustness": "robustness",
     "probe_layers": "linear",
 }
 __all__ = list(_NAMES)
