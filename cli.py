@@ -19,6 +19,7 @@ from whisper_at_cli.extract.output import print_json, print_table
 from whisper_at_cli.extract.progress import progress_on_stderr
 from whisper_at_cli.heads import commands as heads_commands
 from whisper_at_cli.probe import commands as probe_commands
+from whisper_at_cli.probe import report_commands
 
 
 class _Commands(click.Group):
@@ -94,7 +95,8 @@ def demo_command(ctx, out, as_json):
     )
 
 
-for each in (*extract_commands.COMMANDS, *probe_commands.COMMANDS, *heads_commands.COMMANDS, demo_command):
+ROOMS = (extract_commands, probe_commands, report_commands, heads_commands)
+for each in (*(each for room in ROOMS for each in room.COMMANDS), demo_command):
     cli.add_command(each)
 
 

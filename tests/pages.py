@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 import time
 from html.parser import HTMLParser
 
@@ -90,19 +89,24 @@ def wait_for(browser, condition: str, seconds: float = 10) -> None:
 
 
 def contrast(browser, selector: str) -> float:
-    """Of an element's text and what is behind it, as WCAG counts it."""
+    """Of an element's text and what is behind it, as WCAG counts it. What is see-through is mixed by the browser."""
     ink, ground = browser.execute_script(
-        """let element = document.querySelector(arguments[0]);
-        const ink = getComputedStyle(element).color, ground = (e) => getComputedStyle(e).backgroundColor;
-        while (/, 0\\)|transparent/.test(ground(element)) && element.parentElement) element = element.parentElement;
-        return [ink, ground(element)];""",
+        """const pen = document.createElement('canvas').getContext('2d');
+        let element = document.querySelector(arguments[0]);
+        const ink = getComputedStyle(element).color, layers = [];
+        for (; element; element = element.parentElement) layers.unshift(getComputedStyle(element).backgroundColor);
+        const drawn = () => [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        const fill = (colour) => { pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); };
+        layers.forEach(fill);
+        const ground = drawn();
+        fill(ink);
+        return [drawn(), ground];""",
         selector,
     )
     light, dark = sorted((_luminance(ink), _luminance(ground)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
 
-def _luminance(colour: str) -> float:
-    channels = [float(number) / 255 for number in re.findall(r"[\d.]+", colour)[:3]]
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+def _luminance(colour: list[int]) -> float:
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (number / 255 for number in colour)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
