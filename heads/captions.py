@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from pathlib import Path
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.html import to_json
-from whisper_at_cli.heads.cues import Sound, captioned_sounds, fitting_sounds, plan_cues, segment_tokens
+from whisper_at_cli.heads.cues import Sound, audio_path, captioned_sounds, fitting_sounds, plan_cues, segment_tokens
 
 VTT_STYLE = "STYLE\n::cue(.sound) {\n  font-style: italic;\n}"
 
@@ -28,13 +27,13 @@ def _txt(result: dict) -> str:
         tokens = segment_tokens(segment)
         if not tokens:
             continue
-        lines += _sound_line(_taken(sounds, tokens[0].start))
+        lines += [f"[{sound.label}]" for sound in _taken(sounds, tokens[0].start)]
         line = ""
         for token in tokens:
             line += "".join(f" [{sound.label}]" for sound in _taken(sounds, token.start)) + token.text
         lines.append(" ".join(line.split()))
         lines[-1] += "".join(f" [{sound.label}]" for sound in _taken(sounds, tokens[-1].end - 1))
-    lines += _sound_line(list(sounds))
+    lines += [f"[{sound.label}]" for sound in sounds]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -44,10 +43,6 @@ def _taken(sounds: deque[Sound], time: float) -> list[Sound]:
     while sounds and sounds[0].start <= time:
         taken.append(sounds.popleft())
     return taken
-
-
-def _sound_line(sounds: list[Sound]) -> list[str]:
-    return [" ".join(f"[{sound.label}]" for sound in sounds)] if sounds else []
 
 
 def _srt(result: dict) -> str:
@@ -75,7 +70,8 @@ def _vtt(result: dict) -> str:
 def _notes(result: dict, left_out: int) -> list[str]:
     """What made the captions, a line each."""
     head = result.get("head") or {}
-    notes = [f"made by whisper-at-cli {__version__} from {Path(str(result.get('audio', 'audio'))).name}"]
+    audio = audio_path(result)
+    notes = [f"made by whisper-at-cli {__version__}" + (f" from {audio.name}" if audio else "")]
     if result.get("segments"):
         notes.append(f"text: Whisper {result.get('model')}, language {result.get('language')}")
     if head:
@@ -96,7 +92,8 @@ def _clock(milliseconds: int, point: str) -> str:
 
 def _rttm(result: dict) -> str:
     """NIST's RTTM, a line per sound event: SPEAKER file 1 onset duration <NA> <NA> label probability <NA>."""
-    name = _rttm_field(Path(str(result.get("audio") or "audio")).stem)
+    audio = audio_path(result)
+    name = _rttm_field(audio.stem if audio else "audio")
     return "".join(
         f"SPEAKER {name} 1 {event['start']:.3f} {event['end'] - event['start']:.3f} <NA> <NA> "
         f"{_rttm_field(event['label'])} {event['probability']:.4f} <NA>\n"

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 LINE_WIDTH = 42  # characters; a Chinese or Japanese one counts as two
 SHORTEST_MS, LONGEST_MS = 1000, 7000  # that a cue stays, where there is room
@@ -75,6 +76,12 @@ def captioned_sounds(result: dict) -> list[Sound]:
         else:
             same.append(Sound(start, end, label, probability))
     return sorted(itertools.chain(*sounds.values()), key=lambda sound: (sound.start, -sound.probability, sound.label))
+
+
+def audio_path(result: dict) -> Path | None:
+    """Of the file that was transcribed or tagged, as far as the result knows."""
+    path = result.get("audio") or result.get("path")
+    return Path(str(path)) if path else None
 
 
 def clean_label(label: str) -> str:

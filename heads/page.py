@@ -14,6 +14,7 @@ from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.html import data_block, document, escape, fill, template
+from whisper_at_cli.heads.cues import audio_path
 
 EMBED_MB = 20  # of audio; a page grows by four thirds of it
 UNSURE = 0.5  # words less probable are marked
@@ -110,7 +111,8 @@ def _duration(result: dict) -> int:
 
 
 def _name(result: dict) -> str:
-    return Path(str(result.get("audio") or "")).name or "transcription"
+    path = audio_path(result)
+    return path.name if path else "transcription"
 
 
 def _about(result: dict) -> str:
@@ -121,8 +123,8 @@ def _about(result: dict) -> str:
         parts.append(f"Whisper {result['model']}" + (f" ({result['language']})" if result.get("language") else ""))
     if head.get("head"):
         on = f" on {head['backbone']}" if head.get("backbone") else ""
-        classes = f", {len(head['class_names'])} classes" if head.get("class_names") else ""
-        parts.append(f"sounds: {head['head']}{on}{classes}")
+        count = head.get("classes") or len(head.get("class_names") or ())
+        parts.append(f"sounds: {head['head']}{on}" + (f", {count} classes" if count else ""))
     return " · ".join(parts)
 
 

@@ -211,6 +211,13 @@ def test_json_is_the_result_and_strict_json():
     assert read == spoken | {"settings": {"x": None, "y": 0.5, "z": [0, 1]}} and "Ünï" in text
 
 
+def test_tags_without_a_transcription_are_captioned_too():
+    tagged = {"path": "a/dogs.wav", "duration": 9.0, "tags": [], "events": [event(1, 3, "dog"), event(5, 8, "Speech")]}
+    assert write_captions(tagged, "txt") == "[dog]\n[Speech]\n"
+    assert write_captions(tagged, "rttm").startswith("SPEAKER dogs 1 1.000 2.000 ")
+    assert "NOTE made by whisper-at-cli" in write_captions(tagged, "vtt")
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_without_speech_or_sounds_has_no_cues(format):
     text = write_captions(result(), format)

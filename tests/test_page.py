@@ -117,6 +117,12 @@ def test_a_page_of_nothing_is_still_a_page():
     assert "hidden" in next(a for a in found.named("section") if a.get("id") == "sounds")
 
 
+def test_tags_without_a_transcription_make_a_page():
+    tagged = {"path": "a/dogs.wav", "duration": 4.0, "tags": RESULT["tags"], "events": RESULT["events"]}
+    found = Elements(render_page(tagged, None))
+    assert "dogs.wav" in found.text and len([a for a in found.named("button") if a.get("class") == "sound"]) == 1
+
+
 def test_a_tag_of_a_long_recording_takes_a_few_bytes():
     windows = [
         {"start": i * 0.4, "end": i * 0.4 + 0.4, "labels": [label(f"class {(i + k) % 527}", 0.5) for k in range(20)]}

@@ -113,6 +113,22 @@ def test_a_click_on_a_word_a_segment_a_sound_or_a_tag_goes_there(opened):
     assert opened.find_element("css selector", ".segment.now").text.endswith("word90 word91 word92 word93")
 
 
+def test_the_pointer_tells_class_probability_and_event(browser, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    overlapping = made_result()
+    overlapping["tags"].append(
+        {"start": 13.0, "end": 15.0, "labels": [{"name": "dog", "probability": 0.95, "logit": 3.0}]}
+    )
+    load(browser, write_page(overlapping, tmp_path / "overlapping.html"))
+    click_timeline(browser, 0, 13500)  # in two windows: the more probable one is told
+    assert browser.find_element("id", "pointed").text == "dog · 95 % at 0:13–0:15 · event 0:12–0:16, 90 %"
+    click_timeline(browser, 2, 5000)
+    assert browser.find_element("id", "pointed").text == "rain · 34 % at 0:04–0:06"
+    ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
+    assert browser.find_element("id", "pointed").text == ""
+
+
 def test_the_keyboard_plays_pauses_and_moves(opened):
     from selenium.webdriver.common.keys import Keys
 

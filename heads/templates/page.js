@@ -319,22 +319,22 @@
     if (x < gutter()) return { row, time: null };
     const time = clamp(left() + (x - gutter()) / scale, 0, data.duration);
     if (!row) return { row, time };
-    const number = lastAt(windowStarts, time), slack = 3 / scale;
-    let probability = null, start = null;
-    if (number >= 0 && time < windowEnds[number]) {
-      const own = indexes.subarray(row.first, row.last), at = lastAt(own, number);
-      if (at >= 0 && own[at] === number) { probability = values[row.first + at] / 255; start = windowStarts[number]; }
+    const slack = 3 / scale, own = indexes.subarray(row.first, row.last);
+    let probability = null, start = null, end = null;
+    for (let number = lastAt(windowStarts, time); number >= 0 && time < windowEnds[number]; number--) { // may overlap
+      const at = lastAt(own, number);
+      if (at < 0 || own[at] !== number || values[row.first + at] / 255 <= probability) continue;
+      [probability, start, end] = [values[row.first + at] / 255, windowStarts[number], windowEnds[number]];
     }
     const found = row.events.find(([a, b]) => a <= time && time < b) ?? row.events.find(([a, b]) => a - slack <= time && time < b + slack);
-    return { row, time, probability, start, end: windowEnds[number], event: found ?? null };
+    return { row, time, probability, start, end, event: found ?? null };
   };
   const percent = (p) => `${Math.round(100 * p)} %`;
   canvas.addEventListener("pointermove", (event) => {
-    const { row, time, probability, start, end, event: found } = pointed(event);
-    const parts = [];
-    if (row) parts.push(row.shown);
-    if (time !== null && start === null || time !== null && !row) parts.push(clock(time));
-    if (probability !== null && probability !== undefined) parts.push(`${percent(probability)} at ${clock(start)}–${clock(end)}`);
+    const { row, time, probability = null, start, end, event: found } = pointed(event);
+    const parts = row ? [row.shown] : [];
+    if (time !== null && probability === null) parts.push(clock(time));
+    if (probability !== null) parts.push(`${percent(probability)} at ${clock(start)}–${clock(end)}`);
     if (found) parts.push(`event ${clock(found[0])}–${clock(found[1])}, ${percent(found[2])}`);
     $("pointed").textContent = parts.join(" · ");
   });
