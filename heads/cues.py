@@ -231,7 +231,7 @@ class _Text:
         pause_after = last < len(tokens) and self.pauses[last] > self.pauses[last - 1]
         cost = 100.0 + (0 if last == len(tokens) or pause_after else self.break_cost[last - 1])
         cost += 40 * (spoken > LONGEST_MS) + 40 * (spoken < SHORTEST_MS) + 20 * (self.width(first, last) < 15)
-        return cost + 90 * (self.pauses[last - 1] - self.pauses[first])
+        return cost + 300 * (self.pauses[last - 1] - self.pauses[first])
 
 
 def _break_cost(text: str) -> float:

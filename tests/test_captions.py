@@ -149,6 +149,14 @@ def test_words_time_the_cues_of_a_long_segment():
     assert cues[0].end == round(1000 * next(word for word in words if "plain," in word["word"])["end"])
 
 
+def test_a_cue_ends_where_the_speaker_pauses():
+    words = [*timed(" Wait. No,", 0, 1), *timed(" not here.", 2.2, 1)]
+    cues = plan_cues(result([segment(0, 3.2, " Wait. No, not here.", words)]))
+    assert [(cue.start, cue.end, cue.speech) for cue in cues] == [
+        (0, 1000, ("Wait. No,",)), (2200, 3200, ("not here.",)),
+    ]  # fmt: skip
+
+
 def test_words_that_are_not_the_text_do_not_replace_it():
     cues = plan_cues(result([segment(0, 4, " What was said.", timed(" something else", 0, 4))]))
     assert cues[0].speech == ("What was said.",)
