@@ -10,6 +10,7 @@ SHADES = 20
 VALUES_SHOWN = 12  # layers up to which a cell has room for its number
 CONFUSION_CLASSES = 60  # up to which the matrix is shown; beyond, only its largest entries
 CONFUSIONS_LISTED = 30
+ROOMY_CLASSES = 20  # up to which the matrix has large cells
 
 
 def percent(value: float | None) -> str:
@@ -93,6 +94,7 @@ def confusion_table(confusion: dict[str, dict[str, int]], classes: Sequence[str]
     tested = [name for name in classes if name in confusion]
     if len(tested) > CONFUSION_CLASSES:
         return _largest_confusions(confusion)
+    compact = "" if len(tested) <= ROOMY_CLASSES else " compact"
     across = [name for name in classes if name in confusion or any(name in row for row in confusion.values())]
     head = "".join(f'<th scope="col"><span>{escape(name.replace("_", " "))}</span></th>' for name in across)
     rows = []
@@ -102,7 +104,8 @@ def confusion_table(confusion: dict[str, dict[str, int]], classes: Sequence[str]
         rows.append(f'<tr><th scope="row">{escape(true.replace("_", " "))}</th>{cells}</tr>')
     return (
         '<p class="soft">Clips; rows are true classes, columns predicted ones.</p><div class="wide">'
-        f'<table class="confusion"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<table class="confusion{compact}"><thead><tr><td></td>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
