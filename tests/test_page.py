@@ -2,6 +2,8 @@
 
 import base64
 import json
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,3 +137,10 @@ def test_a_tag_of_a_long_recording_takes_a_few_bytes():
 @pytest.mark.parametrize("ms, shown", [(0, "0:00"), (59999, "0:59"), (754000, "12:34"), (3723000, "1:02:03")])
 def test_clock(ms, shown):
     assert clock(ms) == shown
+
+
+def test_every_folder_of_templates_is_packaged():
+    root = Path(__file__).resolve().parents[1]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    rooms = {f"whisper_at_cli.{folder.parent.name}" for folder in root.glob("*/templates")}
+    assert rooms and all(data.get(room) == ["templates/*"] for room in rooms)
