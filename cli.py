@@ -20,7 +20,7 @@ from whisper_at_cli.extract.progress import progress_on_stderr
 from whisper_at_cli.heads import commands as heads_commands
 from whisper_at_cli.heads import file_commands
 from whisper_at_cli.probe import commands as probe_commands
-from whisper_at_cli.probe import robustness_commands
+from whisper_at_cli.probe import report_commands, robustness_commands
 
 
 class _Commands(click.Group):
@@ -96,7 +96,14 @@ def demo_command(ctx, out, as_json):
     )
 
 
-COMMANDS_OF = (extract_commands, probe_commands, robustness_commands, heads_commands, file_commands)
+COMMANDS_OF = (
+    extract_commands,
+    probe_commands,
+    robustness_commands,
+    report_commands,
+    heads_commands,
+    file_commands,
+)
 for each in (*(one for module in COMMANDS_OF for one in module.COMMANDS), demo_command):
     cli.add_command(each)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import wave
 from pathlib import Path
 
@@ -45,6 +46,28 @@ def esc10_cache(esc10, tiny_en, tmp_path_factory):
     report = extract(esc10, path, model=tiny_en)
     assert (report.clips, report.written, report.failed) == (400, 400, 0)
     return FeatureCache.open(path)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A headless Chromium that can reach no host, and records what it asks for."""
+    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (program and driver):
+        pytest.skip("Chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    switches = (
+        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking mute-audio "
+        "disable-component-update disable-sync autoplay-policy=no-user-gesture-required window-size=1200,900 "
+    )
+    for switch in (*switches.split(), "host-resolver-rules=MAP * ~NOTFOUND"):
+        options.add_argument(f"--{switch}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chromium
+    chromium.quit()
 
 
 def write_wav(path: Path, samples: np.ndarray, rate: int = 16000) -> Path:

@@ -1,0 +1,248 @@
+"""The report: its numbers are those of the results, and nothing a user wrote gets out of its place."""
+
+import copy
+import json
+import re
+
+import numpy as np
+import pytest
+
+from pages import HOSTILE, Elements, assert_nothing_got_out
+from planted import planted_cache
+from results import CLASSES, HEAD, noise_result, probe_result
+from whisper_at_cli.cli import main
+from whisper_at_cli.probe.report import Source, render_report, report_numbers
+from whisper_at_cli.probe.report_charts import fit_line, nice_ticks, whole_ticks
+from whisper_at_cli.probe.report_results import name_probes, scored_in_noise, wer_increase
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit:
+        main(["--quiet", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return exit.value.code, captured.out, captured.err
+
+
+def cells(page, kind):
+    """Rows of the first table of a class, as text."""
+    table = re.search(rf'<table class="{kind}[ "].*?</table>', page, re.S)[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.S)
+    return [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)] for row in rows]
+
+
+def test_best_layers_are_found_where_the_result_does_not_name_them_and_taken_where_it_does():
+    result = probe_result()
+    del result["best_layer"]
+    probe = name_probes([Source("a.json", result)])[0]
+    assert probe.best_layer == 3
+    assert probe.best_per_class == {"dog": 2, "rain": 1, "sea_waves": None}
+    named = name_probes([Source("a.json", probe_result(best_layer_per_class={"dog": 3}))])[0]
+    assert named.best_per_class["dog"] == 3
+
+
+def test_the_class_table_has_every_score_best_layer_and_increase():
+    page = render_report([Source("a.json", probe_result())], [Source("n.json", noise_result())])
+    assert cells(page, "classes") == [
+        ["Class", "1", "2", "3", "Best F1", "Best layer", "WER increase"],
+        ["dog", "50", "90", "70", "90.0", "2", "40.0"],
+        ["rain", "60", "60", "20", "60.0", "1", "80.0"],
+        ["sea waves", "–", "–", "–", "–", "–", "–"],
+    ]
+
+
+def test_the_confusion_matrix_is_that_of_the_best_layer():
+    result = probe_result()
+    result["layers"][0]["confusion"] = {"dog": {"rain": 3}}
+    page = render_report([Source("a.json", result)])
+    assert "Confusion in layer 3: tiny.en" in page
+    assert cells(page, "confusion") == [["", "dog", "rain"], ["dog", "2", "1"], ["rain", "", "3"]]
+
+
+def test_many_classes_are_a_list_of_what_is_taken_for_what():
+    names = [f"c{i:02d}" for i in range(70)]
+    result = probe_result()
+    for row in result["layers"]:
+        row["class_f1"] = dict.fromkeys(names, 0.5)
+        row["confusion"] = {name: {name: 2, names[0]: i} for i, name in enumerate(names)}
+    page = render_report([Source("a.json", result)])
+    assert '<td>c69</td><td>c00</td><td class="number">69</td>' in page and 'class="confusion"' not in page
+
+
+def test_wer_increase_is_between_the_papers_snrs_where_they_were_measured():
+    assert wer_increase(Source("n", noise_result())) == pytest.approx({"dog": 0.4, "rain": 0.8, "wind": 0.0})
+    levels = [level | {"snr": level["snr"] + 1} for level in noise_result()["results"]]
+    assert wer_increase(Source("n", noise_result(results=levels))) == pytest.approx({"dog": 1.0, "wind": 0.0})
+    assert wer_increase(Source("n", noise_result(results=levels[:1]))) == {}
+
+
+def test_probe_and_noise_meet_where_they_are_of_one_model():
+    probe = name_probes([Source("a", probe_result())])[0]
+    noisy = Source("n", noise_result())
+    points = scored_in_noise(probe, noisy)
+    assert set(points) == {"dog", "rain"}
+    assert points["dog"] == pytest.approx((70, 40)) and points["rain"] == pytest.approx((20, 80))
+    page = render_report([Source("a", probe_result())], [noisy])
+    assert "WER at −10 dB minus at 20 dB" in page and "F1 of the class in layer 3" in page
+    other = render_report([Source("a", probe_result(backbone="base"))], [noisy])
+    assert "minus at" not in other
+
+
+def test_a_line_through_known_points_is_that_line():
+    xs = np.random.default_rng(0).normal(size=40)
+    ys = 3 - 2 * xs + np.random.default_rng(1).normal(size=40)
+    slope, offset, r = fit_line(xs, ys)
+    assert (slope, offset) == pytest.approx(np.polyfit(xs, ys, 1))
+    assert r == pytest.approx(np.corrcoef(xs, ys)[0, 1])
+    assert fit_line([1, 1, 1], [1, 2, 3]) is None and fit_line([1, 2], [1, 2]) is None
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (88.1, 97.2), (0, 0), (-3, 1234), (0.02, 0.021), (4, 110)])
+def test_ticks_are_few_and_enclose_what_is_drawn(low, high):
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
+    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+
+
+def test_layer_ticks_are_whole_numbers_from_the_first():
+    assert whole_ticks(1, 4) == [1, 2, 3, 4]
+    assert whole_ticks(1, 32) == [1, 4, 8, 12, 16, 20, 24, 28, 32]
+
+
+def test_a_curve_has_its_values_where_they_belong():
+    page = render_report([Source("a.json", probe_result())])
+    said = re.findall(r"<title>(tiny\.en: [^<]*)</title>", page)
+    assert said == ["tiny.en: 60.0 % ± 1.0 at 1", "tiny.en: 70.0 % ± 2.0 at 2", "tiny.en: 80.0 % ± 3.0 at 3"]
+    line = re.search(r'<polyline class="line s1" stroke-dasharray="" points="([^"]*)"', page)[1]
+    points = [tuple(map(float, point.split(","))) for point in line.split()]
+    assert points[0][0] < points[1][0] < points[2][0] and points[0][1] > points[1][1] > points[2][1]
+    assert points[0][1] - points[1][1] == pytest.approx(points[1][1] - points[2][1], abs=0.2)
+
+
+def test_probes_of_several_labels_are_drawn_by_map_beside_those_by_accuracy():
+    layers = [{"layer": n, "mAP": n / 10, "mAP_std": None, "folds": [], "class_ap": {"dog": n / 10}} for n in (1, 2)]
+    mixed = {"metric": "mAP", "layers": layers, "backbone": "base", "clips": 5}
+    page = render_report([Source("a", probe_result()), Source("b", mixed)])
+    assert "Accuracy of a probe of each layer" in page and "mAP of a probe of each layer" in page
+    assert ["Class", "1", "2", "Best AP", "Best layer"] in [
+        row for row in cells(page.split("Classes: base")[1], "classes")
+    ]
+
+
+def test_two_caches_of_one_backbone_can_be_told_apart():
+    names = [p.name for p in name_probes([Source("x/a.zarr", probe_result()), Source("x/b.zarr", probe_result())])]
+    assert names == ["tiny.en, a", "tiny.en, b"]
+    names = [p.name for p in name_probes([Source("x/a.zarr", probe_result()), Source("y/a.zarr", probe_result())])]
+    assert len(set(names)) == 2
+
+
+def test_settings_provenance_and_notes_are_all_there():
+    cache = {
+        "cache": "a.zarr", "failed": 2, "pending": 0, "weights_sha256": "beef" * 16, "clip_seconds": 5.0,
+        "dtype": "float16", "class_names": CLASSES, "failures": [], "made": {"tool_version": "0.1.0"},
+    }  # fmt: skip
+    page = render_report(
+        [Source("a.zarr", probe_result(), cache)], [Source("n.json", noise_result())], [Source("h", HEAD)]
+    )
+    text = Elements(page).text
+    for said in (
+        "beef" * 16, "clip seconds5", "dtypefloat16", "made: tool version0.1.0", "strength1", "settings.mixingexact",
+        "2 clips failed in extraction", "1 of 3 classes have no clip", "4,622", "93.0 ± 2.0",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+def test_nothing_that_a_user_wrote_gets_out_of_its_place():
+    result, noisy, head = probe_result(backbone=HOSTILE, warnings=[HOSTILE]), noise_result(model=HOSTILE), dict(HEAD)
+    for row in result["layers"]:
+        row["class_f1"] = {HOSTILE: 0.5, "rain": 0.7, "x": 0.1}
+        row["confusion"] = {HOSTILE: {HOSTILE: 1, "rain": 2}}
+    for level in noisy["results"]:
+        level["class_wer"] = {HOSTILE: level["wer"], "rain": 0.5, "x": 0.4}
+    noisy["settings"] = {HOSTILE: HOSTILE}
+    head["head"] = HOSTILE
+    page = render_report([Source(HOSTILE, result)], [Source(HOSTILE, noisy)], [Source(HOSTILE, head)], title=HOSTILE)
+    found = assert_nothing_got_out(page)
+    assert found.text.count(HOSTILE) > 10
+    assert not [1 for _, attributes in found.elements if "style" in attributes]
+
+
+def test_the_same_results_give_the_same_page_and_are_not_changed():
+    sources = [Source("a.json", probe_result())], [Source("n.json", noise_result())]
+    before = copy.deepcopy(sources)
+    assert render_report(*sources) == render_report(*sources) and sources == before
+
+
+def test_results_with_nothing_defined_still_make_a_page():
+    rows = [{"layer": 1, "mAP": None, "mAP_std": None, "folds": [], "class_ap": {"dog": None}}]
+    empty = {"metric": "mAP", "layers": rows, "best_layer": None, "backbone": "tiny.en", "clips": 0}
+    levels = [{"snr": 0.0, "wer": None, "class_wer": {"dog": None}}]
+    page = render_report(
+        [Source("a", empty)], [Source("n", noise_result(results=levels, clean={}))], [Source("h", {"mAP": 0.4})]
+    )
+    assert page.endswith("</html>\n")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Forty clips of four classes, readable in layer 2 alone."""
+    labels = np.arange(40) % 4
+    features = np.random.default_rng(0).normal(size=(40, 2, 25, 16))
+    features[:, 1, :, :4] += 6 * np.eye(4)[labels][:, None, :]
+    return planted_cache(
+        tmp_path / "planted.zarr", features, labels, fold=np.arange(40) // 8 + 1, backbone="tiny.en",
+        class_names=["dog", "rain", "wind", "sea_waves"], weights_sha256="beef" * 16,
+    )  # fmt: skip
+
+
+def test_the_command_probes_a_cache_and_reads_results(capsys, cache, tmp_path):
+    noisy, head, out = tmp_path / "n.json", tmp_path / "h.json", tmp_path / "new" / "report.html"
+    noisy.write_text(json.dumps(noise_result()))
+    head.write_text(json.dumps(HEAD))
+    status, text, _ = run(capsys, "report", cache.path, "--out", out, "--robustness", noisy, "--head", head, "--json")
+    numbers = json.loads(text)
+    assert status == 0 and numbers["bytes"] == out.stat().st_size
+    assert numbers["probes"][0]["best_layer"] == 2 and numbers["probes"][0]["value"] > 0.9
+    assert numbers["heads"][0]["value"] == 0.93 and numbers["robustness"][0]["clean_wer"] == 0.05
+    assert numbers["classes_and_noise"][0]["classes"] == 3
+    page = out.read_text(encoding="utf-8")
+    assert "beef" * 16 in page and str(cache.path) in page and len(cells(page, "classes")) == 5
+
+
+def test_a_probes_json_gives_the_table_that_its_cache_gives(capsys, cache, tmp_path):
+    _, text, _ = run(capsys, "probe", cache.path, "--json")
+    (tmp_path / "probe.json").write_text(text)
+    for source, out in ((cache.path, "a.html"), (tmp_path / "probe.json", "b.html")):
+        assert run(capsys, "report", source, "--out", tmp_path / out)[0] == 0
+    assert cells((tmp_path / "a.html").read_text(), "classes") == cells((tmp_path / "b.html").read_text(), "classes")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--out", "{new}"], "nothing to report on"),
+        (["{absent}.json", "--out", "{new}"], "does not exist; make it with: whisper-at-cli probe --json"),
+        (["{text}", "--out", "{new}"], "is not JSON"),
+        (["{noisy}", "--out", "{new}"], "not that of `probe --json`"),
+        (["--robustness", "{head}", "--out", "{new}"], "not that of `robustness --json`"),
+        (["--head", "{noisy}", "--out", "{new}"], "not that of `train-head --json`"),
+        (["{absent}", "--out", "{new}"], "does not exist"),
+        (["{noisy}"], "--out"),
+    ],
+)
+def test_what_is_no_result_is_refused_in_one_line(capsys, tmp_path, arguments, said):
+    places = {name: tmp_path / name for name in ("new", "absent")}
+    for name, text in (("text", "woof"), ("noisy", json.dumps(noise_result())), ("head", json.dumps(HEAD))):
+        places[name] = tmp_path / f"{name}.json"
+        places[name].write_text(text)
+    status, out, err = run(capsys, "report", *(argument.format(**places) for argument in arguments))
+    assert status == 2 and out == "" and said in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_numbers_for_programs_are_those_of_the_page():
+    numbers = report_numbers([Source("a", probe_result())], [Source("n", noise_result())], [Source("h", {"mAP": 0.4})])
+    assert numbers["probes"] == [
+        {"name": "tiny.en", "source": "a", "metric": "accuracy", "layers": 3, "best_layer": 3, "value": 0.8}
+    ]
+    assert numbers["heads"] == [{"head": "h", "source": "h", "metric": "mAP", "value": 0.4}]
+    assert numbers["classes_and_noise"] == [{"probe": "tiny.en", "model": "tiny.en", "classes": 2, "r": None}]
