@@ -143,4 +143,4 @@ def test_every_folder_of_templates_is_packaged():
     root = Path(__file__).resolve().parents[1]
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     rooms = {f"whisper_at_cli.{folder.parent.name}" for folder in root.glob("*/templates")}
-    assert rooms and all(data.get(room) == ["templates/*"] for room in rooms)
+    assert rooms and all("templates/*" in data.get(room, ()) for room in rooms)
