@@ -24,9 +24,9 @@ from whisper_at_cli.extract.backbones import Backbone, load_backbone
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheSpec, Status
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
+from whisper_at_cli.extract.custom import checked_backbone, clip_samples
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.devices import cores, fitting_batch_size, one_thread_per_operation, streams
-from whisper_at_cli.extract.encoder import clip_samples
 from whisper_at_cli.extract.errors import AudioError, UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.extract.storage import Stored, encode_to_host
@@ -112,10 +112,13 @@ def extract(
     _check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format)
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
-    samples = clip_samples(seconds)
-    backbone = load_backbone(model, device=device, precision=precision) if isinstance(model, str | Path) else model
+    if isinstance(model, str | Path):
+        backbone = load_backbone(model, device=device, precision=precision)
+    else:
+        backbone = checked_backbone(model, "model")
+    samples = clip_samples(backbone, seconds)
     if compile:
-        backbone.compile()
+        _compile(backbone)
     spec = CacheSpec(
         backbone=backbone.name, weights_sha256=backbone.weights_sha256, layers=backbone.layers, dim=backbone.dim,
         clip_seconds=seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
@@ -136,6 +139,12 @@ def extract(
         run = _Run(dataset, backbone, writer, redo, samples, size, workers or cores(), progress)
         run.all_shards()
         return _report(run, time.perf_counter() - started)
+
+
+def _compile(backbone: Backbone) -> None:
+    if not hasattr(backbone, "compile"):
+        raise UsageError(f"--compile is for Whisper; {backbone.name} cannot be compiled. Leave it out")
+    backbone.compile()
 
 
 def _check_numbers(**numbers: float | None) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.encoder import POSITIONS_PER_SECOND
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.sizes import WHISPER_SIZES
 from whisper_at_cli.heads.forms import head_form
 
 AST_FLOPS = 133e9  # Table 1, for one 10-second clip
@@ -97,8 +98,6 @@ def head_table(model: str, classes: int = AUDIOSET_CLASSES, clip_seconds: float 
     Each row has head, dim (channels inside the head), params, flops, flops_two_per_multiply_add, speedup_vs_ast and
     share_of_encoder (of its FLOPs). Raises UsageError for a name that is not a Whisper size.
     """
-    from whisper_at_cli.extract.backbones import WHISPER_SIZES
-
     if model not in WHISPER_SIZES:
         raise UsageError(f"{model!r} is not a Whisper size; choose from {', '.join(WHISPER_SIZES)}")
     if classes < 1 or clip_seconds <= 0:
