@@ -211,9 +211,15 @@ def _parts(variables: Variables, name: str, count: int) -> list[Tensor]:
     return list(tensor.split(len(tensor) // count))[:count]
 
 
+def _check_key_bias(variables: Variables, bias: Tensor) -> None:
+    if bias.any():
+        raise WeightsError(f"{variables.path} has keys with a bias, which OpenAI's Whisper has not")
+
+
 def _self_attention(variables: Variables, theirs: str, ours: str) -> dict[str, Tensor]:
     weight = _parts(variables, f"{theirs}/linear_0/weight", 3)
     bias = _parts(variables, f"{theirs}/linear_0/bias", 3)
+    _check_key_bias(variables, bias[1])
     return {
         f"{ours}.query.weight": weight[0], f"{ours}.query.bias": bias[0],
         f"{ours}.key.weight": weight[1],
@@ -224,6 +230,7 @@ def _self_attention(variables: Variables, theirs: str, ours: str) -> dict[str, T
 def _cross_attention(variables: Variables, theirs: str, ours: str) -> dict[str, Tensor]:
     weight = _parts(variables, f"{theirs}/linear_1/weight", 2)
     bias = _parts(variables, f"{theirs}/linear_1/bias", 2)
+    _check_key_bias(variables, bias[0])
     return (
         _named(variables, f"{theirs}/linear_0", f"{ours}.query")
         | {f"{ours}.key.weight": weight[0], f"{ours}.value.weight": weight[1], f"{ours}.value.bias": bias[1]}

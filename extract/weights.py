@@ -215,7 +215,9 @@ def _download(name: str, path: Path) -> Path:
 def _read_pt(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
     """An OpenAI checkpoint, read without running code from it."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of an unusual pickle: either it is read, or the error below says why not
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         dims, state = {name: int(checkpoint["dims"][name]) for name in DIMENSIONS}, checkpoint["model_state_dict"]
     except Exception as error:  # whatever damaged bytes bring the unpickler to
         raise WeightsError(
