@@ -5,9 +5,11 @@ A Whisper folder is brought to OpenAI's names here, without `transformers`; othe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ WEIGHT_FILES = (
 )  # fmt: skip
 JSON_FILES = ("config.json", "preprocessor_config.json", "generation_config.json")
 MAX_JSON_BYTES = 50_000_000
+CONNECT_SECONDS = 15
 
 
 def file_sha256(path: Path) -> str:
@@ -158,25 +161,54 @@ def download_folder(name: str) -> Path:
         raise UsageError(
             f"{name} is no file or folder here, and downloading it needs the extra hf: pip install 'whisper-at-cli[hf]'"
         ) from error
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=_files_of(name)))
-    except Exception as error:  # of the hub, its transport or the disk; without a network an earlier download will do
+    with _quiet_hub():
         try:
-            folder = Path(snapshot_download(name, allow_patterns=[*JSON_FILES, *WEIGHT_FILES], local_files_only=True))
-        except Exception:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise WeightsError(
-                f"{name} is no file or folder here, and could not be downloaded from the Hugging Face hub ({reason})"
-            ) from error
+            folder = Path(snapshot_download(name, allow_patterns=_files_of(name)))
+        except Exception as error:  # of the hub, its transport or the disk; an earlier download will do
+            folder = _earlier_download(name)
+            if folder is None:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise WeightsError(
+                    f"{name} is no file or folder here, and could not be downloaded from the Hugging Face hub "
+                    f"({reason})"
+                ) from error
     _check_downloads(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _quiet_hub():
+    """Without the hub's report of each attempt; a progress bar only on a terminal."""
+    from huggingface_hub import utils
+
+    level, bars = utils.logging.get_verbosity(), utils.are_progress_bars_disabled()
+    utils.logging.set_verbosity(utils.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(level)
+        if not bars:
+            utils.enable_progress_bars()
+
+
+def _earlier_download(name: str) -> Path | None:
+    """A repository as it was last downloaded, with weights; None where it never was."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # of the hub: there is none, or the name cannot be one
+        return None
+    return folder if any((folder / file).exists() for file in WEIGHT_FILES) else None
 
 
 def _files_of(name: str) -> list[str]:
     """The files to download: the JSON files, and the weights in the best form that the repository has."""
     from huggingface_hub import HfApi
 
-    files = set(HfApi().list_repo_files(name))
+    files = {sibling.rfilename for sibling in HfApi().model_info(name, timeout=CONNECT_SECONDS).siblings or ()}
     best = next((file for file in WEIGHT_FILES if file in files), None)
     if best is None:
         raise WeightsError(f"the repository holds none of {', '.join(WEIGHT_FILES)}")
