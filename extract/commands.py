@@ -24,7 +24,7 @@ FAILURES_SHOWN = 20
 @click.option(
     "--model",
     required=True,
-    help="An OpenAI name (tiny.en ... large-v3, turbo); a .pt file; a CTranslate2 or Hugging Face folder of a Whisper, or "
+    help="An OpenAI name (tiny.en ... large-v3, turbo); a .pt file; a CTranslate2 or Hugging Face folder of a Whisper; "
     "a Hugging Face folder of a wav2vec 2.0, HuBERT, WavLM or data2vec-audio; a name on the Hugging Face hub; or a "
     "backbone of your own, as module:function or by its entry point.",
 )
