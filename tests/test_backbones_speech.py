@@ -2,10 +2,12 @@
 
 import shutil
 import threading
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from whisper_forms import Bomb
 
 from conftest import noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract, load_backbone
@@ -144,6 +146,13 @@ def test_the_input_is_normalised_as_the_folder_says(tmp_path):
     assert relative_error(raw, normalised) > 0.01
     (tmp_path / "a" / "preprocessor_config.json").unlink()
     assert torch.equal(load_backbone(tmp_path / "a", device="cpu").encode(loud), normalised), "the default is to do it"
+    (tmp_path / "a" / "vocab.json").write_text('{"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "|": 4}')
+    processor = transformers.Wav2Vec2Processor(
+        transformers.Wav2Vec2FeatureExtractor(do_normalize=False),
+        transformers.Wav2Vec2CTCTokenizer(tmp_path / "a" / "vocab.json"),
+    )
+    processor.save_pretrained(tmp_path / "a")
+    assert torch.equal(load_backbone(tmp_path / "a", device="cpu").encode(loud), raw), "beside a tokenizer"
 
 
 def test_silence_gives_finite_features(saved):
@@ -167,6 +176,19 @@ def test_threads_do_not_mix_their_clips(saved):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_layers_are_let_go_as_soon_as_they_are_pooled(saved):
+    backbone, outputs, alive = load_backbone(saved[0], device="cpu"), [], []
+
+    def watch(layer, inputs, output):
+        alive.append(sum(reference() is not None for reference in outputs))
+        outputs.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+
+    for layer in backbone.model.encoder.layers:
+        layer.register_forward_hook(watch)
+    backbone.encode(sounds(1))
+    assert len(outputs) == 3 and max(alive) <= 1, "only the layer before, which is the input of this one"
 
 
 def test_the_checksum_says_which_weights_and_not_which_file(tmp_path):
@@ -203,7 +225,7 @@ def test_a_clip_too_short_for_25_frames_is_refused(saved, tmp_path, seconds, sai
     assert backbone.positions(backbone.clip_samples(0.505)) == 25
 
 
-@pytest.mark.parametrize("damage", ["tensor", "truncated", "config", "rate", "nothing"])
+@pytest.mark.parametrize("damage", ["tensor", "truncated", "config", "rate", "code", "nothing"])
 def test_a_damaged_folder_is_one_clear_error(tmp_path, damage):
     folder = save(make_model("wav2vec2"), tmp_path / "model")
     weights = folder / "model.safetensors"
@@ -220,11 +242,15 @@ def test_a_damaged_folder_is_one_clear_error(tmp_path, damage):
         config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 36'))
     elif damage == "rate":
         transformers.Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(folder)
+    elif damage == "code":
+        weights.unlink()
+        torch.save({"masked_spec_embed": Bomb(tmp_path / "ran")}, folder / "pytorch_model.bin")
     else:
         weights.unlink()
     with pytest.raises(WeightsError) as refused:
         load_backbone(folder, device="cpu")
     assert str(folder) in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_code_in_a_folder_is_never_run(tmp_path):

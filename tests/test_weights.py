@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import whisper
-from whisper_forms import LOSSLESS, QUANTISED, VARIANTS, random_whisper, write_form
+from whisper_forms import LOSSLESS, QUANTISED, VARIANTS, Bomb, random_whisper, write_form
 
 from conftest import noise
 from whisper_at_cli.extract import load_backbone, load_whisper, weights
 from whisper_at_cli.extract.audio import decode
-from whisper_at_cli.extract.errors import WeightsError
+from whisper_at_cli.extract.errors import UsageError, WeightsError
 from whisper_at_cli.extract.mel import log_mel
 from whisper_at_cli.extract.sizes import WHISPER_SIZES, name_by_size
 from whisper_at_cli.extract.weights import read_weights
@@ -135,6 +135,18 @@ def test_a_published_file_is_named_after_its_model_whatever_it_is_called(tmp_pat
     assert read_weights(path).name == "tiny.en"
 
 
+def test_a_file_with_a_published_name_that_is_not_the_published_one_is_not_named_so(tmp_path):
+    path = write_form(random_whisper("en"), "pt-float16", tmp_path).rename(tmp_path / "large-v2.pt")
+    assert read_weights(path).name == "large-v2.pt"
+
+
+@pytest.mark.parametrize("form, file", [("hf-float16", "model.safetensors"), ("ct2-float16", "model.bin")])
+def test_a_file_out_of_a_folder_is_refused_with_the_folder_to_give(tmp_path, form, file):
+    folder = write_form(random_whisper("en"), form, tmp_path)
+    with pytest.raises(UsageError, match=f"give the folder, {folder}"):
+        read_weights(folder / file)
+
+
 def test_the_heads_that_word_times_come_from_are_openais(tiny_en):
     """The same from OpenAI's table and from the converted folder; for a folder that names none, Whisper's default."""
     assert set(weights._published_alignment_heads("tiny.en")) == set(read_weights(tiny_en).alignment_heads)
@@ -185,16 +197,6 @@ def test_a_folder_is_named_by_its_sizes_where_they_say_which_model_it_is():
 
 
 # damage
-
-
-class Bomb:
-    """A pickle that would make a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 def hostile_files(folder, good):
