@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,6 +163,8 @@ def _read_file(path: Path) -> WhisperWeights:
             f"{path} is damaged: its SHA-256 is {sha256}, not the published one of {claimed}; give the name {claimed} "
             "to download it again"
         )
+    if not name:  # else every byte is known to be right
+        _check_records(path)
     dims, state = _read_pt(path)
     if name:
         return WhisperWeights(name, str(path), dims, state, _published_alignment_heads(name))
@@ -217,6 +220,20 @@ def _download(name: str, path: Path) -> Path:
             f"{damaged}{name} could not be downloaded ({error}); give the path of a .pt file or of a CTranslate2 or "
             "Hugging Face folder instead"
         ) from error
+
+
+def _check_records(path: Path) -> None:
+    """Hold what torch.save wrote against the CRC-32 beside it, which torch.load does not. Raises WeightsError."""
+    try:
+        if not zipfile.is_zipfile(path):  # of before torch 1.6, or no checkpoint: reading it will show
+            return
+        with zipfile.ZipFile(path) as archive:
+            whole = sum(record.file_size for record in archive.infolist()) <= path.stat().st_size  # torch never packs
+            damaged = archive.testzip() if whole else "its list of records"
+    except Exception as error:  # whatever damaged bytes bring the reader to
+        raise WeightsError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    if damaged:
+        raise WeightsError(f"{path} is damaged in {damaged[:80]!r}; copy it again from where it came")
 
 
 def _read_pt(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:

@@ -229,6 +229,8 @@ def hostile_files(folder, good):
     with zipfile.ZipFile(folder / "zip.pt", "w") as archive:
         archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'touch " + str(ran).encode() + b"'\ntR.")
         archive.writestr("archive/version", b"3\n")
+    for place in (len(whole) // 3, len(whole) // 2):  # in the weights
+        (folder / f"flipped{place}.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
     for share in (0.001, 0.1, 0.5, 0.9, 0.999):
         (folder / f"cut{share}.pt").write_bytes(whole[: int(len(whole) * share)])
     return sorted(folder.glob("*.pt")), ran
@@ -238,7 +240,7 @@ def test_no_damaged_or_hostile_pt_file_runs_code_or_gives_another_error(tmp_path
     good = write_form(random_whisper("en"), "pt-float16", tmp_path)
     (tmp_path / "bad").mkdir()
     files, ran = hostile_files(tmp_path / "bad", good)
-    assert len(files) == 22
+    assert len(files) == 24
     for path in files:
         with pytest.raises(WeightsError) as refused:
             read_weights(path)
