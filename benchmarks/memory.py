@@ -22,9 +22,10 @@ from machine import machine
 
 from extract import random_weights, synthetic_dataset
 from whisper_at_cli import __version__
-from whisper_at_cli.extract.backbones import WHISPER_SIZES, WhisperBackbone
+from whisper_at_cli.extract.backbones import WhisperBackbone
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.pipeline import extract
+from whisper_at_cli.extract.sizes import WHISPER_SIZES
 
 
 def peak(connection, options: argparse.Namespace, clips: int) -> None:

@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from whisper_at_cli.extract import custom
 from whisper_at_cli.extract.devices import choose_device
-from whisper_at_cli.extract.encoder import PRECISIONS, WhisperEncoder, encoder_from_state
+from whisper_at_cli.extract.encoder import PRECISIONS, WhisperEncoder, clip_samples, encoder_from_state
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.huggingface import download_folder, is_hub_name
 from whisper_at_cli.extract.mel import SAMPLE_RATE, filters_and_window, log_mel
-from whisper_at_cli.extract.weights import WhisperWeights, read_weights
-
-
-@dataclass(frozen=True)
-class WhisperSize:
-    """The sizes of one Whisper encoder."""
-
-    mels: int
-    layers: int
-    dim: int
-    heads: int
-
-
-_SIZES = {
-    "tiny": WhisperSize(80, 4, 384, 6),
-    "base": WhisperSize(80, 6, 512, 8),
-    "small": WhisperSize(80, 12, 768, 12),
-    "medium": WhisperSize(80, 24, 1024, 16),
-}
-_LARGE, _LARGE_V3 = WhisperSize(80, 32, 1280, 20), WhisperSize(128, 32, 1280, 20)
-WHISPER_SIZES: dict[str, WhisperSize] = (
-    _SIZES
-    | {f"{name}.en": size for name, size in _SIZES.items()}
-    | {"large-v1": _LARGE, "large-v2": _LARGE}
-    | dict.fromkeys(("large", "large-v3", "large-v3-turbo", "turbo"), _LARGE_V3)
-)
+from whisper_at_cli.extract.weights import WhisperWeights, folder_kind, read_weights, whisper_names
 
 
 class Backbone(Protocol):
-    """A frozen encoder. `encode` may be called from several threads at once."""
+    """A frozen encoder. `encode` may be called from several threads at once.
+
+    A backbone may also have `clip_samples(clip_seconds)`, which raises UsageError for a length that it cannot take, and
+    `compile()`. docs/backbones.md shows how to add one.
+    """
 
     name: str
     weights_sha256: str
@@ -78,6 +58,8 @@ class WhisperBackbone:
         sha256 = weights.encoder_sha256()
         return cls(encoder, name=weights.name, weights_sha256=sha256, device=device, precision=precision)
 
+    clip_samples = staticmethod(clip_samples)
+
     def compile(self) -> None:
         """Let torch.compile fuse what lies between the matrix products; the first batch of each size takes a minute.
 
@@ -93,23 +75,53 @@ class WhisperBackbone:
         return self.encoder(log_mel(waveforms, self.encoder.mels))
 
 
-def load_backbone(model: str | Path, *, device: str = "auto", precision: str = "float32") -> WhisperBackbone:
+def load_backbone(model: str | Path, *, device: str = "auto", precision: str = "float32") -> Backbone:
     """A frozen encoder ready to encode.
 
-    model is an OpenAI name (`tiny.en`), a `.pt` file or a CTranslate2 folder; precision float32, bfloat16 or float16.
+    model is an OpenAI name (`tiny.en`), a `.pt` file, a CTranslate2 or Hugging Face folder, `module:function` or an
+    entry point that makes a backbone, or a name on the Hugging Face hub; precision float32, bfloat16 or float16.
     Raises UsageError for an unknown model, device or precision, WeightsError for weights that cannot be read.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is not known; choose from {', '.join(PRECISIONS)}")
     chosen = choose_device(device)
+    path = Path(model)
+    if path.is_dir():
+        return _from_folder(path, None, device=chosen, precision=precision)
+    if not path.is_file() and str(model) not in whisper_names():
+        if loader := custom.find_loader(str(model)):
+            return custom.load_custom(loader, str(model), device=chosen, precision=precision)
+        if is_hub_name(model):
+            return _from_folder(download_folder(str(model)), str(model), device=chosen, precision=precision)
     return WhisperBackbone.from_weights(read_weights(model), device=chosen, precision=precision)
 
 
+def _from_folder(folder: Path, name: str | None, *, device: torch.device, precision: str) -> Backbone:
+    """The backbone whose weights a folder holds, told by its content."""
+    from whisper_at_cli.extract.speech import MODEL_CLASSES, SpeechBackbone
+
+    kind = folder_kind(folder)
+    if kind in MODEL_CLASSES:
+        name = name or folder.resolve().name
+        return SpeechBackbone.from_folder(folder, kind, name=name, device=device, precision=precision)
+    if kind not in ("whisper", "ctranslate2"):
+        raise UsageError(
+            f"{folder} holds a {kind} model; known are whisper, {', '.join(MODEL_CLASSES)}. {custom.GUIDE} of one's own"
+        )
+    return WhisperBackbone.from_weights(read_weights(folder, name=name), device=device, precision=precision)
+
+
 def load_whisper(model: str | Path, *, device: str = "auto"):
-    """An `openai-whisper` model with these weights, ready to `transcribe`. Takes what `load_backbone` takes."""
+    """An `openai-whisper` model with these weights, ready to `transcribe`. Takes Whisper in all of its forms."""
     from whisper.model import ModelDimensions, Whisper
 
     weights = read_weights(model)
     whisper_model = Whisper(ModelDimensions(**weights.dims))
-    whisper_model.load_state_dict(weights.state, strict=False)  # alignment heads and the causal mask are not weights
+    whisper_model.load_state_dict(weights.state)
+    heads = torch.zeros(weights.dims["n_text_layer"], weights.dims["n_text_head"], dtype=torch.bool)
+    for layer, head in weights.alignment_heads or ():
+        if 0 <= layer < heads.shape[0] and 0 <= head < heads.shape[1]:
+            heads[layer, head] = True
+    if heads.any():
+        whisper_model.register_buffer("alignment_heads", heads.to_sparse(), persistent=False)
     return whisper_model.to(choose_device(device)).eval()

@@ -23,7 +23,11 @@ FAILURES_SHOWN = 20
 @click.argument("dataset", type=click.Path(path_type=Path))
 @CACHE
 @click.option(
-    "--model", required=True, help="An OpenAI name (tiny.en ... large-v3), a .pt file, or a CTranslate2 folder."
+    "--model",
+    required=True,
+    help="An OpenAI name (tiny.en ... large-v3, turbo); a .pt file; a CTranslate2 or Hugging Face folder of a Whisper; "
+    "a Hugging Face folder of a wav2vec 2.0, HuBERT, WavLM or data2vec-audio; a name on the Hugging Face hub; or a "
+    "backbone of your own, as module:function or by its entry point.",
 )
 @click.option(
     "--format", default="auto", show_default=True, help="Dataset layout: esc50 or folder; auto looks for itself."
@@ -46,7 +50,7 @@ FAILURES_SHOWN = 20
 @DEVICES
 @click.pass_context
 def extract_command(ctx, dataset, cache, as_json, shard, batch_size, **options):
-    """Run frozen Whisper over DATASET once; store every layer, pooled to 25 frames, in CACHE.
+    """Run a frozen encoder over DATASET once; store every layer, pooled to 25 frames, in CACHE.
 
     DATASET is an ESC-50 layout (meta/esc50.csv beside audio/) or a folder per class. If CACHE exists, the same command
     continues it. A clip that cannot be read is reported and marked failed.
@@ -54,6 +58,7 @@ def extract_command(ctx, dataset, cache, as_json, shard, batch_size, **options):
     \b
         whisper-at-cli extract ESC-50 esc50.zarr --model tiny.en
         whisper-at-cli extract my-sounds sounds.zarr --model large-v1 --clip-seconds 5 --precision bfloat16
+        whisper-at-cli extract ESC-50 hubert.zarr --model facebook/hubert-xlarge-ll60k
     """
     options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
     run, options = _engine(**options)

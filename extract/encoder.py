@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 from whisper_at_cli.extract.mel import MEL_FRAMES_PER_SECOND, SAMPLE_RATE
+from whisper_at_cli.extract.sizes import MAX_POSITIONS
 
 POSITIONS_PER_SECOND = MEL_FRAMES_PER_SECOND // 2  # the second convolution has stride 2
-MAX_POSITIONS = 1500  # 30 s
 LONGEST_UNFUSED = 512  # positions; above it the scores of all heads are too large to keep
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,6 +29,20 @@ def clip_samples(clip_seconds: float) -> int:
             f"{MAX_POSITIONS // POSITIONS_PER_SECOND} s"
         )
     return round(clip_seconds * SAMPLE_RATE)
+
+
+def pool_frames(x_BPD: Tensor) -> Tensor:
+    """P positions, averaged to T frames in float32: (B, P, D) -> (B, T, D). Raises ValueError for fewer than T.
+
+    Frame t is the mean of positions floor(t P / T) to ceil((t + 1) P / T): where P divides by T, of P / T positions of
+    its own; elsewhere neighbouring frames share one position.
+    """
+    B, P, D = x_BPD.shape
+    if P < FRAMES:
+        raise ValueError(f"{P} positions are too few for {FRAMES} frames")
+    if P % FRAMES == 0:  # the same means, faster
+        return x_BPD.view(B, FRAMES, P // FRAMES, D).mean(dim=2, dtype=torch.float32)
+    return F.adaptive_avg_pool1d(x_BPD.transpose(1, 2).float(), FRAMES).transpose(1, 2)
 
 
 class PackedLinear(nn.Module):
@@ -148,13 +162,11 @@ class WhisperEncoder(nn.Module):
         mel_BFM = mel_BMF.transpose(1, 2).to(self.stem1.weight.dtype)
         x_BPD = self.stem2(windows(self.stem1(windows(mel_BFM, 1), gelu=True), 2), gelu=True)
         B, P, D = x_BPD.shape
-        if P % FRAMES:
-            raise ValueError(f"{P} positions do not divide into {FRAMES} frames")
         x_BPD = x_BPD + self.positions[:P]  # float32, and a tensor of its own, which the blocks then add to
         pooled = x_BPD.new_empty(B, len(self.blocks), FRAMES, D)
         for layer, block in enumerate(self.blocks):
             block(x_BPD)
-            pooled[:, layer] = x_BPD.view(B, FRAMES, P // FRAMES, D).mean(dim=2)
+            pooled[:, layer] = pool_frames(x_BPD)
         return pooled
 
     def prepare(self, *, precision: str, device: torch.device) -> WhisperEncoder:

@@ -24,9 +24,9 @@ from whisper_at_cli.extract.backbones import Backbone, load_backbone
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheSpec, Status
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
+from whisper_at_cli.extract.custom import checked_backbone, clip_samples
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.devices import cores, fitting_batch_size, one_thread_per_operation, streams_of
-from whisper_at_cli.extract.encoder import clip_samples
 from whisper_at_cli.extract.errors import AudioError, UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.extract.storage import Stored, encode_to_host
@@ -112,10 +112,13 @@ def extract(
     check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format)
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
-    samples = clip_samples(seconds)
-    backbone = load_backbone(model, device=device, precision=precision) if isinstance(model, str | Path) else model
+    if isinstance(model, str | Path):
+        backbone = load_backbone(model, device=device, precision=precision)
+    else:
+        backbone = checked_backbone(model, "model")
+    samples = clip_samples(backbone, seconds)
     if compile:
-        backbone.compile()
+        compile_backbone(backbone)
     size = batch_size or fitting_batch_size(backbone, samples)
     with open_cache(cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard) as writer:
         if batch_size is None:
@@ -145,6 +148,13 @@ def open_cache(
 def batch_size_of(writer: CacheWriter, size: int) -> int:
     """The batch size that began the cache, so that the same clips share a batch."""
     return writer.cache.attributes["made"].get("batch_size", size)
+
+
+def compile_backbone(backbone: Backbone) -> None:
+    """Have a backbone compile itself. Raises UsageError if it cannot."""
+    if not hasattr(backbone, "compile"):
+        raise UsageError(f"--compile is for Whisper; {backbone.name} cannot be compiled. Leave it out")
+    backbone.compile()
 
 
 def check_numbers(**numbers: float | None) -> None:

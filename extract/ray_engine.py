@@ -23,8 +23,8 @@ import numpy as np
 from whisper_at_cli.extract import pipeline
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, Status
 from whisper_at_cli.extract.cache.writer import CacheWriter
+from whisper_at_cli.extract.custom import clip_samples
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
-from whisper_at_cli.extract.encoder import clip_samples
 from whisper_at_cli.extract.errors import AudioError, UsageError, WhisperATError
 from whisper_at_cli.extract.progress import Progress
 
@@ -47,6 +47,7 @@ class EncoderInfo:
     dim: int
     precision: str
     device: str
+    samples: int  # of a clip of the length that was asked for
     batch_size: int
     node: str
 
@@ -99,18 +100,17 @@ def extract_on_ray(
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format)
     dataset = replace(dataset, root=dataset.root.resolve())
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
-    samples = clip_samples(seconds)
     cache = cache if "://" in str(cache) else Path(cache).resolve()
     model = Path(model).resolve() if Path(model).exists() else model
     with _connected(address):
-        fleet = _Fleet(dict(model=model, precision=precision, compile=compile), samples, device, encoders)
+        fleet = _Fleet(dict(model=model, precision=precision, compile=compile), seconds, device, encoders)
         info = fleet.wait_for_one(progress)
         size = batch_size or info.batch_size
         with pipeline.open_cache(
             cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard
         ) as writer:  # fmt: skip
             size = size if batch_size else pipeline.batch_size_of(writer, size)
-            drive = _Drive(dataset, writer, fleet, samples, size, pipeline.clips_to_do(writer, repair), progress)
+            drive = _Drive(dataset, writer, fleet, info.samples, size, pipeline.clips_to_do(writer, repair), progress)
             drive.all_shards()
             elapsed = time.perf_counter() - started
             report = pipeline.report_of(
@@ -167,19 +167,20 @@ class Encoder:
 
         self.backbone = load_backbone(model, device=device, precision=precision)
         if compile:
-            self.backbone.compile()
+            pipeline.compile_backbone(self.backbone)
         self.writers: dict[str, CacheWriter] = {}
 
-    def describe(self, samples: int) -> EncoderInfo:
+    def describe(self, clip_seconds: float) -> EncoderInfo:
         import ray
 
         from whisper_at_cli.extract.devices import fitting_batch_size
 
         b = self.backbone
+        samples = clip_samples(b, clip_seconds)
         node = ray.util.get_node_ip_address() + "/" + ray.get_runtime_context().get_node_id()[:6]
         return EncoderInfo(
             name=b.name, weights_sha256=b.weights_sha256, layers=b.layers, dim=b.dim, precision=b.precision,
-            device=str(b.device), batch_size=fitting_batch_size(b, samples), node=node,
+            device=str(b.device), samples=samples, batch_size=fitting_batch_size(b, samples), node=node,
         )  # fmt: skip
 
     def extract_shard(self, shard: Shard, *decoded: _Decoded) -> Outcome:
@@ -235,10 +236,10 @@ def decode_clips(clips: Dataset, rows: tuple[int, ...], samples: int) -> _Decode
 class _Fleet:
     """The encoders of a cluster, as many as it has GPUs or cores, while nodes come and go."""
 
-    def __init__(self, options: dict, samples: int, device: str, most: int | None):
+    def __init__(self, options: dict, clip_seconds: float, device: str, most: int | None):
         import ray
 
-        self.options, self.samples, self.device, self.most = options, samples, device, most
+        self.options, self.clip_seconds, self.device, self.most = options, clip_seconds, device, most
         self.starting: dict = {}  # the call that asks an encoder what it is -> the encoder
         self.ready: dict = {}  # encoder -> EncoderInfo
         self.lost = 0
@@ -260,7 +261,7 @@ class _Fleet:
         for _ in range(room - len(self.starting) - len(self.ready)):
             device = "cuda" if self.on_gpu else "cpu" if self.device == "auto" else self.device
             actor = self.actor.remote(device=device, **self.options)
-            self.starting[actor.describe.remote(self.samples)] = actor
+            self.starting[actor.describe.remote(self.clip_seconds)] = actor
 
     def admit(self) -> None:
         """Take in encoders that have loaded their model. Raises what loading it raised."""

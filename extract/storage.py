@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from whisper_at_cli.extract.backbones import Backbone
+from whisper_at_cli.extract.custom import checked_features
 from whisper_at_cli.extract.errors import WhisperATError
 
 INT8_MAX = 127
@@ -52,12 +53,16 @@ def encode_to_host(backbone: Backbone, waveforms: Tensor, dtype: str) -> Stored:
 
 def _encode_to_host(backbone: Backbone, waveforms: Tensor, dtype: str) -> Stored:
     if backbone.device.type != "cuda":
-        return to_storage(backbone.encode(waveforms), dtype).map(Tensor.cpu)
+        return to_storage(_features(backbone, waveforms), dtype).map(Tensor.cpu)
     with torch.cuda.stream(_stream(backbone.device)):
-        stored = to_storage(backbone.encode(waveforms.pin_memory()), dtype)
+        stored = to_storage(_features(backbone, waveforms.pin_memory()), dtype)
         on_host = stored.map(lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, True))
         torch.cuda.current_stream().synchronize()
         return on_host
+
+
+def _features(backbone: Backbone, waveforms: Tensor) -> Tensor:
+    return checked_features(backbone, backbone.encode(waveforms), len(waveforms))
 
 
 _streams = threading.local()

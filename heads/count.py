@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.encoder import POSITIONS_PER_SECOND
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.sizes import WHISPER_SIZES, WhisperSize
 from whisper_at_cli.heads.forms import head_form
 
 AST_FLOPS = 133e9  # as Table 1 prints it, for one 10-second clip; `ast_cost` counts 130.6e9
@@ -123,10 +124,8 @@ def end_to_end_cost(model: str, *, classes: int = AUDIOSET_CLASSES, clip_seconds
     return encoder + head_cost("last-tr", layers=size.layers, dim=size.dim, classes=classes, frames=positions)
 
 
-def whisper_size(model: str):
+def whisper_size(model: str) -> WhisperSize:
     """Sizes of a Whisper encoder by name. Raises UsageError for a name that is none."""
-    from whisper_at_cli.extract.backbones import WHISPER_SIZES
-
     if model not in WHISPER_SIZES:
         raise UsageError(f"{model!r} is not a Whisper size; choose from {', '.join(WHISPER_SIZES)}")
     return WHISPER_SIZES[model]
