@@ -80,10 +80,8 @@ def extract_command(ctx, dataset, cache, as_json, shard, device, batch_size, **o
         print_json(report)
     else:
         if report.missing:
-            there = report.clips - report.missing
-            click.echo(
-                f"{there:,} of {report.clips:,} listed clips are there ({report.coverage:.1%})".replace("%", " %")
-            )
+            there, share = report.clips - report.missing, 100 * report.coverage
+            click.echo(f"{there:,} of {report.clips:,} listed clips are there ({share:.1f} %)")
         click.echo(
             f"{report.cache}: {report.written} clips written, {report.skipped} were there, {report.failed} failed; "
             f"{report.seconds:.1f} s, {report.clips_per_second:.1f} clips/s, "

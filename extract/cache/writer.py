@@ -167,7 +167,7 @@ class CacheWriter:
 
         with self.store.asking("path"):
             array = zarr.open_array(self.store.zarr(), path="path", mode="r+", zarr_format=3)
-            for first in range(0, len(array), array.chunks[0]):
+            for first in range(0, array.shape[0], array.chunks[0]):
                 here = (rows >= first) & (rows < first + array.chunks[0])
                 if here.any():
                     column = np.asarray(array[first : first + array.chunks[0]], dtype=object)
