@@ -81,7 +81,9 @@ def clip_from_samples(waveform: np.ndarray, rate: int, samples: int) -> tuple[np
     waveform = np.ascontiguousarray(waveform[:needed])
     if not len(waveform):
         raise AudioError("it holds no samples")
-    frame = av.AudioFrame.from_ndarray(waveform[None], format="s16" if waveform.dtype == np.int16 else "flt")
+    frame = av.AudioFrame.from_ndarray(
+        waveform[None], format="s16" if waveform.dtype == np.int16 else "flt", layout="mono"
+    )
     frame.sample_rate = rate
     with _decoding_errors():
         resampler = Resampler(form_of(frame), frame.layout.name, checked=waveform.dtype != np.int16)

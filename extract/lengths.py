@@ -70,8 +70,8 @@ def _mp3_index(source: Source, container) -> Mp3Index:
     """The index of an open MP3 file. Raises Unindexable."""
     stream = container.streams.audio[0]
     container.seek(0)
-    packet = next(container.demux(stream))
-    if packet.pos is None:
+    packet = next(container.demux(stream), None)
+    if packet is None or packet.pos is None:
         raise Unindexable
     return mp3_index(source, packet.pos)
 

@@ -89,37 +89,39 @@ def _sought_frames(container, begin: int) -> Numbered:
     """Frames from FFmpeg's seek. Where block sizes vary (Vorbis), single time stamps are off: most of them decide."""
     stream = container.streams.audio[0]
     rate, tick = stream.codec_context.sample_rate, stream.time_base
-    origin = next(container.decode(stream)).pts
+    start = next(container.decode(stream), None)
+    origin = start and start.pts
     before = 0 if stream.codec_context.name.startswith(STATELESS) else round(DECODER_SECONDS * rate)
     if origin is None or (1 / tick) % rate or begin <= before:
         raise _Inexact  # its time stamps do not count samples; or it is near enough to the start
     container.seek(origin + int((begin - before) / rate / tick), stream=stream, backward=True)
-    waiting, offsets, counted, decided = [], Counter(), 0, None
-    for frame in container.decode(stream):
-        if decided is None:
-            if frame.pts is None:
-                raise _Inexact
-            number = (frame.pts - origin) * tick * rate
-            offsets[number - counted] += 1
-            waiting.append((counted, frame))
-            if number + frame.samples > begin + before:
-                decided, votes = offsets.most_common(1)[0]
-                if decided.denominator != 1 or votes <= len(waiting) / 2:
-                    raise _Inexact
-                yield from ((int(decided) + at, frame) for at, frame in waiting if decided + at + frame.samples > begin)
-        else:
-            yield int(decided) + counted, frame
+    waiting, offsets, counted = [], Counter(), 0
+    frames = container.decode(stream)
+    for frame in frames:
+        if frame.pts is None:
+            raise _Inexact
+        offsets[(frame.pts - origin) * tick * rate - counted] += 1
+        waiting.append((counted, frame))
         counted += frame.samples
-    if decided is None:
+        if offsets.most_common(1)[0][0] + counted > begin + before:
+            break
+    if not waiting:
+        return
+    offset, votes = offsets.most_common(1)[0]
+    if offset.denominator != 1 or votes <= len(waiting) / 2:
         raise _Inexact
+    yield from ((int(offset) + at, frame) for at, frame in waiting if offset + at + frame.samples > begin)
+    for frame in frames:
+        yield int(offset) + counted, frame
+        counted += frame.samples
 
 
 def _mp3_frames(container, source: Path | bytes, begin: int, enough: float) -> Numbered:
     import av
 
     stream = container.streams.audio[0]
-    packet = next(container.demux(stream))
-    if packet.pos is None:
+    packet = next(container.demux(stream), None)
+    if packet is None or packet.pos is None:
         raise _Inexact
     index = mp3_index(source, packet.pos)
     ahead = round(

@@ -30,7 +30,7 @@ def file_name(ytid: str, start: float, style: int) -> str:
 
 
 def make_audioset(root: Path, entries: int, *, seconds: float = 0.0, missing=(), broken=(), classes: int = 527):
-    """A made-up AudioSet; returns (ytid, start, label numbers, split) of each entry. Without seconds, files are empty."""
+    """A made-up AudioSet: (ytid, start, label numbers, split) of each entry. Without seconds, files are empty."""
     rng = np.random.default_rng(0)
     root.mkdir(parents=True)
     mids = [f"/m/{number:05x}" for number in range(classes)]

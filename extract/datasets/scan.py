@@ -27,7 +27,7 @@ def _below(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str
         return  # a link to where we have been
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
-        listed = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        listed = sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
     for name, is_folder in listed:
         audio = is_audio(name)
         if not is_folder:
@@ -40,6 +40,13 @@ def _below(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str
             yield path
         if audio and not found:
             yield prefix + name
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: whoever reads it says so
+        return False
 
 
 def is_audio(name: str) -> bool:

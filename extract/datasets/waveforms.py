@@ -96,7 +96,7 @@ def _opened(path: Path):
     try:
         return h5py.File(path, "r")
     except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{path} is not a readable HDF5 file: {error}") from error
+        raise UsageError(f"{path} is not a readable HDF5 file: {' '.join(str(error).split())}") from error
 
 
 def _name(value: object, path: Path) -> str:
