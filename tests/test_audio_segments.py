@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from conftest import noise, write_wav
-from whisper_at_cli.extract import mp3, segments
+from whisper_at_cli.extract import mp3, resample, segments
 from whisper_at_cli.extract.audio import audio_seconds, decode, load_clip
 from whisper_at_cli.extract.errors import AudioError
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
-SECONDS = 40.317
+SECONDS = 24.317
 FORMS = {  # how each file is written, and whether a part of it is found without decoding all before it
     "s16.wav": (["-c:a", "pcm_s16le"], True),
     "s24.wav": (["-c:a", "pcm_s24le", "-ar", "96000"], True),
@@ -44,7 +44,7 @@ FORMS = {  # how each file is written, and whether a part of it is found without
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("forms")
-    bursts = np.repeat(np.random.default_rng(0).random(162), 11025)[: round(SECONDS * 44100)] ** 3
+    bursts = np.repeat(np.random.default_rng(0).random(98), 11025)[: round(SECONDS * 44100)] ** 3
     stereo = np.stack([noise(1, SECONDS, 44100) * bursts, noise(2, SECONDS, 44100)], axis=1)
     source = write_wav(folder / "source.wav", stereo, 44100)
     for name, (arguments, _) in FORMS.items():
@@ -59,7 +59,7 @@ def test_a_part_has_the_samples_of_the_whole(files, name, monkeypatch):
     slowly = []
     original = segments._from_start
     monkeypatch.setattr(segments, "_from_start", lambda *all: slowly.append(1) or original(*all))
-    starts = [0.01, 0.5, 1 / 3, 7.12345, 13.0, 21.7, 30.00001, end - 4, end - 0.3, end - 0.01]
+    starts = [0.01, 1 / 3, 7.12345, 13.0, 17.00001, end - 4, end - 0.3, end - 0.01]
     for start in starts:
         first = round(start * 16000)
         expected = whole[first : first + 48000]
@@ -93,13 +93,10 @@ def test_an_end_before_the_clips_end_leaves_zeros(files):
 @pytest.mark.parametrize("name", FORMS)
 def test_a_length_is_told_without_decoding(files, name, monkeypatch):
     real = len(decode(files[name])) / 16000
-    import av.container
-
-    monkeypatch.setattr(segments, "decode_stream", None)
+    monkeypatch.setattr(resample.Resampler, "push", None)
     seconds, exact = audio_seconds(files[name])
     assert abs(seconds - real) <= (0.001 if exact else 0.05)
     assert exact or not name.endswith((".wav", ".flac", ".mp3"))
-    assert av.container
 
 
 def test_damage_between_mp3_frames_ends_the_counting(files):
@@ -121,9 +118,9 @@ def test_damage_between_mp3_frames_ends_the_counting(files):
         whole = decode(inserted)
     except AudioError:
         with pytest.raises(AudioError):
-            decode(inserted, start=30.0, max_seconds=2)
+            decode(inserted, start=20.0, max_seconds=2)
     else:
-        np.testing.assert_array_equal(decode(inserted, start=30.0, max_seconds=2)[:32000], whole[480000:512000])
+        np.testing.assert_array_equal(decode(inserted, start=20.0, max_seconds=2)[:32000], whole[320000:352000])
 
 
 def test_a_file_that_was_replaced_is_counted_again(files, tmp_path):
