@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.errors import MISSING, UsageError
 from whisper_at_cli.extract.options import CACHE, command
 from whisper_at_cli.extract.output import plain, print_json, print_notes, print_table, printable
 from whisper_at_cli.extract.progress import progress_on_stderr
@@ -30,8 +30,20 @@ FAILURES_SHOWN = 20
     "backbone of your own, as module:function or by its entry point.",
 )
 @click.option(
-    "--format", default="auto", show_default=True, help="Dataset layout: esc50 or folder; auto looks for itself."
+    "--format",
+    default="auto",
+    show_default=True,
+    help="Dataset layout: audioset, esc50, fsd50k, urbansound8k, speech-commands, hdf5, huggingface, json, manifest or "
+    "folder; auto looks for itself.",
 )
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="List of classes, as class_labels_indices.csv.  [default: the one beside the dataset]",
+)
+@click.option("--window", type=float, help="Cut every file into clips of so many seconds.")
+@click.option("--hop", type=float, help="Seconds from one window to the next.  [default: the window's length]")
 @click.option("--clip-seconds", type=float, help="Cut or pad clips to this length.  [default: the dataset's; else 10]")
 @click.option("--dtype", default="float16", show_default=True, help="Storage type: float16, float32 or int8.")
 @click.option("--precision", default="float32", show_default=True, help="Arithmetic: float32, bfloat16 or float16.")
@@ -52,28 +64,35 @@ FAILURES_SHOWN = 20
 def extract_command(ctx, dataset, cache, as_json, shard, batch_size, **options):
     """Run a frozen encoder over DATASET once; store every layer, pooled to 25 frames, in CACHE.
 
-    DATASET is an ESC-50 layout (meta/esc50.csv beside audio/) or a folder per class. If CACHE exists, the same command
-    continues it. A clip that cannot be read is reported and marked failed.
+    DATASET is a folder or file in one of the layouts that docs/datasets.md describes: AudioSet, ESC-50, FSD50K,
+    UrbanSound8K, Speech Commands, a folder per class, a CSV or JSONL manifest, the JSON data files of AST, an HDF5 pack
+    of waveforms, a Hugging Face dataset on disk. If CACHE exists, the same command continues it. A clip that cannot be
+    read is reported and marked failed.
 
     \b
         whisper-at-cli extract ESC-50 esc50.zarr --model tiny.en
         whisper-at-cli extract my-sounds sounds.zarr --model large-v1 --clip-seconds 5 --precision bfloat16
         whisper-at-cli extract ESC-50 hubert.zarr --model facebook/hubert-xlarge-ll60k
+        whisper-at-cli extract field-recordings.csv field.zarr --model tiny.en --window 10 --hop 5
     """
     options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
     run, options = _engine(**options)
     with progress_on_stderr("extract", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = run(dataset, cache, progress=progress, **options)
+    print_notes(report.notes)
     _print_failures([asdict(failure) for failure in report.failures], cache)
     if as_json:
         print_json(report)
     else:
+        if report.missing:
+            there, share = report.clips - report.missing, 100 * report.coverage
+            click.echo(f"{there:,} of {report.clips:,} listed clips are there ({share:.1f} %)")
         click.echo(
             f"{report.cache}: {report.written} clips written, {report.skipped} were there, {report.failed} failed; "
             f"{report.seconds:.1f} s, {report.clips_per_second:.1f} clips/s, "
             f"encoder busy {report.encoder_busy:.0%} of the time"
         )
-    if report.failed:
+    if not report.ok:
         ctx.exit(1)
 
 
@@ -230,12 +249,20 @@ def import_command(ctx, folder, cache, as_json, **options):
 
 
 def _print_failures(failures: list[dict], cache) -> None:
-    """The first clips that failed, on stderr, and where to find the others."""
-    for failure in failures[:FAILURES_SHOWN]:
-        click.echo(f"failed: {printable(failure['path'])}: {failure['error']}", err=True)
-    if len(failures) > FAILURES_SHOWN:
-        more = len(failures) - FAILURES_SHOWN
-        click.echo(f"failed: {more} more; all of them: whisper-at-cli info {cache}", err=True)
+    """The first clips that failed, on stderr, and where to find the others; those that are missing by themselves."""
+    missing = [failure for failure in failures if failure["error"].startswith(MISSING)]
+    broken = [failure for failure in failures if not failure["error"].startswith(MISSING)]
+    lines = [f"failed: {printable(failure['path'])}: {failure['error']}" for failure in broken]
+    _print_first(lines, "failed", cache)
+    _print_first([f"missing: {printable(failure['id'])}" for failure in missing], "missing", cache)
+
+
+def _print_first(lines: list[str], what: str, cache) -> None:
+    for line in lines[:FAILURES_SHOWN]:
+        click.echo(line, err=True)
+    if len(lines) > FAILURES_SHOWN:
+        more = len(lines) - FAILURES_SHOWN
+        click.echo(f"{what}: {more} more; all of them: whisper-at-cli info {cache}", err=True)
 
 
 def _engine(*, engine: str, device: str, address: str | None, encoders: int | None, workers: int | None, **options):

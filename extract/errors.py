@@ -1,5 +1,7 @@
 """Errors that a user should read: each message says what was found, what was asked and what to do."""
 
+MISSING = "missing: "  # how the error of a clip begins whose file is not there
+
 
 class WhisperATError(Exception):
     """The work failed. Base of every error that the command line prints as one line."""
@@ -23,6 +25,13 @@ class StoreError(WhisperATError):
 
 class AudioError(WhisperATError):
     """One audio file cannot be read. The clip is marked failed; the other clips go on."""
+
+
+class MissingAudioError(AudioError):
+    """There is no such audio file. A dataset may list what nobody has any more; it is picked up once it is there."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"{MISSING}{reason}")
 
 
 class WeightsError(WhisperATError):

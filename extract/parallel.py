@@ -87,9 +87,12 @@ def _collect(processes: list[BaseProcess], devices: list[str], messages, progres
 
 def _merged(reports: list[ExtractReport], seconds: float) -> ExtractReport:
     written = sum(report.written for report in reports)
+    clips, missing = (sum(getattr(report, name) for report in reports) for name in ("clips", "missing"))
     return replace(
         reports[0],
-        clips=sum(report.clips for report in reports),
+        clips=clips,
+        missing=missing,
+        coverage=1 - missing / max(1, clips),
         written=written,
         skipped=sum(report.skipped for report in reports),
         failed=sum(report.failed for report in reports),

@@ -25,9 +25,10 @@ from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheS
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
 from whisper_at_cli.extract.custom import checked_backbone, clip_samples
-from whisper_at_cli.extract.datasets import Dataset, open_dataset
+from whisper_at_cli.extract.datasets import Dataset, open_dataset, windowed
+from whisper_at_cli.extract.datasets.base import as_text
 from whisper_at_cli.extract.devices import cores, fitting_batch_size, one_thread_per_operation, streams_of
-from whisper_at_cli.extract.errors import AudioError, UsageError
+from whisper_at_cli.extract.errors import MISSING, AudioError, UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.extract.storage import Stored, encode_to_host
 
@@ -48,6 +49,9 @@ class Failure:
 class ExtractReport:
     """What a run did. `written`, `skipped` and `failed` add up to `clips`, all counted in this run's share.
 
+    Of the failed clips, `missing` are those whose file is not there; `coverage` is the share of clips whose file is.
+    `missing_expected` says that the dataset is one that nobody has whole.
+
     `encoder_busy` is the share of the time in which the encoder had work: 1 is as fast as this encoder gets, less means
     that it waited for decoding, or for the disk, which held it back for `disk_wait_seconds`.
     """
@@ -62,6 +66,16 @@ class ExtractReport:
     clips_per_second: float
     encoder_busy: float
     disk_wait_seconds: float
+    missing: int = 0
+    coverage: float = 1.0
+    missing_expected: bool = False
+    notes: tuple[str, ...] = ()  # on how the dataset was read
+
+    @property
+    def ok(self) -> bool:
+        """Whether all was done that could be expected: missing clips may be, but not all of them."""
+        excused = self.missing if self.missing_expected and self.missing < self.clips else 0
+        return self.failed <= excused
 
 
 @dataclass
@@ -97,6 +111,7 @@ class _OpenShard:
 
 def extract(
     dataset: str | Path | Dataset, cache: str | Path, *, model: str | Path | Backbone, format: str = "auto",
+    labels: str | Path | None = None, window: float | None = None, hop: float | None = None,
     clip_seconds: float | None = None, dtype: str = "float16", precision: str = "float32", device: str = "auto",
     batch_size: int | None = None, workers: int | None = None, shard_mb: float = DEFAULT_SHARD_MB,
     shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
@@ -104,13 +119,16 @@ def extract(
 ) -> ExtractReport:  # fmt: skip
     """Run a frozen encoder over a dataset once and keep every layer, pooled to 25 frames, in a cache.
 
-    A cache that exists is continued. A clip that cannot be read is reported and marked failed; the others go on. With
-    `repair`, clips that failed or that `verify` finds damaged are done again.
+    A cache that exists is continued. A clip that cannot be read is reported and marked failed; the others go on. One
+    whose file was missing is done as soon as the file is there. With `repair`, clips that failed or that `verify` finds
+    damaged are done again. With `window`, and `hop`, in seconds, every file is cut into clips of that length.
     Raises UsageError or CacheError where nothing can be done as asked.
     """
     started = time.perf_counter()
     check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
-    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format)
+    dataset = open_clips(
+        dataset, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, workers=workers
+    )
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     if isinstance(model, str | Path):
         backbone = load_backbone(model, device=device, precision=precision)
@@ -123,7 +141,7 @@ def extract(
     with open_cache(cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard) as writer:
         if batch_size is None:
             size = batch_size_of(writer, size)
-        redo = clips_to_do(writer, repair)
+        redo = clips_to_do(writer, dataset, repair)
         run = ShardRun(dataset, backbone, writer, redo, samples, size, workers or cores(), progress)
         run.all_shards()
         return report_of(
@@ -157,19 +175,65 @@ def compile_backbone(backbone: Backbone) -> None:
     backbone.compile()
 
 
+def open_clips(
+    dataset: str | Path | Dataset, *, format: str, labels: str | Path | None, window: float | None, hop: float | None,
+    clip_seconds: float | None, workers: int | None = None,
+) -> Dataset:  # fmt: skip
+    """The dataset that was asked for, its files cut into windows where that was asked for too."""
+    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, labels=labels)
+    if window is None:
+        if hop is not None:
+            raise UsageError("hop says how far windows lie apart; give their length too (--window)")
+        return dataset
+    if clip_seconds not in (None, window):
+        raise UsageError(f"windows of {window:g} s are clips of that length; leave out --clip-seconds {clip_seconds:g}")
+    return windowed(dataset, window, hop, workers=workers)
+
+
 def check_numbers(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not (0 < value < math.inf):
             raise UsageError(f"{name} is {value:g}, and must be above 0")
 
 
-def clips_to_do(writer: CacheWriter, repair: bool) -> np.ndarray:
-    """(N,) bool: clips that are pending; with `repair` also those that failed or are damaged in this slot's shards."""
-    if not repair:
-        return writer.cache.status == Status.PENDING
-    redo = writer.cache.status != Status.DONE
-    damaged = {name for damage in verify(writer.path, rows=writer.mine()).damaged for name in damage.clips}
-    return redo | np.isin(writer.cache.ids, list(damaged))
+def clips_to_do(writer: CacheWriter, dataset: Dataset, repair: bool) -> np.ndarray:
+    """(N,) bool: clips that are pending, or whose file was missing and is there now.
+
+    With `repair` also all others that failed, and those that are damaged in this slot's shards.
+    """
+    todo = writer.cache.status == Status.PENDING
+    if repair:
+        damaged = {name for damage in verify(writer.path, rows=writer.mine()).damaged for name in damage.clips}
+        todo |= (writer.cache.status == Status.FAILED) | np.isin(writer.cache.ids, list(damaged))
+    else:
+        todo |= _clips_found(writer, dataset)
+    _say_where(writer, dataset, todo)
+    return todo
+
+
+def _clips_found(writer: CacheWriter, dataset: Dataset) -> np.ndarray:
+    """(N,) bool: clips of this slot that failed because their file was missing, and it is there now."""
+    found = np.zeros(len(dataset), dtype=bool)
+    failed = np.flatnonzero(writer.mine() & (writer.cache.status == Status.FAILED))
+    if len(failed):
+        errors = writer.read_errors()
+        missing = [row for row in failed.tolist() if str(errors[row]).startswith(MISSING)]
+        found[[row for row in missing if dataset.is_there(row)]] = True
+    return found
+
+
+def _say_where(writer: CacheWriter, dataset: Dataset, redo: np.ndarray) -> None:
+    """Paths that were not known when the cache was made: of clips whose file was missing.
+
+    Those of all slots, so that processes that do this side by side write the same.
+    """
+    if not (redo & (writer.cache.status == Status.FAILED)).any():
+        return
+    failed = np.flatnonzero(writer.cache.status == Status.FAILED)
+    paths = {row: as_text(dataset.clips[row].path) for row in failed.tolist()}
+    moved = [row for row, path in paths.items() if path != writer.cache.paths[row]]
+    if moved:
+        writer.update_paths(np.array(moved), [paths[row] for row in moved])
 
 
 def _provenance(backbone, dataset: Dataset, batch_size: int) -> dict:
@@ -357,9 +421,11 @@ def report_of(
     failed_rows = np.flatnonzero(mine & (status == Status.FAILED))
     errors = writer.cache.errors
     failures = tuple(Failure(clips[row].id, clips[row].path, str(errors[row])) for row in failed_rows)
+    missing, clips_here = sum(failure.error.startswith(MISSING) for failure in failures), int(mine.sum())
     return ExtractReport(
-        cache=str(writer.path), clips=int(mine.sum()), written=written,
+        cache=str(writer.path), clips=clips_here, written=written,
         skipped=int((mine & (status == Status.DONE)).sum()) - written, failed=len(failures), failures=failures,
-        seconds=round(seconds, 3), clips_per_second=round(written / max(seconds, 1e-9), 2),
+        missing=missing, coverage=1 - missing / max(1, clips_here), missing_expected=dataset.missing_expected,
+        notes=dataset.notes, seconds=round(seconds, 3), clips_per_second=round(written / max(seconds, 1e-9), 2),
         encoder_busy=round(encoder_busy, 3), disk_wait_seconds=round(disk_wait_seconds, 3),
     )  # fmt: skip

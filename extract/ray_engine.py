@@ -24,7 +24,7 @@ from whisper_at_cli.extract import pipeline
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, Status
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.custom import clip_samples
-from whisper_at_cli.extract.datasets import Dataset, open_dataset
+from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.errors import AudioError, UsageError, WhisperATError
 from whisper_at_cli.extract.progress import Progress
 
@@ -83,8 +83,9 @@ class RayReport(pipeline.ExtractReport):
 
 def extract_on_ray(
     dataset: str | Path | Dataset, cache: str | Path, *, model: str | Path, address: str | None = None,
-    encoders: int | None = None, format: str = "auto", clip_seconds: float | None = None, dtype: str = "float16",
-    precision: str = "float32", device: str = "auto", batch_size: int | None = None,
+    encoders: int | None = None, format: str = "auto", labels: str | Path | None = None, window: float | None = None,
+    hop: float | None = None, clip_seconds: float | None = None, dtype: str = "float16", precision: str = "float32",
+    device: str = "auto", batch_size: int | None = None,
     shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
     progress: Progress | None = None,
 ) -> RayReport:  # fmt: skip
@@ -97,7 +98,9 @@ def extract_on_ray(
         raise UsageError("--engine ray needs the model by name or path, so that each worker can load it")
     pipeline.check_numbers(encoders=encoders, batch_size=batch_size, shard_mb=shard_mb)
     started = time.perf_counter()
-    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format)
+    dataset = pipeline.open_clips(
+        dataset, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
+    )
     dataset = replace(dataset, root=dataset.root.resolve())
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     cache = cache if "://" in str(cache) else Path(cache).resolve()
@@ -110,7 +113,8 @@ def extract_on_ray(
             cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard
         ) as writer:  # fmt: skip
             size = size if batch_size else pipeline.batch_size_of(writer, size)
-            drive = _Drive(dataset, writer, fleet, info.samples, size, pipeline.clips_to_do(writer, repair), progress)
+            todo = pipeline.clips_to_do(writer, dataset, repair)
+            drive = _Drive(dataset, writer, fleet, info.samples, size, todo, progress)
             drive.all_shards()
             elapsed = time.perf_counter() - started
             report = pipeline.report_of(

@@ -106,9 +106,9 @@ def test_missing_empty_and_unknown_are_usage_errors(tmp_path):
         open_dataset(tmp_path / "absent")
     with pytest.raises(UsageError, match="holds no audio files"):
         open_dataset(tmp_path)
-    with pytest.raises(UsageError, match="choose from esc50, folder"):
+    with pytest.raises(UsageError, match="choose from audioset, esc50"):
         open_dataset(tmp_path, format="mp3")
-    with pytest.raises(UsageError, match=r"Looked for esc50: meta/esc50.csv"):
+    with pytest.raises(UsageError, match=r"layout has meta/esc50.csv"):
         open_dataset(tmp_path, format="esc50")
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="no dataset that is known"):

@@ -102,7 +102,7 @@ def test_a_file_that_vanished_is_a_failed_clip(noise_folder, tmp_path, random_ba
     dataset = open_dataset(noise_folder)
     (noise_folder / "low" / "00.wav").unlink()
     report = extract(dataset, tmp_path / "a.zarr", model=random_backbone)
-    assert report.failures[0].error == "it cannot be read: No such file or directory"
+    assert report.failures[0].error == "missing: No such file or directory"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

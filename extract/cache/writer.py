@@ -144,7 +144,8 @@ class CacheWriter:
         """What is to be written into a shard, with room for the clips in `redo`, (N,) bool; the others as they are."""
         rows = np.array(self.rows(shard))
         block = ShardBlock.empty(len(rows), self.spec)
-        kept = np.flatnonzero(~redo[rows])
+        done = self.cache.status[rows] == Status.DONE
+        kept, failed = np.flatnonzero(~redo[rows] & done), np.flatnonzero(~redo[rows] & ~done)
         if len(kept):
             at = rows[kept]
             block.features[kept] = self.cache.stored_features(at)
@@ -153,7 +154,31 @@ class CacheWriter:
                 block.scale[kept] = self.cache.scale(at)
             block.valid_frames[kept] = self.cache.valid_frames[at]
             block.status[kept] = Status.DONE
+        if len(failed):
+            errors = self.read_errors(rows)
+            block.errors = {slot: str(errors[slot]) for slot in failed.tolist()}
         return block
+
+    def read_errors(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """Why clips failed, as it is on disk now; `rows` is a run of rows, all by default."""
+        import zarr
+
+        with self.store.asking("error"):
+            array = zarr.open_array(self.store.zarr(), path="error", mode="r", zarr_format=3)
+            return np.asarray(array[:] if rows is None else array[rows[0] : rows[-1] + 1], dtype=object)
+
+    def update_paths(self, rows: np.ndarray, paths: list[str]) -> None:
+        """Say where the files of these clips are, which were missing when the cache was made."""
+        import zarr
+
+        with self.store.asking("path"):
+            array = zarr.open_array(self.store.zarr(), path="path", mode="r+", zarr_format=3)
+            for first in range(0, array.shape[0], array.chunks[0]):
+                here = (rows >= first) & (rows < first + array.chunks[0])
+                if here.any():
+                    column = np.asarray(array[first : first + array.chunks[0]], dtype=object)
+                    column[rows[here] - first] = [path for path, inside in zip(paths, here, strict=True) if inside]
+                    array[first : first + array.chunks[0]] = column
 
     def rows(self, shard: int) -> range:
         return schema.shard_rows(shard, self.clips_per_shard, len(self.cache))

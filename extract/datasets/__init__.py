@@ -2,5 +2,6 @@
 
 from whisper_at_cli.extract.datasets.base import Clip, Dataset
 from whisper_at_cli.extract.datasets.recognise import FORMATS, open_dataset
+from whisper_at_cli.extract.datasets.windows import windowed
 
-__all__ = ["FORMATS", "Clip", "Dataset", "open_dataset"]
+__all__ = ["FORMATS", "Clip", "Dataset", "open_dataset", "windowed"]

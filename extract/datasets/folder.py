@@ -5,11 +5,11 @@ Audio files right under ROOT, with no class folders, make an unlabelled dataset.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from whisper_at_cli.extract.audio import SUFFIXES
-from whisper_at_cli.extract.datasets.base import Clip, Dataset, unique_ids
+from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
+from whisper_at_cli.extract.datasets.scan import audio_files
 from whisper_at_cli.extract.errors import UsageError
 
 LAYOUT = "a folder per class with audio files in it"
@@ -28,12 +28,12 @@ def read(root: Path) -> Dataset:
     """Every audio file below `root`, sorted by path; the folder it lies in (below the split's) is its class."""
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give a folder per class")
-    paths = sorted(_audio_files(root))
+    paths = sorted(audio_files(root))
     if not paths:
         raise UsageError(f"{root} holds no audio files ({', '.join(sorted(SUFFIXES)[:6])}, ...); give {LAYOUT}")
     parts = [Path(path).parts[:-1] for path in paths]
     has_splits = all(part and part[0].lower() in SPLITS for part in parts)
-    classes = ["/".join(part[1:] if has_splits else part) for part in parts]
+    classes = [as_text("/".join(part[1:] if has_splits else part)) for part in parts]
     if any(classes) and not all(classes):
         stray = paths[classes.index("")]
         raise UsageError(
@@ -49,14 +49,3 @@ def read(root: Path) -> Dataset:
         for name, path, part, label in zip(unique_ids(paths), paths, parts, classes, strict=True)
     )  # fmt: skip
     return Dataset(root.resolve().name, root, clips, tuple(names))
-
-
-def _audio_files(root: Path) -> list[str]:
-    """Relative paths of audio files below `root`; hidden files and folders are left out."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                found.append(Path(folder, name).relative_to(root).as_posix())
-    return found

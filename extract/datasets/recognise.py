@@ -1,40 +1,79 @@
-"""Which reader a folder is for."""
+"""Which reader a folder or file is for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from whisper_at_cli.extract.datasets import esc50, folder
+from whisper_at_cli.extract.datasets import (
+    audioset,
+    datafile,
+    esc50,
+    folder,
+    fsd50k,
+    huggingface,
+    manifest,
+    speech_commands,
+    urbansound8k,
+    waveforms,
+)  # fmt: skip
 from whisper_at_cli.extract.datasets.base import Dataset
 from whisper_at_cli.extract.errors import UsageError
 
-FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Dataset]]] = {
-    "esc50": (esc50.recognise, esc50.read),
-    "folder": (folder.recognise, folder.read),
+
+@dataclass(frozen=True)
+class Format:
+    """A layout: how it looks, whether a path has it, and its reader."""
+
+    layout: str
+    recognise: Callable[[Path], bool]
+    read: Callable[..., Dataset]
+    takes_labels: bool = False  # a list of classes, from the user
+
+
+def _format(reader, *, takes_labels: bool = False) -> Format:
+    return Format(reader.LAYOUT, reader.recognise, reader.read, takes_labels)
+
+
+FORMATS = {  # in the order in which they are looked for: what only one layout has comes first
+    "audioset": _format(audioset, takes_labels=True),
+    "esc50": _format(esc50),
+    "fsd50k": _format(fsd50k),
+    "urbansound8k": _format(urbansound8k),
+    "speech-commands": _format(speech_commands),
+    "hdf5": _format(waveforms, takes_labels=True),
+    "huggingface": _format(huggingface),
+    "json": _format(datafile, takes_labels=True),
+    "manifest": _format(manifest, takes_labels=True),
+    "folder": _format(folder),
 }
 
 
-def open_dataset(path: str | Path, *, format: str = "auto") -> Dataset:
+def open_dataset(path: str | Path, *, format: str = "auto", labels: str | Path | None = None) -> Dataset:
     """The dataset at `path`, read as `format` or as the first layout that fits.
 
-    Raises UsageError where nothing is there, nothing fits, or no clip is found.
+    `labels` is a file that lists the classes, for layouts that do not carry such a list themselves. Raises UsageError
+    where nothing is there, nothing fits, or no clip is found.
     """
     path = Path(path)
     if not path.exists():
-        raise UsageError(f"{path} does not exist; give the dataset's folder")
+        raise UsageError(f"{path} does not exist; give the dataset's folder or file")
     if format != "auto" and format not in FORMATS:
         raise UsageError(f"dataset format {format!r} is not known; choose from {', '.join(FORMATS)}")
-    candidates = FORMATS if format == "auto" else {format: FORMATS[format]}
-    for name, (recognise, read) in candidates.items():
-        if recognise(path):
-            dataset = read(path)
-            if not dataset.clips:
-                raise UsageError(f"{path} was read as {name} and names no clip")
-            return dataset
-    looked_for = "; ".join(f"{name}: {_layout(name)}" for name in candidates)
-    raise UsageError(f"{path} is no dataset that is known here. Looked for {looked_for}")
+    name = format if format != "auto" else _recognised(path)
+    chosen = FORMATS[name]
+    if labels is not None and not chosen.takes_labels:
+        raise UsageError(f"{path} was read as {name}, which names its own classes; leave out --labels")
+    dataset = chosen.read(path, labels=Path(labels)) if labels is not None else chosen.read(path)
+    if not dataset.clips:
+        raise UsageError(f"{path} was read as {name} and names no clip")
+    return dataset
 
 
-def _layout(name: str) -> str:
-    return {"esc50": esc50.LAYOUT, "folder": folder.LAYOUT}[name]
+def _recognised(path: Path) -> str:
+    found = next((name for name, format in FORMATS.items() if format.recognise(path)), None)
+    if found is None:
+        known = "; ".join(f"{name}: {format.layout}" for name, format in FORMATS.items())
+        raise UsageError(f"{path} is no dataset that is known here. Known are {known}")
+    return found

@@ -1,0 +1,143 @@
+"""HDF5 packs as PANNs makes them: audio_name (N,), waveform (N, samples) int16, target (N, classes)."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from whisper_at_cli.extract.audio import clip_from_samples
+from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
+from whisper_at_cli.extract.datasets.classes import classes_beside
+from whisper_at_cli.extract.errors import AudioError, UsageError
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+PANNS_RATE = 32000  # of packs that do not say
+LAYOUT = (
+    "an HDF5 file with audio_name (clips,), waveform (clips, samples) of int16 and, for labels, target (clips, "
+    "classes); sample rate in its attribute sample_rate"
+)
+NEEDED = ("audio_name", "waveform")
+
+
+@dataclass(frozen=True)
+class WaveformPack(Dataset):
+    """Clips whose waveforms lie in one HDF5 file, read row by row. Safe between threads; each process opens its own."""
+
+    rate: int = PANNS_RATE
+    _open: list = field(default_factory=list, compare=False, repr=False)
+    _guard: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
+
+    of_files = False
+
+    def is_there(self, row: int) -> bool:
+        return True
+
+    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
+        needed = -(-(samples + 16000) * self.rate // 16000)
+        try:
+            with self._guard:
+                if not self._open:
+                    self._open.append(_opened(self.root))
+                values = self._open[0]["waveform"][self.source_row(row), :needed]
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise AudioError(f"it cannot be read from {self.root.name}: {error}") from error
+        if values.dtype != np.int16:
+            if not np.isfinite(values).all():
+                raise AudioError("it holds samples that are not finite (NaN or infinity)")
+            values = values.astype(np.float32)
+        return clip_from_samples(values, self.rate, samples)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_guard")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _open=[], _guard=threading.Lock())
+
+
+def recognise(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(SIGNATURE)) == SIGNATURE
+    except OSError:
+        return False
+
+
+def read(path: Path, *, labels: Path | None = None) -> WaveformPack:
+    """All clips of a pack. Class names are those of a class_labels_indices.csv beside it or given, else numbers."""
+    with _opened(path) as pack:
+        try:
+            missing = [name for name in NEEDED if name not in pack]
+            if missing:
+                raise UsageError(f"{path} has no {missing[0]!r}; it holds {', '.join(pack) or 'nothing'}")
+            names = [_name(value, path) for value in pack["audio_name"][:]]
+            rate, notes = _rate(pack, path)
+            _check_waveform(pack["waveform"], len(names), path)
+            target = pack["target"][:] if "target" in pack else np.zeros((len(names), 0))
+            fold = pack["fold"][:] if "fold" in pack else np.zeros(len(names))
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"{path} cannot be read as a pack of waveforms: {error}") from error
+    _check_columns(target, fold, len(names), path)
+    class_names, more = _class_names(path, target.shape[1], labels)
+    clips = tuple(
+        Clip(name, file, tuple(np.flatnonzero(row).tolist()), int(number))
+        for name, file, row, number in zip(unique_ids(names), names, target, fold, strict=True)
+    )
+    if len({clip.id for clip in clips}) != len(clips):
+        raise UsageError(f"{path} names two clips alike in audio_name")
+    return WaveformPack(path.stem, path, clips, class_names, notes=tuple(notes + more), rate=rate)
+
+
+def _opened(path: Path):
+    import h5py
+
+    try:
+        return h5py.File(path, "r")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{path} is not a readable HDF5 file: {' '.join(str(error).split())}") from error
+
+
+def _name(value: object, path: Path) -> str:
+    name = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+    if not isinstance(name, str) or not name or len(name) > 1024:
+        raise UsageError(f"{path}: audio_name holds {value!r:.60}, which is no name")
+    return as_text(name.replace("\0", ""))
+
+
+def _rate(pack, path: Path) -> tuple[int, list[str]]:
+    for place in (pack, pack["waveform"]):
+        if "sample_rate" in place.attrs:
+            rate = int(place.attrs["sample_rate"])
+            if not 1000 <= rate <= 768_000:
+                raise UsageError(f"{path}: sample_rate is {rate}; give 1000 to 768000 Hz")
+            return rate, []
+    return PANNS_RATE, [f"{path} does not say its sample rate; {PANNS_RATE} Hz was taken, as PANNs has it"]
+
+
+def _check_waveform(waveform, clips: int, path: Path) -> None:
+    if waveform.ndim != 2 or len(waveform) != clips or waveform.dtype.kind not in "if":
+        raise UsageError(
+            f"{path}: waveform is {waveform.shape} of {waveform.dtype}; {clips} names need ({clips}, samples) of int16 "
+            "or floating point"
+        )
+    if waveform.dtype.kind == "i" and waveform.dtype.itemsize != 2:
+        raise UsageError(f"{path}: waveform is {waveform.dtype}; whole numbers must be int16")
+
+
+def _check_columns(target: np.ndarray, fold: np.ndarray, clips: int, path: Path) -> None:
+    if target.ndim != 2 or len(target) != clips or target.dtype.kind not in "biuf":
+        raise UsageError(f"{path}: target is {target.shape} of {target.dtype}; give ({clips}, classes) of 0 and 1")
+    if fold.shape != (clips,) or fold.dtype.kind not in "iuf":
+        raise UsageError(f"{path}: fold is {fold.shape} of {fold.dtype}; give a whole number for each of {clips} clips")
+
+
+def _class_names(path: Path, classes: int, given: Path | None) -> tuple[tuple[str, ...], list[str]]:
+    listed = classes_beside(path, given) if classes else None
+    if listed is None:
+        notes = [f"no list of classes lies beside {path}: they are named by number (see --labels)"] if classes else []
+        return tuple(f"class {number}" for number in range(classes)), notes
+    if len(listed.names) != classes:
+        raise UsageError(f"{path} has {classes} classes in target, {listed.path} names {len(listed.names)}")
+    return listed.names, []

@@ -1,0 +1,61 @@
+"""Long files cut into windows: every file of a dataset becomes as many clips as it takes."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from whisper_at_cli.extract.audio import audio_seconds
+from whisper_at_cli.extract.datasets.base import Clip, Dataset, seconds_suffix
+from whisper_at_cli.extract.devices import cores
+from whisper_at_cli.extract.errors import AudioError, UsageError
+from whisper_at_cli.extract.mel import SAMPLE_RATE
+
+EXACT_SECONDS, INEXACT_SECONDS = 0.001, 0.05  # a rest shorter than this may not be there at all, and makes no window
+MAX_CLIPS = 50_000_000
+
+
+def windowed(dataset: Dataset, window: float, hop: float | None = None, *, workers: int | None = None) -> Dataset:
+    """`window` seconds from every `hop` seconds of each file (by default one window after the other).
+
+    The last window is as short as its file leaves it. Lengths come from the files' headers. A file whose length cannot
+    be told keeps one clip, which fails with its reason when it is read.
+    """
+    hop = window if hop is None else hop
+    for name, value in (("window", window), ("hop", hop)):
+        if not (0.001 <= value < math.inf):
+            raise UsageError(f"{name} is {value:g} seconds; give at least a millisecond")
+    if not dataset.of_files:
+        raise UsageError(f"{dataset.name} is no dataset of files; its clips cannot be cut into windows")
+    with ThreadPoolExecutor(workers or cores(), thread_name_prefix="length") as pool:
+        counts = list(pool.map(lambda clip: _window_count(dataset, clip, window, hop), dataset.clips))
+    if sum(counts) > MAX_CLIPS:
+        raise UsageError(f"windows every {hop:g} s make {sum(counts)} clips; give a longer --hop")
+    clips = tuple(
+        part for clip, count in zip(dataset.clips, counts, strict=True) for part in _windows(clip, count, window, hop)
+    )
+    return replace(dataset, clips=clips, clip_seconds=window, texts=())
+
+
+def _window_count(dataset: Dataset, clip: Clip, window: float, hop: float) -> int:
+    """How many windows it takes to reach the end of a clip; 0 where its length cannot be told."""
+    try:
+        seconds, exact = audio_seconds(dataset.audio_path(clip))
+    except AudioError:
+        return 0
+    seconds -= EXACT_SECONDS if exact else INEXACT_SECONDS
+    end = seconds if clip.end is None else min(clip.end, seconds)
+    rest, length, step = (round(value * SAMPLE_RATE) for value in (end - (clip.start or 0.0), window, hop))
+    begin_before_the_end = -(-rest // step)
+    return max(0, min(begin_before_the_end, 1 - (-max(0, rest - length) // step)))
+
+
+def _windows(clip: Clip, count: int, window: float, hop: float):
+    if not count:
+        yield clip
+        return
+    for number in range(count):
+        start = (clip.start or 0.0) + number * hop
+        end = None if clip.end is None else min(clip.end, start + window)
+        yield replace(clip, id=clip.id + seconds_suffix(start), start=start, end=end)
