@@ -60,9 +60,9 @@ def stream_batches(
     (at least one shard and one batch), from which batches are drawn at random; `prefetch` of them wait to be taken.
     Only the last may be smaller. Give each epoch a seed of its own: a number, or a sequence such as (seed, epoch).
     With `pin`, features and labels lie in pinned memory where there is CUDA. `reads` names what comes in place of
-    decoded features: `stored`, features as they lie on disk and with int8 their scale (B, L, D) as a fourth part of each
-    batch; `mean` (B, L, 1, D) or `last mean` (B, 1, 1, D), means over time. With `repeats`, rows may name a clip several
-    times: its turns are dealt to up to eight passes over the shards, which follow on each other within the epoch.
+    decoded features: `stored`, features as they lie on disk and with int8 their scale (B, L, D) as a fourth part of
+    each batch; `mean` (B, L, 1, D) or `last mean` (B, 1, 1, D), means over time. With `repeats`, rows may name a clip
+    several times: its turns are dealt to up to eight passes over the shards, which follow on each other.
 
     The thread ends with the epoch, with an error (which is raised here), or when the iterator is closed or dropped.
     """
