@@ -10,7 +10,7 @@ rounds, and each one's best round counts: other work on a shared machine only ev
 
 one tensor       steps of TL-Tr on one batch that lies on the device already: no loading, mixing or masking
 memory, stream   steps of TL-Tr from the cache in that tier; on a GPU also `device`. Waiting: share of the time in which
-                 the next batch is not there yet
+                 the clips of the next step have not come yet
 mlp              an epoch of WA-MLP from the cache's means
 npz              WA-MLP as the original project trains: compressed npz files, mixup in the dataset, two loader workers
 
@@ -71,27 +71,25 @@ def write_cache(path: Path, options: argparse.Namespace, clips: int, validation:
     return FeatureCache.open(path)
 
 
-def synchronised(device: torch.device) -> float:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def synchronised(device: torch.device, clock: str = "wall") -> float:
     """The time, once the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return CLOCKS[clock]()
 
 
-def train_epoch(clips: Clips, fleet: Fleet, recipe: Recipe, round: int) -> tuple[float, float]:
+def train_epoch(clips: Clips, fleet: Fleet, recipe: Recipe, round: int, clock: str) -> tuple[float, float]:
     """Clips per second of an epoch, and the share of its time that steps waited for clips."""
-    waited, started = 0.0, synchronised(clips.device)
+    waited, started = 0.0, synchronised(clips.device, clock)
     rng = np.random.default_rng(round)
     draw = draw_epoch(np.arange(len(clips.rows)), recipe, rng, frames=clips.frames, layers=clips.layers)
-    batches = epoch_batches(clips, [draw], recipe, Ranks(), (round,))
-    while True:
-        asked = time.perf_counter()
-        batch = next(batches, None)
-        waited += time.perf_counter() - asked
-        if batch is None:
-            break
+    for batch in epoch_batches(clips, [draw], recipe, Ranks(), (round,), CLOCKS[clock]):
+        waited += batch.waited
         fleet.step(batch, np.array([recipe.lr]), Ranks())
-    seconds = synchronised(clips.device) - started
+    seconds = synchronised(clips.device, clock) - started
     return len(draw) / seconds, waited / seconds
 
 
@@ -102,10 +100,10 @@ def train_on_one_tensor(fleet: Fleet, options: argparse.Namespace, steps: int) -
     targets = torch.rand(1, options.batch, options.classes, generator=generator)
     weight = torch.full((1, options.batch), 1 / options.batch)
     batch = Batch(*(tensor.to(fleet.device) for tensor in (inputs, targets, weight)), np.ones(1, dtype=bool))
-    started = synchronised(fleet.device)
+    started = synchronised(fleet.device, options.clock)
     for _ in range(steps):
         fleet.step(batch, np.array([1e-4]), Ranks())
-    return steps * options.batch / (synchronised(fleet.device) - started)
+    return steps * options.batch / (synchronised(fleet.device, options.clock) - started)
 
 
 class NpzClips(torch.utils.data.Dataset):
@@ -175,9 +173,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     for round in range(options.rounds):
         keep("one tensor", train_on_one_tensor(fleet, options, max(1, options.clips // options.batch)))
         for tier in tiers:
-            keep(tier, *train_epoch(clips[tier], fleet, recipe, round))
+            keep(tier, *train_epoch(clips[tier], fleet, recipe, round, options.clock))
         for _ in range(5):
-            keep("mlp", *train_epoch(means, mlp, of_mlp, round))
+            keep("mlp", *train_epoch(means, mlp, of_mlp, round, "wall"))
         keep("npz", *train_from_npz(npz, mlp, options.batch))
     ratios = {f"{tier} / one tensor": round_to(rates[tier] / rates["one tensor"]) for tier in tiers}
     return {
@@ -218,6 +216,9 @@ def main() -> None:
     for name, default in (numbers | {"npz-clips": 48}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="of TL-Tr; cpu: processor time, for a CPU that others use too"
+    )
     parser.add_argument("--as20k", action="store_true", help="train on as many clips as AudioSet-20K has instead")
     parser.add_argument("--scale", type=float, default=1.0, help="of --as20k: this share of the clips")
     parser.add_argument("--epochs", type=int, help="of --as20k, instead of the recipe's 30")

@@ -158,7 +158,7 @@ def mix_and_mask(batch: Collected, recipe: Recipe) -> tuple[Tensor, Tensor]:
     features, labels = decoded(batch.features, batch.scale), batch.labels.float()
     inputs, targets = features[:own], labels[:own]
     if recipe.mixup_rate:
-        inputs = torch.lerp(features[batch.partner], inputs, batch.share[:, None, None, None])
+        inputs = features.index_select(0, batch.partner).lerp_(inputs, batch.share[:, None, None, None])
         targets = torch.lerp(labels[batch.partner], targets, batch.share[:, None])
     if recipe.time_mask_frames:
         frame = torch.arange(inputs.shape[2], device=inputs.device)

@@ -8,7 +8,8 @@ stream   drawn from a shuffle buffer that a thread fills shard by shard, and cop
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,14 +33,16 @@ class Batch:
     targets: Tensor  # (M, B, C) float32 in 0..1
     weight: Tensor  # (M, B) float32, of a clip in its head's loss
     active: np.ndarray  # (M,) bool: heads that take this step
+    waited: float = 0.0  # seconds until its clips had come; mixing and masking them is not waiting
 
 
 def epoch_batches(
-    clips: Clips, draws: list[Draw | None], recipe: Recipe, ranks: Ranks, seed: tuple[int, ...]
-) -> Iterator[Batch]:
+    clips: Clips, draws: list[Draw | None], recipe: Recipe, ranks: Ranks, seed: tuple[int, ...],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Batch]:  # fmt: skip
     """This process's part of every batch of an epoch of M heads, which share what `recipe` says of batches.
 
-    Clips that are streamed serve one head, and `seed` decides their order.
+    Clips that are streamed serve one head, and `seed` decides their order. `clock` measures the waiting.
     """
     if isinstance(clips, StreamedClips):
         (draw,) = draws
@@ -50,9 +53,12 @@ def epoch_batches(
         collected = (_collect(clips, step, places) for step in planned)
     if clips.device.type == "cuda" and clips.tier != "device":
         collected = _copied_ahead(in_thread(collected, AHEAD, threading.Event()), clips.device)
+    asked = clock()
     for part, active in collected:
+        waited = clock() - asked
         inputs, targets = mix_and_mask(part, recipe)
-        yield Batch(inputs, targets, part.weight, active)
+        yield Batch(inputs, targets, part.weight, active, waited)
+        asked = clock()
 
 
 Work = tuple[Collected, np.ndarray]  # and which heads take the step

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -141,8 +141,8 @@ class _Course:
         seed = (recipe.seed, self.trainings[0].number, self.epoch)
         losses, rates = [], np.zeros(len(fleet))
         batches = epoch_batches(place.clips, draws, recipe, place.ranks, seed)
-        for batch, seconds in _timed(batches):
-            waited += seconds
+        for batch in batches:
+            waited += batch.waited
             rates = self._rates()
             losses.append(fleet.step(batch, rates, place.ranks))
         taken = [max(1, -(-len(draw) // recipe.batch_size)) if draw else 1 for draw in draws]
@@ -258,13 +258,3 @@ def _plain(metrics: Metrics | None) -> dict | None:
         for name, value in found.items()
         if isinstance(value, float | int)
     }
-
-
-def _timed(batches: Iterator) -> Iterator[tuple]:
-    """Each batch, and how long it had to be waited for."""
-    while True:
-        started = time.monotonic()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.monotonic() - started

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from test_cli import run
 
 from planted import planted_cache
-from test_cli import run
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads import search_heads, train_head
 from whisper_at_cli.heads.recipe import Recipe
