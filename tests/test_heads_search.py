@@ -1,4 +1,4 @@
-"""A search ranks every combination as training each by itself would, and the command line says what it may not repeat."""
+"""A search ranks each combination as training it alone would, and the command says what it may not repeat."""
 
 import json
 
