@@ -79,7 +79,7 @@ def demo_command(ctx, out, as_json):
         probed = probe_layers(opened, progress=progress)
     draw_layer_accuracy([(opened.spec.backbone, probed)], figure)
     with progress_on_stderr("train wa-tr", "epochs", quiet=quiet) as progress:
-        trained = train_head(opened, head="wa-tr", out=head, progress=progress)
+        trained = train_head(opened, head="wa-tr", out=head, restart=True, progress=progress)
     places = {"sounds": str(sounds), "cache": str(cache), "figure": str(figure), "checkpoint": str(head)}
     if as_json:
         print_json({"extract": asdict(extracted), "probe": asdict(probed), "head": asdict(trained), **places})

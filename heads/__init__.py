@@ -4,6 +4,7 @@ from whisper_at_cli.extract.lazy import lazy_names
 
 _NAMES = {
     "train_head": "train",
+    "search_heads": "search",
     "load_head": "checkpoint",
     "build_head": "forms",
     "evaluate_head": "evaluate",

@@ -2,50 +2,60 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
+from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.options import CACHE, DEVICE, SEED, command
 from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
+from whisper_at_cli.heads.options import given_settings, recipe_options, run_options
 
 
 @command("train-head")
 @CACHE
-@click.option("--head", required=True, help="last-mlp, wa-mlp, wa-tr or tl-tr.")
-@click.option("--dim", type=int, help="tl-tr only: project the layers to this many channels first.")
-@click.option("--recipe", help="as20k, as2m or esc50.  [default: by the data]")
-@click.option("--lr", type=float, help="Learning rate.  [default: the recipe's]")
-@click.option("--epochs", type=int, help="[default: the recipe's]")
-@click.option("--out", type=click.Path(path_type=Path), help="Save the head, trained on all clips, in this folder.")
+@run_options
+@recipe_options
 @SEED
 @DEVICE
 @click.pass_context
-def train_head_command(ctx, cache, head, dim, recipe, lr, epochs, out, seed, device, as_json):
+def train_head_command(ctx, cache, head, widths, recipe, rates, search, as_json, **options):
     """Train a head on CACHE: validate it on the folds or the split, then save it.
 
-    With folds, each is validated on a head trained on the others, and the head that is saved saw all clips.
+    With folds, each is validated on a head trained on the others, and the head that is saved saw all clips. The same
+    command with the same --out continues a run that was stopped. torchrun starts it on several GPUs.
 
     \b
-        whisper-at-cli train-head esc50.zarr --head wa-mlp
+        whisper-at-cli train-head esc50.zarr --head wa-mlp --seeds 3
         whisper-at-cli train-head esc50.zarr --head tl-tr --dim 128 --out tagger
+        whisper-at-cli train-head esc50.zarr --head wa-mlp --search --lr 0.003 --lr 0.01
+        torchrun --nproc-per-node 8 -m whisper_at_cli.cli train-head as2m.zarr --head tl-tr --dim 512 --out tagger
     """
     from whisper_at_cli.extract import FeatureCache
-    from whisper_at_cli.heads import train_head
+    from whisper_at_cli.heads import search_heads, train_head
+    from whisper_at_cli.heads.ranks import is_lead
 
-    opened = FeatureCache.open(cache)
-    changes = {name: value for name, value in (("lr", lr), ("epochs", epochs)) if value is not None}
-    with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"]) as progress:
-        result = train_head(
-            opened, head=head, width=dim, recipe=recipe, changes=changes, out=out, device=device, seed=seed,
-            progress=progress,
-        )  # fmt: skip
+    options = {"head": head, "recipe": recipe, "changes": given_settings(options), **options}
+    opened, lead = FeatureCache.open(cache), is_lead()
+    with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"] or not lead) as progress:
+        if search:
+            result = search_heads(opened, rates=rates or None, widths=widths or None, progress=progress, **options)
+        else:
+            options["changes"] |= {"lr": one_of("--lr", rates)} if rates else {}
+            result = train_head(opened, width=one_of("--dim", widths), progress=progress, **options)
+    if not lead:
+        return
     print_notes(result.warnings)
     if as_json:
         print_json(result)
     else:
-        print_training(result)
+        (print_search if search else print_training)(result)
+
+
+def one_of(option: str, values: tuple):
+    """The value of an option that only a search may repeat."""
+    if len(values) > 1:
+        raise UsageError(f"{option} was given {len(values)} times: add --search to compare them, or give it once")
+    return values[0] if values else None
 
 
 @command("heads")
@@ -81,16 +91,35 @@ def heads_command(model, classes, clip_seconds, as_json):
 
 def print_training(result) -> None:
     folds = "  ".join(f"{fold['fold']}: {score(fold['value'])}" for fold in result.folds)
+    rows = [
+        ("head", f"{result.head}, {result.dim} channels, {result.params:,} parameters"),
+        (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
+        ("folds", folds),
+    ]
+    if len(result.seeds) > 1:
+        seeds = "  ".join(f"{of_seed['seed']}: {score(of_seed['value'])}" for of_seed in result.seeds)
+        rows.append(("seeds", f"{seeds} (std over seeds {score(result.std_over_seeds)})"))
+    rows += [
+        ("time", f"{result.seconds:.1f} s, {result.samples_per_second:,.0f} samples/s, "
+                 f"{result.waiting_share:.1%} of it waiting for clips ({result.tier})"),
+        ("checkpoint", result.checkpoint or "not saved (give --out FOLDER)"),
+    ]  # fmt: skip
+    if result.curve:
+        rows.append(("curve", result.curve))
+    print_table(rows, ("training", ""))
+
+
+def print_search(result) -> None:
     print_table(
         [
-            ("head", f"{result.head}, {result.dim} channels, {result.params:,} parameters"),
-            (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
-            ("folds", folds),
-            ("time", f"{result.seconds:.1f} s, {result.samples_per_second:,.0f} samples/s"),
-            ("checkpoint", result.checkpoint or "not saved (give --out FOLDER)"),
+            (
+                row["rank"], f"{row['lr']:.3g}", row["dim"], f"{row['params']:,}", score(row["value"]),
+                score(row["std"]), f"{row['seconds']:.1f}",
+            )
+            for row in result.rows
         ],
-        ("training", ""),
-    )
+        ("rank", "lr", "dim", "params", result.metric, "std over folds", "seconds"),
+    )  # fmt: skip
 
 
 COMMANDS = (train_head_command, heads_command)

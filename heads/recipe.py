@@ -1,7 +1,7 @@
 """How a head is trained: every setting in one place, with the paper's values by name.
 
 `as20k`, `as2m` and `esc50` are the paper's (Gong et al. 2023, and the code behind it). What it does not give was chosen
-here, and a comment says so.
+here, and a comment says so. A setting's declaration holds its default, what it must be, and its help for users.
 """
 
 from __future__ import annotations
@@ -9,52 +9,134 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.forms import head_form
+
+Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what it must be
+
+
+def _setting(default, rule: Rule, help: str):
+    return field(default=default, metadata={"rule": rule, "help": help})
+
+
+def _whole(least: int) -> Rule:
+    return lambda value: type(value) is int and value >= least, f"a whole number from {least} on"
+
+
+def _whole_or_none(least: int) -> Rule:
+    return (
+        lambda value: value is None or type(value) is int and value >= least,
+        f"None or a whole number from {least} on",
+    )
+
+
+def _number(holds: Callable[[float], bool], where: str) -> Rule:
+    return lambda value: type(value) in (int, float) and holds(value), f"a number {where}"
+
+
+def _one_of(*names: str) -> Rule:
+    return lambda value: value in names, f"one of {', '.join(names)}"
+
+
+YES_OR_NO: Rule = (lambda value: isinstance(value, bool), "True or False")
+
+
+def _share(value) -> bool:
+    return 0 <= value <= 1
+
+
+BETAS: Rule = (
+    lambda value: (
+        isinstance(value, tuple) and len(value) == 2 and all(isinstance(b, float) and 0 <= b < 1 for b in value)
+    ),
+    "two numbers from 0 to below 1",
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All settings of one training run. Epochs count from 1. Raises UsageError for a value that makes no sense."""
 
-    batch_size: int = 48
-    lr: float = 2e-4
-    epochs: int = 30
-    epoch_share: float = 1.0  # of the training clips that one epoch draws
-    betas: tuple[float, float] = (0.95, 0.999)
-    weight_decay: float = 5e-7
-    loss: str = "bce"  # "ce": softmax cross-entropy, for clips with exactly one label
-    label_smoothing: float = 0.1
-    mixup_rate: float = 0.5  # share of clips that are mixed with another
-    mixup_alpha: float = 10.0  # lambda ~ Beta(alpha, alpha)
-    time_mask_frames: int = 10  # a run of 0 to this many frames is zeroed, the same in all layers of a clip
-    lr_decay: float = 1.0
-    lr_decay_from_epoch: int = 10  # the last epoch at the full rate
-    lr_decay_every: int = 5
-    warmup_steps: int = 0
-    average_from_epoch: int | None = 16  # weights at the ends of this epoch and all later ones are averaged; None: last
-    class_balanced: bool = False  # draw clips with replacement, rare labels more often
-    precision: str = "auto"  # of matrix products in training; auto: bfloat16 where that is faster, else float32
-    seed: int = 0
+    batch_size: int = _setting(48, _whole(1), "Clips of one step, over all processes together.")
+    lr: float = _setting(2e-4, _number(lambda value: 0 < value < math.inf, "above 0"), "Learning rate of Adam.")
+    epochs: int = _setting(30, _whole(1), "Epochs.")
+    epoch_share: float = _setting(
+        1.0, _number(lambda value: 0 < value <= 1, "above 0 and up to 1"),
+        "Share of the training clips that one epoch draws; as2m's epoch is a tenth of the data.",
+    )  # fmt: skip
+    betas: tuple[float, float] = _setting((0.95, 0.999), BETAS, "Decay rates of Adam's two running means.")
+    weight_decay: float = _setting(
+        5e-7, _number(lambda value: 0 <= value < math.inf, "from 0 on"), "L2 penalty in Adam."
+    )
+    loss: str = _setting(
+        "bce", _one_of("bce", "ce"), "bce: a sigmoid per class; ce: softmax, for clips with exactly one label."
+    )
+    label_smoothing: float = _setting(
+        0.1, _number(lambda value: 0 <= value < 1, "from 0 to below 1"), "Targets are y (1 - s) + s / classes."
+    )
+    mixup_rate: float = _setting(0.5, _number(_share, "from 0 to 1"), "Share of clips that are mixed with another.")
+    mixup_alpha: float = _setting(
+        10.0, _number(lambda value: 0 < value < math.inf, "above 0"), "A mixed clip's share is drawn from Beta(a, a)."
+    )
+    mixup_partner: str = _setting(
+        "batch", _one_of("batch", "uniform"),
+        "batch: its neighbour in the batch, so drawn as clips are; uniform: any training clip, as originally.",
+    )  # fmt: skip
+    time_mask_frames: int = _setting(10, _whole(0), "A run of 0 to this many frames of a clip is zeroed.")
+    time_mask_layers: str = _setting(
+        "each", _one_of("each", "same"),
+        "each: every layer's run is drawn by itself; same: one for all layers of a clip, as originally.",
+    )  # fmt: skip
+    lr_decay: float = _setting(
+        1.0, _number(lambda value: 0 < value <= 1, "above 0 and up to 1"), "The learning rate is multiplied by this ..."
+    )
+    lr_decay_from_epoch: int = _setting(10, _whole(1), "... after this epoch, the last at the full rate ...")
+    lr_decay_every: int = _setting(5, _whole(1), "... and again after each so many epochs.")
+    warmup_steps: int = _setting(0, _whole(0), "The learning rate rises linearly over the first so many steps.")
+    average_from_epoch: int | None = _setting(
+        16, _whole_or_none(1), "Average the weights at the ends of the epochs from this one; none: keep the last ones."
+    )
+    average_to_epoch: int | None = _setting(None, _whole_or_none(1), "... up to this one; none: the last epoch.")
+    class_balanced: bool = _setting(False, YES_OR_NO, "Draw clips with replacement, those with rare labels more often.")
+    patience: int | None = _setting(
+        None, _whole_or_none(1),
+        "Stop when the validation metric has not risen for so many epochs (this chooses on validation clips).",
+    )  # fmt: skip
+    validate_every: int = _setting(
+        1, _whole(0), "Validate after each so many epochs for the curve; 0: only at the end."
+    )
+    precision: str = _setting(
+        "auto", _one_of("auto", "float32", "bfloat16"),
+        "Of matrix products in training; auto: bfloat16 where that is faster, else float32.",
+    )  # fmt: skip
+    seed: int = _setting(0, _whole(0), "For whatever is drawn at random.")
 
     def __post_init__(self):
         if isinstance(self.betas, list):  # as JSON has it
             object.__setattr__(self, "betas", tuple(self.betas))
-        for name, (holds, rule) in _RULES.items():
-            if not holds(getattr(self, name)):
-                raise UsageError(f"recipe: {name} is {getattr(self, name)!r} and must be {rule}")
-        first = self.average_from_epoch
+        for setting in dataclasses.fields(self):
+            (holds, rule), value = setting.metadata["rule"], getattr(self, setting.name)
+            if not holds(value):
+                raise UsageError(f"recipe: {setting.name} is {value!r} and must be {rule}")
+        first, last = self.average_from_epoch, self.average_to_epoch
         if first is not None and first > self.epochs:
             raise UsageError(f"recipe: average_from_epoch is {first} and must be None or at most {self.epochs}")
+        if last is not None and not (first is not None and first <= last):
+            raise UsageError(
+                f"recipe: average_to_epoch is {last} and must be None or at least average_from_epoch, {first}"
+            )
+        if self.patience and not self.validate_every:
+            raise UsageError(
+                "recipe: validate_every is 0 and must be 1 or more for patience, which asks for validation"
+            )
 
     def with_changes(self, **changes) -> Recipe:
         """A copy with some settings replaced. Raises UsageError for a name that is no setting.
 
         Fewer epochs move the start of weight averaging with them, unless that is given too.
         """
-        known = [field.name for field in dataclasses.fields(self)]
+        known = [setting.name for setting in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
                 raise UsageError(f"a recipe has no setting {name!r}; its settings are {', '.join(known)}")
@@ -70,48 +152,10 @@ class Recipe:
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return self.lr * self.lr_decay**decays * warmup
 
-
-Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what it must be
-
-
-def _whole(least: int) -> Rule:
-    return lambda value: isinstance(value, int) and value >= least, f"a whole number from {least} on"
-
-
-def _number(holds: Callable[[float], bool], where: str) -> Rule:
-    return lambda value: isinstance(value, int | float) and holds(value), f"a number {where}"
-
-
-def _one_of(*names: str) -> Rule:
-    return lambda value: value in names, f"one of {', '.join(names)}"
-
-
-_RULES = {
-    "batch_size": _whole(1),
-    "lr": _number(lambda value: 0 < value < math.inf, "above 0"),
-    "epochs": _whole(1),
-    "epoch_share": _number(lambda value: 0 < value <= 1, "above 0 and up to 1"),
-    "betas": (
-        lambda value: (
-            isinstance(value, tuple) and len(value) == 2 and all(isinstance(b, float) and 0 <= b < 1 for b in value)
-        ),
-        "two numbers from 0 to below 1",
-    ),
-    "weight_decay": _number(lambda value: 0 <= value < math.inf, "from 0 on"),
-    "loss": _one_of("bce", "ce"),
-    "label_smoothing": _number(lambda value: 0 <= value < 1, "from 0 to below 1"),
-    "mixup_rate": _number(lambda value: 0 <= value <= 1, "from 0 to 1"),
-    "mixup_alpha": _number(lambda value: 0 < value < math.inf, "above 0"),
-    "time_mask_frames": _whole(0),
-    "lr_decay": _number(lambda value: 0 < value <= 1, "above 0 and up to 1"),
-    "lr_decay_from_epoch": _whole(1),
-    "lr_decay_every": _whole(1),
-    "warmup_steps": _whole(0),
-    "average_from_epoch": (lambda value: value is None or isinstance(value, int) and value >= 1, "None or an epoch"),
-    "class_balanced": (lambda value: isinstance(value, bool), "True or False"),
-    "precision": _one_of("auto", "float32", "bfloat16"),
-    "seed": _whole(0),
-}
+    def averages(self, epoch: int) -> bool:
+        """Whether the weights at the end of this epoch count in the average."""
+        first, last = self.average_from_epoch, self.average_to_epoch
+        return first is not None and first <= epoch <= (last or self.epochs)
 
 
 NAMED = {
@@ -122,6 +166,8 @@ NAMED = {
     "esc50": Recipe(loss="ce"),
 }  # fmt: skip
 
+FAITHFUL = {"mixup_partner": "uniform", "time_mask_layers": "same"}  # as the original code does it
+
 
 def named_recipe(name: str, head: str, *, dim: int, width: int | None = None) -> Recipe:
     """The recipe `name` for a head on features of `dim` channels: as20k, as2m or esc50. Raises UsageError.
@@ -131,12 +177,18 @@ def named_recipe(name: str, head: str, *, dim: int, width: int | None = None) ->
     if name not in NAMED:
         raise UsageError(f"recipe {name!r} is not known; choose from {', '.join(NAMED)}")
     recipe = NAMED[name].with_changes(lr=_learning_rate(name, head, width or dim))
-    return recipe if head_form(head).reads == "features" else recipe.with_changes(time_mask_frames=0)
+    return recipe if _reads_frames(head) else recipe.with_changes(time_mask_frames=0)
+
+
+def _reads_frames(head: str) -> bool:
+    from whisper_at_cli.heads.forms import head_form  # here, since commands ask this file for their options
+
+    return head_form(head).reads == "features"
 
 
 def _learning_rate(name: str, head: str, inner_dim: int) -> float:
     """The paper's for heads with Transformer blocks; for the MLP heads it gives none."""
-    if head_form(head).reads == "features":
+    if _reads_frames(head):
         return {"as20k": 2e-4, "as2m": 5e-5 if inner_dim >= 1024 else 1e-4, "esc50": 5e-4}[name]
     # ESC has few steps. Adam moves a logit by about lr times channels a step; 4 / channels was chosen on ESC-10.
     return 4 / inner_dim if name == "esc50" else 1e-3

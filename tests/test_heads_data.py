@@ -7,7 +7,7 @@ import torch
 from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.heads import data
-from whisper_at_cli.heads.data import every_clip_has_one_label, load_clips
+from whisper_at_cli.heads.data import every_clip_has_one_label, load_clips, why_not_accuracy
 
 CPU = torch.device("cpu")
 
@@ -40,23 +40,59 @@ def test_positions_find_rows_among_those_that_were_loaded(cache):
     np.testing.assert_array_equal(batch[:, :, 0].numpy(), cache.mean(rows=wanted))
 
 
-def test_features_that_do_not_fit_are_refused_with_what_to_do(cache, monkeypatch):
+def test_features_that_do_not_fit_are_streamed_or_refused_where_memory_was_asked_for(cache, monkeypatch):
     rows = np.flatnonzero(cache.done)
     size = load_clips(cache, rows, "features", CPU).features.nbytes
     monkeypatch.setattr(data, "free_bytes", lambda device: 2 * size)
-    load_clips(cache, rows, "features", CPU)
+    assert load_clips(cache, rows, "features", CPU).tier == "memory"
     monkeypatch.setattr(data, "free_bytes", lambda device: 2 * size - 1)
-    with pytest.raises(WhisperATError, match="half of the free memory .* train last-mlp or wa-mlp"):
-        load_clips(cache, rows, "features", CPU)
-    load_clips(cache, rows, "mean", CPU)
+    streamed = load_clips(cache, rows, "features", CPU)
+    assert streamed.tier == "stream" and streamed.features.shape == (len(rows), 3, 25, 8)
+    assert load_clips(cache, rows, "mean", CPU).tier == "memory"
+    assert load_clips(cache, rows, "features", CPU, "memory").tier == "memory"  # all of it, if asked for
+    monkeypatch.setattr(data, "free_bytes", lambda device: size - 1)
+    for tier in ("memory", "device"):
+        with pytest.raises(WhisperATError, match="memory are free: leave out --tier"):
+            load_clips(cache, rows, "features", CPU, tier)
+    with pytest.raises(UsageError, match="tier 'disk' is not known; choose from auto, device, memory, stream"):
+        load_clips(cache, rows, "features", CPU, "disk")
 
 
-def test_features_too_large_for_the_accelerator_stay_in_main_memory(cache, monkeypatch):
+def test_processes_of_one_machine_share_its_memory(cache, monkeypatch):
     rows = np.flatnonzero(cache.done)
-    monkeypatch.setattr(data, "free_bytes", lambda device: 1 if device.type == "meta" else 1 << 40)
+    size = load_clips(cache, rows, "features", CPU).features.nbytes
+    monkeypatch.setattr(data, "free_bytes", lambda device: 4 * size)
+    assert load_clips(cache, rows, "features", CPU, processes=2).tier == "memory"
+    assert load_clips(cache, rows, "features", CPU, processes=3).tier == "stream"
+
+
+def test_the_accelerator_is_taken_first_then_main_memory(cache, monkeypatch):
+    rows = np.flatnonzero(cache.done)
+    size = load_clips(cache, rows, "features", CPU).features.nbytes
+    free = {"meta": 1.3 * size, "cpu": 1 << 40}
+    monkeypatch.setattr(data, "free_bytes", lambda device: free[device.type])
+    assert load_clips(cache, rows, "features", torch.device("meta")).tier == "device"
+    free["meta"] = 1.2 * size
     clips = load_clips(cache, rows, "features", torch.device("meta"))
-    assert clips.features.device == CPU and clips.device.type == "meta"
+    assert clips.tier == "memory" and clips.features.device == CPU and clips.device.type == "meta"
     assert clips.batch(torch.arange(2)).device.type == "meta"
+
+
+def test_a_limit_of_a_container_counts(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(data, "CONTROL_GROUP", tmp_path)
+    assert data.free_bytes(CPU) in (2000, None)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert data.free_bytes(CPU) is None or data.free_bytes(CPU) > 1 << 20
+
+
+def test_the_reason_against_accuracy_names_the_clips():
+    labels = np.array([[1, 0], [1, 1], [0, 0], [0, 1], [0, 0]])
+    ids = np.array(list("abcde"))
+    assert why_not_accuracy(labels, ids) == (
+        "the metric is mAP and not accuracy: 1 of 5 clips have several labels (b) and 2 of 5 clips have no label (c, e)"
+    )
 
 
 def test_free_memory_is_known_here():

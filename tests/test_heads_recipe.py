@@ -60,7 +60,8 @@ def test_the_learning_rate_warms_up_over_steps():
         *[("weight_decay", -1), ("loss", "mse"), ("label_smoothing", 1.0), ("mixup_rate", 1.1), ("mixup_alpha", 0)],
         *[("time_mask_frames", -1), ("lr_decay", 0), ("lr_decay_from_epoch", 0), ("lr_decay_every", 0)],
         *[("warmup_steps", -1), ("average_from_epoch", 0), ("average_from_epoch", 31), ("class_balanced", "yes")],
-        *[("precision", "float64"), ("seed", -1)],
+        *[("precision", "float64"), ("seed", -1), ("mixup_partner", "me"), ("time_mask_layers", "some")],
+        *[("patience", 0), ("validate_every", -1), ("average_to_epoch", 0)],
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_by_name(setting, value):
@@ -68,10 +69,25 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(setting, value):
         Recipe(**{setting: value})
 
 
-def test_every_setting_has_a_rule():
-    from whisper_at_cli.heads.recipe import _RULES
+def test_every_setting_has_a_rule_and_a_help_and_an_option():
+    from whisper_at_cli.heads.commands import train_head_command
 
-    assert list(_RULES) == [field.name for field in dataclasses.fields(Recipe)]
+    options = {parameter.name for parameter in train_head_command.params}
+    for setting in dataclasses.fields(Recipe):
+        assert setting.metadata["rule"][1] and setting.metadata["help"]
+        assert setting.name in options or setting.name == "lr"  # which a search may repeat
+
+
+def test_weights_are_averaged_over_a_span_of_epochs():
+    recipe = Recipe(average_from_epoch=16, average_to_epoch=20)
+    assert [epoch for epoch in range(1, 31) if recipe.averages(epoch)] == [16, 17, 18, 19, 20]
+    assert [epoch for epoch in range(1, 31) if Recipe().averages(epoch)] == list(range(16, 31))
+    assert not any(Recipe(average_from_epoch=None).averages(epoch) for epoch in range(1, 31))
+    for wrong in ({"average_to_epoch": 3}, {"average_from_epoch": None, "average_to_epoch": 3}):
+        with pytest.raises(UsageError, match="average_to_epoch is 3"):
+            Recipe(**wrong)
+    with pytest.raises(UsageError, match="validate_every is 0"):
+        Recipe(patience=3, validate_every=0)
 
 
 def test_changes_replace_settings_and_unknown_ones_are_refused():

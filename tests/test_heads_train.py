@@ -8,8 +8,10 @@ import torch
 
 from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.heads import load_head, train, train_head
+from whisper_at_cli.heads import load_head, loop, train, train_head
 from whisper_at_cli.heads.evaluate import predict
+from whisper_at_cli.heads.loader import Batch
+from whisper_at_cli.heads.ranks import Ranks
 from whisper_at_cli.heads.recipe import Recipe, named_recipe
 
 N, L, T, D, C = 120, 4, 25, 16, 4
@@ -74,14 +76,15 @@ def test_every_finished_clip_is_validated_once_and_never_trained_on_then(tmp_pat
         validated.append(clips.rows[positions])
         return predict(module, clips, positions)
 
-    def spy_draw(positions, *args, original=train.draw_epoch, **kwargs):
+    def spy_draw(positions, *args, original=loop.draw_epoch, **kwargs):
         drawn = original(positions, *args, **kwargs)
         trained.append(set(drawn.clip.tolist()) | set(drawn.partner.tolist()))
         return drawn
 
-    monkeypatch.setattr(train, "predict", spy_predict)
-    monkeypatch.setattr(train, "draw_epoch", spy_draw)
-    result = train_head(cache, head="wa-mlp", recipe=FAST.with_changes(epochs=1), device="cpu")
+    monkeypatch.setattr(loop, "predict", spy_predict)
+    monkeypatch.setattr(loop, "draw_epoch", spy_draw)
+    few = FAST.with_changes(epochs=1, validate_every=0, mixup_partner="uniform")
+    result = train_head(cache, head="wa-mlp", recipe=few, device="cpu")
     done = np.flatnonzero(cache.done)
     assert sorted(np.concatenate(validated)) == done.tolist()
     for rows, positions in zip(validated, trained, strict=True):
@@ -99,7 +102,10 @@ def test_a_result_has_what_its_json_promises(cache):
     assert result.params == L + 2 * D + (D + 1) * C
     assert result.seconds > 0 and result.samples_per_second > 0 and result.warnings == []
     assert (result.recipe["lr"], result.recipe["precision"], result.device) == (FAST.lr, "float32", "cpu")
-    assert [now[:2] for now in told] == [(epoch, 18) for epoch in range(1, 19)]
+    assert [now[:2] for now in told] == [(epoch, 18) for epoch in range(3, 19, 3)]  # three folds side by side
+    for fold in result.folds:
+        assert {"mAP", "mAUC", "d_prime", "accuracy", "classes_without_positives", "epochs"} <= set(fold)
+        assert fold["accuracy"] == fold["value"] and fold["epochs"] == 6
 
 
 @pytest.mark.parametrize("head", ["wa-mlp", "tl-tr"])
@@ -163,12 +169,19 @@ def test_several_labels_a_clip_are_trained_with_sigmoids_and_scored_by_map(multi
     recipe = named_recipe("as20k", "wa-mlp", dim=D).with_changes(lr=0.02, batch_size=16)
     for balanced in (False, True):
         balanced_recipe = recipe.with_changes(class_balanced=balanced)
-        result = train_head(multi_label_cache, head="wa-mlp", recipe=balanced_recipe, out=tmp_path / "h", device="cpu")
+        out = tmp_path / str(balanced)
+        result = train_head(multi_label_cache, head="wa-mlp", recipe=balanced_recipe, out=out, device="cpu")
         assert result.metric == "mAP" and result.value > 0.85
-        assert result.warnings == [
+        several, none = (
+            (multi_label_cache.labels.sum(axis=1) > 1).sum(),
+            (multi_label_cache.labels.sum(axis=1) == 0).sum(),
+        )
+        assert f"not accuracy: {several} of 120 clips have several labels" in result.warnings[0]
+        assert f"{none} of 120 clips have no label" in result.warnings[0]
+        assert result.warnings[1:] == [
             f"fold {k}: 1 of 4 classes have no validation clip and do not count" for k in (1, 2, 3)
         ]
-        assert load_head(tmp_path / "h").description.loss == "bce"
+        assert load_head(out).description.loss == "bce"
 
 
 def test_the_data_choose_the_recipe_and_changes_apply_to_it(cache, multi_label_cache):
@@ -181,29 +194,31 @@ def test_the_data_choose_the_recipe_and_changes_apply_to_it(cache, multi_label_c
     assert (named["loss"], named["time_mask_frames"]) == ("bce", 0)
 
 
-def test_saved_weights_are_the_average_over_the_last_epochs(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("head", ["wa-mlp", "wa-tr"])
+def test_saved_weights_are_the_average_over_a_span_of_epochs(cache, tmp_path, monkeypatch, head):
     snapshots = []
 
-    class Recording(train.AveragedModel):
-        def update_parameters(self, module):
-            snapshots.append(module.layer_weight.detach().clone())
-            super().update_parameters(module)
+    class Recording(loop.Fleet):
+        def take_into_average(self, which):
+            snapshots.append(self.weights[:, :L].detach().clone())
+            super().take_into_average(which)
 
-    monkeypatch.setattr(train, "AveragedModel", Recording)
-    train_head(cache, head="wa-mlp", recipe=FAST, out=tmp_path / "head", device="cpu")
-    last_training = torch.stack(snapshots[-3:])  # epochs 4 to 6
-    assert len(snapshots) == 3 * 4
-    torch.testing.assert_close(load_head(tmp_path / "head").layer_weight, last_training.mean(dim=0))
+    monkeypatch.setattr(loop, "Fleet", Recording)
+    recipe = FAST.with_changes(average_from_epoch=3, average_to_epoch=5)
+    train_head(cache, head=head, recipe=recipe, out=tmp_path / "head", device="cpu")
+    last_training = torch.stack(snapshots[-3:])  # epochs 3 to 5
+    assert len(snapshots) == 3 * (2 if head == "wa-mlp" else 4)  # folds train side by side or one by one
+    torch.testing.assert_close(load_head(tmp_path / "head").layer_weight, last_training.mean(dim=0)[0])
 
 
 def test_a_small_head_trains_on_one_thread_and_the_rest_of_the_process_keeps_its_own(cache, monkeypatch):
     seen = []
 
-    def spy_draw(*args, original=train.draw_epoch, **kwargs):
+    def spy_draw(*args, original=loop.draw_epoch, **kwargs):
         seen.append(torch.get_num_threads())
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(train, "draw_epoch", spy_draw)
+    monkeypatch.setattr(loop, "draw_epoch", spy_draw)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -223,6 +238,97 @@ def test_a_loss_that_is_not_finite_stops_training(cache):
         train_head(cache, head="tl-tr", recipe=FAST.with_changes(lr=1e30), device="cpu")
 
 
+@pytest.mark.parametrize("head", ["last-mlp", "wa-mlp"])
+def test_heads_trained_side_by_side_equal_those_trained_one_by_one(tmp_path, head):
+    """Folds of unequal size, two seeds, balanced draws."""
+    fold = np.where(np.arange(N) < 50, 1, np.where(np.arange(N) < 95, 2, 3))
+    cache = planted_cache(tmp_path / "a.zarr", planted_features(2), CLASSES, fold=fold)
+    recipe = FAST.with_changes(class_balanced=True, batch_size=16)
+    together, alone = (
+        train_head(cache, head=head, recipe=recipe, seeds=2, together=how, out=tmp_path / how, device="cpu")
+        for how in ("auto", "never")
+    )
+    assert (together.heads_side_by_side, alone.heads_side_by_side) == (6, 1)
+    assert [of_seed["seed"] for of_seed in together.seeds] == [0, 1]
+    for name in ("seed-0/fold-1", "seed-0/fold-3", "seed-1/fold-2", "."):
+        one, many = (load_head(tmp_path / how / name).state_dict() for how in ("never", "auto"))
+        for key in one:
+            torch.testing.assert_close(many[key], one[key], rtol=1e-4, atol=1e-5)
+
+
+def test_the_step_is_that_of_torchs_adam():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(5, 3))
+    inputs, targets = torch.randn(8, 5), torch.rand(8, 3)
+    recipe = Recipe(weight_decay=0.1)
+    fleet = loop.Fleet([module], recipe, torch.device("cpu"))
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01, betas=recipe.betas, weight_decay=0.1)
+    batch = Batch(inputs[None], targets[None], torch.full((1, 8), 1 / 8), np.ones(1, dtype=bool))
+    for _ in range(20):
+        fleet.step(batch, np.array([0.01]), Ranks())
+        optimizer.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits(module(inputs), targets).backward()
+        optimizer.step()
+    expected = torch.nn.utils.parameters_to_vector(module.parameters())
+    torch.testing.assert_close(fleet.weights[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_several_seeds_give_mean_and_spread(cache):
+    several = train_head(cache, head="wa-mlp", recipe=FAST, seeds=3, device="cpu")
+    alone = [train_head(cache, head="wa-mlp", recipe=FAST, seed=seed, device="cpu").value for seed in range(3)]
+    assert [of_seed["value"] for of_seed in several.seeds] == pytest.approx(alone)
+    assert (several.value, several.std_over_seeds) == (pytest.approx(np.mean(alone)), pytest.approx(np.std(alone)))
+    values = [[fold["value"] for fold in of_seed["folds"]] for of_seed in several.seeds]
+    assert [fold["value"] for fold in several.folds] == pytest.approx(np.mean(values, axis=0))
+
+
+@pytest.mark.parametrize("head", ["wa-mlp", "wa-tr"])
+def test_training_stops_early_where_validation_does_not_improve(tmp_path, head):
+    noise = np.random.default_rng(1).normal(size=(N, L, T, 64)).astype(np.float32)
+    cache = planted_cache(tmp_path / "noise.zarr", noise, CLASSES, fold=FOLD)
+    recipe = FAST.with_changes(epochs=40, patience=3, average_from_epoch=None)
+    result = train_head(cache, head=head, recipe=recipe, out=tmp_path / "head", device="cpu")
+    lines = [json.loads(line) for line in (tmp_path / "head" / "metrics.jsonl").read_text().splitlines()]
+    for fold in result.folds:
+        curve = [line["accuracy"] for line in lines if line["fold"] == fold["fold"]]
+        assert fold["epochs"] == len(curve) == int(np.argmax(curve)) + 1 + 3 < 40
+        assert fold["value"] == max(curve)  # the weights of the best epoch
+    epochs = round(np.mean([fold["epochs"] for fold in result.folds]))
+    assert sum(line["training"] == "all" for line in lines) == epochs
+
+
+def test_every_epoch_has_a_line_and_the_curve_a_picture(cache, tmp_path):
+    result = train_head(cache, head="wa-tr", recipe=FAST, out=tmp_path / "head", device="cpu")
+    lines = [json.loads(line) for line in open(result.metrics_file)]
+    assert [(line["training"], line["epoch"]) for line in lines] == [
+        (name, epoch) for name in ("fold-1", "fold-2", "fold-3", "all") for epoch in range(1, 7)
+    ]
+    assert all({"loss", "lr", "seed", "samples", "seconds", "waiting_seconds"} <= set(line) for line in lines)
+    assert all(("accuracy" in line) is (line["training"] != "all") for line in lines)
+    assert (tmp_path / "head" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_gets_what_the_records_have(cache, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train_head(cache, head="wa-mlp", recipe=FAST, out=tmp_path / "head", tensorboard=True, device="cpu")
+    shown = events.EventAccumulator(str(tmp_path / "head" / "tensorboard" / "fold-2"))
+    shown.Reload()
+    lines = [json.loads(line) for line in open(tmp_path / "head" / "metrics.jsonl")]
+    losses = [line["loss"] for line in lines if line["training"] == "fold-2"]
+    assert [point.value for point in shown.Scalars("loss")] == pytest.approx(losses)
+    assert [point.step for point in shown.Scalars("accuracy")] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("head", ["wa-mlp", "tl-tr"])
+def test_streaming_trains_as_well_as_memory(cache, head):
+    results = {
+        tier: train_head(cache, head=head, recipe=FAST.with_changes(epochs=10), tier=tier, device="cpu")
+        for tier in ("memory", "stream")
+    }
+    assert {tier: result.tier for tier, result in results.items()} == {"memory": "memory", "stream": "stream"}
+    assert min(result.value for result in results.values()) > 0.7  # chance is 0.25
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -233,6 +339,10 @@ def test_a_loss_that_is_not_finite_stops_training(cache):
         ({"device": "abacus"}, "device 'abacus'"),
         ({"recipe": Recipe(loss="ce")}, "cannot be masked: set time_mask_frames to 0"),
         ({"head": "tl-tr", "recipe": Recipe(time_mask_frames=25)}, "clips have 25 frames: set it lower"),
+        ({"seeds": 0}, "0 seeds were asked for"),
+        ({"tier": "disk"}, "tier 'disk' is not known"),
+        ({"together": "always"}, "together is 'always' and must be one of auto, never"),
+        ({"tensorboard": True, "out": None}, "--tensorboard writes its files into the folder of --out"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(cache, tmp_path, options, message):
@@ -254,7 +364,7 @@ def test_softmax_loss_for_several_labels_a_clip_is_refused(multi_label_cache):
 
 def test_an_out_folder_that_cannot_be_made_is_refused_before_training(cache, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("trained first"))
+    monkeypatch.setattr(train, "train_group", lambda *args: pytest.fail("trained first"))
     with pytest.raises(UsageError, match="cannot make the folder"):
         train_head(cache, head="wa-mlp", recipe=FAST, out=tmp_path / "file" / "head", device="cpu")
 

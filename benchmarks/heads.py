@@ -1,0 +1,245 @@
+"""How fast heads train from a cache, beside a tensor already on the device and beside one npz a clip, in one run.
+
+    python benchmarks/heads.py
+    python benchmarks/heads.py --clips 4096 --batch 48 --folder /data/scratch     # a GPU
+    python benchmarks/heads.py --as20k                                            # a GPU with 64 GB of disk
+    python benchmarks/heads.py --as20k --scale 0.002 --epochs 2                   # the same, small, on a CPU
+
+Random features of (clips, layers, 25, channels) float16 and random labels. Each thing is measured in turn, several
+rounds, and each one's best round counts: other work on a shared machine only ever slows a round down.
+
+one tensor       steps of TL-Tr on one batch that lies on the device already: no loading, mixing or masking
+memory, stream   steps of TL-Tr from the cache in that tier; on a GPU also `device`. Waiting: share of the time in which
+                 the clips of the next step have not come yet
+mlp              an epoch of WA-MLP from the cache's means
+npz              WA-MLP as the original project trains: compressed npz files, mixup in the dataset, two loader workers
+
+--as20k trains TL-Tr for the recipe's 30 epochs on as many clips as AudioSet-20K has, with the tier it chooses.
+
+Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import machine
+
+from whisper_at_cli import __version__
+from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
+from whisper_at_cli.extract.devices import choose_device
+from whisper_at_cli.heads import build_head, train_head
+from whisper_at_cli.heads.batches import draw_epoch
+from whisper_at_cli.heads.data import Clips, load_clips
+from whisper_at_cli.heads.fleet import Fleet
+from whisper_at_cli.heads.loader import Batch, epoch_batches
+from whisper_at_cli.heads.plan import fastest_precision
+from whisper_at_cli.heads.ranks import Ranks
+from whisper_at_cli.heads.recipe import Recipe, named_recipe
+
+FRAMES = 25
+AS20K_CLIPS, VALIDATION_CLIPS = 20_550, 512
+
+
+def write_cache(path: Path, options: argparse.Namespace, clips: int, validation: int = 0) -> FeatureCache:
+    """A cache of random features; every shard holds the same ones, in another order."""
+    spec = CacheSpec(
+        "benchmark", "0", options.layers, options.channels, 10.0, class_names=[f"c{c}" for c in range(options.classes)]
+    )
+    rng, total = np.random.default_rng(0), clips + validation
+    names = np.array([f"clip{i}" for i in range(total)])
+    split = np.array(["train"] * clips + ["valid"] * validation) if validation else np.full(total, "")
+    labels = (rng.random((total, options.classes)) < 2 / options.classes).astype(np.uint8)
+    table = ClipTable(names, names, np.zeros(total, np.int16), split, labels)
+    block = None
+    with CacheWriter.create(path, spec, table) as writer:
+        for shard in writer.pending_shards():
+            rows = writer.rows(shard)
+            if block is None or len(block.status) != len(rows):
+                block = ShardBlock.empty(len(rows), spec)
+                block.features[:] = rng.standard_normal(block.features.shape, dtype=np.float32)
+                block.mean[:] = block.features.mean(axis=2, dtype=np.float32)
+                block.status[:], block.valid_frames[:] = Status.DONE, FRAMES
+            writer.write(shard, block)
+    return FeatureCache.open(path)
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def synchronised(device: torch.device, clock: str = "wall") -> float:
+    """The time, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return CLOCKS[clock]()
+
+
+def train_epoch(clips: Clips, fleet: Fleet, recipe: Recipe, round: int, clock: str) -> tuple[float, float]:
+    """Clips per second of an epoch, and the share of its time that steps waited for clips."""
+    waited, started = 0.0, synchronised(clips.device, clock)
+    rng = np.random.default_rng(round)
+    draw = draw_epoch(np.arange(len(clips.rows)), recipe, rng, frames=clips.frames, layers=clips.layers)
+    for batch in epoch_batches(clips, [draw], recipe, Ranks(), (round,), CLOCKS[clock]):
+        waited += batch.waited
+        fleet.step(batch, np.array([recipe.lr]), Ranks())
+    seconds = synchronised(clips.device, clock) - started
+    return len(draw) / seconds, waited / seconds
+
+
+def train_on_one_tensor(fleet: Fleet, options: argparse.Namespace, steps: int) -> float:
+    """Clips per second of as many steps on one batch that lies on the device."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, options.batch, options.layers, FRAMES, options.channels, generator=generator)
+    targets = torch.rand(1, options.batch, options.classes, generator=generator)
+    weight = torch.full((1, options.batch), 1 / options.batch)
+    batch = Batch(*(tensor.to(fleet.device) for tensor in (inputs, targets, weight)), np.ones(1, dtype=bool))
+    started = synchronised(fleet.device, options.clock)
+    for _ in range(steps):
+        fleet.step(batch, np.array([1e-4]), Ranks())
+    return steps * options.batch / (synchronised(fleet.device, options.clock) - started)
+
+
+class NpzClips(torch.utils.data.Dataset):
+    """One compressed npz a clip, half of them mixed with another that is loaded for it."""
+
+    def __init__(self, folder: Path, cache: FeatureCache, count: int):
+        self.folder, self.labels = folder, cache.labels[:count].astype(np.float32)
+        for row in range(count):
+            np.savez_compressed(folder / f"{row}.npz", cache.features([row])[0])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        features, labels = self._load(index)
+        if np.random.rand() < 0.5:
+            share, other = np.random.beta(10, 10), self._load(np.random.randint(len(self)))
+            features, labels = (share * a + (1 - share) * b for a, b in zip((features, labels), other, strict=True))
+        return features.astype(np.float32), labels.astype(np.float32)
+
+    def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.load(self.folder / f"{index}.npz")["arr_0"].astype(np.float32), self.labels[index]
+
+
+def train_from_npz(dataset: NpzClips, fleet: Fleet, batch_size: int) -> tuple[float, float]:
+    """Clips per second of an epoch from npz files, and the share of its time spent waiting for them."""
+    loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=2)
+    waited, done, started = 0.0, 0, time.perf_counter()
+    batches = iter(loader)
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        waited += time.perf_counter() - asked
+        if batch is None:
+            break
+        inputs, targets = (part.to(fleet.device)[None] for part in batch)
+        weight = torch.full(targets.shape[:2], 1 / targets.shape[1], device=fleet.device)
+        fleet.step(Batch(inputs, targets, weight, np.ones(1, dtype=bool)), np.array([1e-3]), Ranks())
+        done += targets.shape[1]
+    seconds = synchronised(fleet.device) - started
+    return done / seconds, waited / seconds
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict:
+    device = choose_device(options.device)
+    cache, rows = write_cache(folder / "a.zarr", options, options.clips), np.arange(options.clips)
+    shape = {"layers": options.layers, "dim": options.channels, "classes": options.classes}
+    recipe = dataclasses.replace(
+        named_recipe("as20k", "tl-tr", dim=options.channels, width=options.dim), batch_size=options.batch,
+        precision=fastest_precision("tl-tr", device),
+    )  # fmt: skip
+    of_mlp = named_recipe("as20k", "wa-mlp", dim=options.channels).with_changes(precision="float32")
+    of_mlp = dataclasses.replace(of_mlp, batch_size=options.batch)
+    fleet = Fleet([build_head("tl-tr", width=options.dim, **shape)], recipe, device)
+    mlp = Fleet([build_head("wa-mlp", **shape)], of_mlp, device)
+    tiers = ["device"] * (device.type != "cpu") + ["memory", "stream"]
+    clips = {tier: load_clips(cache, rows, "features", device, tier) for tier in tiers}
+    means = load_clips(cache, rows, "mean", device)
+    npz = NpzClips(folder, cache, min(options.clips, options.npz_clips))
+    rates, waits = {}, {}
+
+    def keep(name: str, rate: float, waited: float = 0.0) -> None:
+        if rate > rates.get(name, 0):
+            rates[name], waits[name] = rate, waited
+
+    train_on_one_tensor(fleet, options, 1)  # what is set up once is not measured
+    for round in range(options.rounds):
+        keep("one tensor", train_on_one_tensor(fleet, options, max(1, options.clips // options.batch)))
+        for tier in tiers:
+            keep(tier, *train_epoch(clips[tier], fleet, recipe, round, options.clock))
+        for _ in range(5):
+            keep("mlp", *train_epoch(means, mlp, of_mlp, round, "wall"))
+        keep("npz", *train_from_npz(npz, mlp, options.batch))
+    ratios = {f"{tier} / one tensor": round_to(rates[tier] / rates["one tensor"]) for tier in tiers}
+    return {
+        "precision": recipe.precision,
+        "rates": {name: {"clips/s": round_to(rates[name]), "waiting": round_to(waits[name])} for name in rates},
+        "ratios": ratios | {
+            "mlp / npz": round_to(rates["mlp"] / rates["npz"]), "waiting, stream": round_to(waits["stream"])
+        },
+    }  # fmt: skip
+
+
+def measure_as20k(options: argparse.Namespace, folder: Path) -> dict:
+    clips, validation = (max(8, round(options.scale * count)) for count in (AS20K_CLIPS, VALIDATION_CLIPS))
+    started = time.perf_counter()
+    cache = write_cache(folder / "a.zarr", options, clips, validation)
+    written = time.perf_counter() - started
+    changes = {"validate_every": 0} | ({"epochs": options.epochs} if options.epochs else {})
+    result = train_head(
+        cache, head="tl-tr", width=options.dim, recipe="as20k", changes=changes, device=options.device,
+        tier=options.tier,
+    )  # fmt: skip
+    kept = ("seconds", "samples_per_second", "tier", "waiting_share", "device", "params")
+    return {
+        "clips": clips, "validation_clips": validation, "epochs": result.recipe["epochs"],
+        "precision": result.recipe["precision"], "batch": result.recipe["batch_size"],
+        "seconds_to_write_the_cache": round_to(written), **{name: round_to(getattr(result, name)) for name in kept},
+        "minutes": round_to(result.seconds / 60),
+    }  # fmt: skip
+
+
+def round_to(value):
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = {"clips": 64, "layers": 32, "channels": 1280, "classes": 527, "dim": 512, "batch": 16, "rounds": 2}
+    for name, default in (numbers | {"npz-clips": 48}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="of TL-Tr; cpu: processor time, for a CPU that others use too"
+    )
+    parser.add_argument("--as20k", action="store_true", help="train on as many clips as AudioSet-20K has instead")
+    parser.add_argument("--scale", type=float, default=1.0, help="of --as20k: this share of the clips")
+    parser.add_argument("--epochs", type=int, help="of --as20k, instead of the recipe's 30")
+    parser.add_argument("--tier", default="auto", help="of --as20k, instead of the one that training chooses")
+    parser.add_argument("--folder", help="where to write; a temporary folder without it")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        found = (measure_as20k if options.as20k else measure)(options, Path(folder))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "folder")}
+    result = {
+        "benchmark": "heads as20k" if options.as20k else "heads", "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine(gpu), "threads": torch.get_num_threads(),
+        "versions": {"whisper-at-cli": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "settings": settings, **found,
+    }  # fmt: skip
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The options of train-head: one for each setting of a recipe, from its declaration, and those of the run itself.
+
+Nothing heavy is imported here, since `--help` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from whisper_at_cli.heads.recipe import Recipe
+
+RUN_SETTINGS = ("lr", "seed")  # declared below, with what a run makes of them
+
+
+class WholeOrNone(click.ParamType):
+    """A whole number, or `none`."""
+
+    name = "integer or none"
+
+    def convert(self, value, param, ctx):
+        return "none" if str(value).lower() == "none" else click.INT.convert(value, param, ctx)
+
+
+TYPES = {"int": click.INT, "float": click.FLOAT, "str": click.STRING, "int | None": WholeOrNone()}
+
+
+def _setting_option(setting: dataclasses.Field):
+    """The option of one setting; where it is not given, the recipe's value holds."""
+    flag, help = setting.name.replace("_", "-"), setting.metadata["help"]
+    if setting.type == "bool":
+        return click.option(f"--{flag}/--no-{flag}", setting.name, default=None, help=help)
+    if setting.type.startswith("tuple"):
+        return click.option(f"--{flag}", setting.name, type=float, nargs=2, default=None, help=help)
+    return click.option(f"--{flag}", setting.name, type=TYPES[setting.type], help=help)
+
+
+def recipe_options(function):
+    """Decorate a command with an option for every setting of a recipe; `given_settings` picks what was given."""
+    for setting in reversed(dataclasses.fields(Recipe)):
+        if setting.name not in RUN_SETTINGS:
+            function = _setting_option(setting)(function)
+    return function
+
+
+def given_settings(options: dict) -> dict:
+    """The settings among a command's options that a user gave, as changes to a recipe."""
+    names = [setting.name for setting in dataclasses.fields(Recipe) if setting.name not in RUN_SETTINGS]
+    given = {name: options.pop(name) for name in names}
+    return {name: None if value == "none" else value for name, value in given.items() if value is not None}
+
+
+RUN_OPTIONS = (
+    click.option("--head", required=True, help="last-mlp, wa-mlp, wa-tr or tl-tr."),
+    click.option(
+        "--dim", "widths", type=int, multiple=True,
+        help="tl-tr only: project the layers to this many channels first. Repeatable with --search.",
+    ),
+    click.option("--recipe", help="as20k, as2m or esc50; each setting has an option too.  [default: by the data]"),
+    click.option(
+        "--lr", "rates", type=float, multiple=True,
+        help="Learning rate of Adam. Repeatable with --search.  [default: the recipe's]",
+    ),
+    click.option("--seeds", type=int, default=1, show_default=True, help="Repeat with so many seeds: mean and spread."),
+    click.option("--faithful", is_flag=True, help="Draw mixup partners and time masks as the original code does."),
+    click.option(
+        "--search", is_flag=True, help="Compare learning rates (--lr) and dimensions (--dim); a ranked table, no head."
+    ),
+    click.option("--out", type=click.Path(path_type=Path), help="Save heads, metrics and curve in this folder."),
+    click.option("--restart", is_flag=True, help="Replace the run that --out holds instead of continuing it."),
+    click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files below --out."),
+    click.option(
+        "--tier", default="auto", show_default=True,
+        help="Where features lie: device, memory or stream (read each epoch); auto: the fastest that is large enough.",
+    ),
+    click.option(
+        "--together", default="auto", show_default=True,
+        help="auto: folds, seeds and learning rates of MLP heads train as one model; never: one after another.",
+    ),
+)  # fmt: skip
+
+
+def run_options(function):
+    for option in reversed(RUN_OPTIONS):
+        function = option(function)
+    return function
