@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.devices import choose_device, one_thread_per_operation
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.extract.folds import Fold, evaluation_folds
+from whisper_at_cli.extract.folds import Fold, cache_folds
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.batches import balancing_weights, draw_epoch, make_batch
 from whisper_at_cli.heads.checkpoint import HeadDescription, save_head
@@ -135,7 +135,7 @@ def _plan(cache, *, head, width, recipe, changes, device) -> _Job:
     if recipe.precision == "auto":
         recipe = recipe.with_changes(precision=_fastest_precision(head, target))
     _check_recipe(recipe, head, single_label, spec.frames)
-    folds, warnings = evaluation_folds(cache.fold, cache.split, cache.labels, cache.done, seed=recipe.seed)
+    folds, warnings = cache_folds(cache, seed=recipe.seed)
     rows = np.unique(np.concatenate([side for fold in folds for side in (fold.train, fold.test)]))
     clips = load_clips(cache, rows, head_form(head).reads, target)
     return _Job(cache, head, width, recipe, folds, clips, "accuracy" if single_label else "mAP", warnings)

@@ -4,7 +4,7 @@ from whisper_at_cli.extract.lazy import lazy_names
 
 _NAMES = {
     "LayerProbe": "estimator",
-    "probe_layers": "linear",
+    "probe_layers": "layers",
 }
 __all__ = list(_NAMES)
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -1,4 +1,4 @@
-"""The commands of stage 2b: probe. Heavy imports sit inside them."""
+"""The commands of stage 2b: probe, figure. Heavy imports sit inside them."""
 
 from __future__ import annotations
 
@@ -11,37 +11,60 @@ from whisper_at_cli.extract.options import CACHE, DEVICE, SEED, command
 from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 
+CLASSES_SHOWN = 60
+CONFUSIONS_SHOWN = 5
+
 
 @command("probe")
 @CACHE
 @click.option(
     "--layer", "layers", multiple=True, default=("all",), show_default=True, help="1 = first; repeatable, or all."
 )
-@click.option("--strength", default=1.0, show_default=True, help="Inverse L2 penalty, scikit-learn's C.")
+@click.option(
+    "--kind", default="linear", show_default=True,
+    help="linear, knn (nearest neighbours) or attentive (a learned query attends over the frames, then linear).",
+)  # fmt: skip
+@click.option(
+    "--strength", default="1.0", show_default=True,
+    help="Inverse L2 penalty, scikit-learn's C; auto chooses it inside the training folds (linear only).",
+)  # fmt: skip
+@click.option("--neighbours", type=int, default=10, show_default=True, help="With --kind knn: how many vote.")
+@click.option("--faithful", is_flag=True, help="The original project's classifier, for comparison; slow.")
+@click.option("--unstandardised", is_flag=True, help="With --faithful: features as they are, not standardised.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write every number into this file too.")
 @click.option(
     "--figure", type=click.Path(path_type=Path), help="Draw accuracy against layer here (.png, .pdf or .svg)."
 )
 @SEED
 @DEVICE
 @click.pass_context
-def probe_command(ctx, cache, layers, strength, figure, seed, device, as_json):
-    """Fit a linear probe to each layer of CACHE and print how well it tells the classes apart.
+def probe_command(
+    ctx, cache, layers, kind, strength, neighbours, faithful, unstandardised, csv_path, figure, seed, device, as_json
+):
+    """Fit a probe to each layer of CACHE and print how well it tells the classes apart.
 
-    Uses the dataset's official folds, its split, or else random folds.
+    Uses the dataset's official folds, its split, or else random folds, grouped by recording where names tell it.
 
     \b
-        whisper-at-cli probe esc50.zarr --layer all --figure layers.pdf
-        whisper-at-cli probe esc50.zarr --layer 16 --layer 32 --json
+        whisper-at-cli probe esc50.zarr --layer all --figure layers.pdf --csv layers.csv
+        whisper-at-cli probe esc50.zarr --layer 16 --layer 32 --strength auto --json
+        whisper-at-cli probe esc50.zarr --kind knn --neighbours 5
     """
     from whisper_at_cli.extract import FeatureCache
     from whisper_at_cli.probe import probe_layers
 
     opened = FeatureCache.open(cache)
+    kind = _kind(ctx, kind, faithful, unstandardised)
     with progress_on_stderr("probe", "layers", quiet=ctx.obj["quiet"]) as progress:
         result = probe_layers(
-            opened, layers=_layer_numbers(layers), strength=strength, device=device, seed=seed, progress=progress
-        )
+            opened, layers=_layer_numbers(layers), kind=kind, strength=_strength(strength), neighbours=neighbours,
+            standardise=not unstandardised, device=device, seed=seed, progress=progress,
+        )  # fmt: skip
     print_notes(result.warnings)
+    if csv_path:
+        from whisper_at_cli.probe.tidy import write_csv
+
+        write_csv(result, csv_path)
     if figure:
         from whisper_at_cli.probe.figures import draw_layer_accuracy
 
@@ -51,6 +74,29 @@ def probe_command(ctx, cache, layers, strength, figure, seed, device, as_json):
         print_json(result)
     else:
         print_probe(result)
+        _print_classes(result)
+
+
+def _kind(ctx, kind: str, faithful: bool, unstandardised: bool) -> str:
+    """The kind of probe. Raises UsageError for options that only another kind takes."""
+    if faithful and ctx.get_parameter_source("kind").name != "DEFAULT":
+        raise UsageError(f"--faithful is a kind of its own; leave out --kind {kind}")
+    kind = "faithful" if faithful else kind
+    takers = {"strength": ("linear", "attentive"), "neighbours": ("knn",), "unstandardised": ("faithful",)}
+    for option, kinds in takers.items():
+        if kind not in kinds and ctx.get_parameter_source(option).name != "DEFAULT":
+            asked = " or ".join("--faithful" if name == "faithful" else f"--kind {name}" for name in kinds)
+            raise UsageError(f"--{option} is for {asked}; leave it out")
+    return kind
+
+
+def _strength(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--strength {text} is neither a number nor 'auto'") from None
 
 
 def _layer_numbers(layers: tuple[str, ...]):
@@ -69,7 +115,46 @@ def print_probe(result) -> None:
     else:
         header = ("layer", "mAP", "std over folds")
         rows = [(row.layer, row.mAP, row.mAP_std) for row in result.layers]
-    print_table([(row[0], *map(score, row[1:])) for row in rows], header)
+    rows = [(row[0], *map(score, row[1:])) for row in rows]
+    if result.strength == "auto":
+        header = (*header, "strengths of the folds")
+        chosen = [" ".join(f"{fold['strength']:g}" for fold in row.folds) for row in result.layers]
+        rows = [(*row, strengths) for row, strengths in zip(rows, chosen, strict=True)]
+    print_table(rows, header)
+
+
+def _print_classes(result) -> None:
+    """Best layer of each class, and which classes the best layer takes for one another."""
+    if result.best_layer is None:
+        return
+    best = next(layer for layer in result.layers if layer.layer == result.best_layer)
+    per_class = best.class_f1 if result.metric == "accuracy" else best.class_ap
+    rows = []
+    for name, layer in list(result.best_layer_per_class.items())[:CLASSES_SHOWN]:
+        tied = ", ".join(map(str, result.best_layer_per_class_ties.get(name, [])[1:]))
+        rows.append((name, layer or "undefined", tied, score(per_class[name])))
+    measure = "F1" if result.metric == "accuracy" else "AP"
+    if len(result.layers) > 1:
+        print_table(rows, ("class", "best layer", "as good", f"{measure} in layer {best.layer}"))
+    else:
+        print_table([(row[0], row[3]) for row in rows], ("class", f"{measure} in layer {best.layer}"))
+    if len(result.best_layer_per_class) > len(rows):
+        click.echo(f"{len(result.best_layer_per_class) - len(rows)} more classes: --json or --csv has them all\n")
+    if result.metric == "accuracy":
+        _print_confusions(best)
+
+
+def _print_confusions(layer) -> None:
+    pairs = [
+        (clips, true, predicted)
+        for true, predictions in layer.confusion.items()
+        for predicted, clips in predictions.items()
+        if predicted != true
+    ]
+    pairs.sort(key=lambda pair: -pair[0])
+    if pairs:
+        shown = [(true, predicted, clips) for clips, true, predicted in pairs[:CONFUSIONS_SHOWN]]
+        print_table(shown, (f"most confused in layer {layer.layer}", "taken for", "clips"))
 
 
 COMMANDS = (probe_command,)

@@ -20,6 +20,7 @@ class LayerAccuracy:
     folds: list[dict]  # fold, accuracy, clips
     macro_f1: float
     class_f1: dict[str, float | None]  # from the predictions of all folds together; None without a tested clip
+    confusion: dict[str, dict[str, int]]  # true class -> predicted class -> clips of all folds; what is 0 is left out
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,22 @@ class HeldOut:
             folds=folds,
             macro_f1=float(np.nanmean(f1)),
             class_f1=self._by_name(f1),
+            confusion=self._confusion(truth[self.tested], predicted[self.tested]),
         )
+
+    def _confusion(self, truth: np.ndarray, predicted: np.ndarray) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {self.class_names[c]: {} for c in np.unique(truth)}
+        pairs, clips = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
+        for true, claimed, count in zip(*pairs.tolist(), clips.tolist(), strict=True):
+            found[self.class_names[true]][self.class_names[claimed]] = count
+        return found
 
     def precision(self, layer: int, logits: np.ndarray) -> LayerPrecision:
         folds = []
         for number, clips in self.tests.items():
             ap = class_ap(self.labels[clips], logits[clips])
             without = int(np.isnan(ap).sum())
-            folds.append(
-                {"fold": number, "mAP": _mean(ap), "clips": len(clips), "classes_without_positives": without}
-            )
+            folds.append({"fold": number, "mAP": _mean(ap), "clips": len(clips), "classes_without_positives": without})
         pooled = class_ap(self.labels[self.tested], logits[self.tested])
         values = np.array([fold["mAP"] for fold in folds if fold["mAP"] is not None])
         return LayerPrecision(

@@ -9,12 +9,12 @@ import pytest
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.figures import _layer_ticks, draw_layer_accuracy
-from whisper_at_cli.probe.linear import ProbeResult
+from whisper_at_cli.probe.layers import ProbeResult
 from whisper_at_cli.probe.scores import LayerAccuracy
 
 RESULT = ProbeResult(
     metric="accuracy",
-    layers=[LayerAccuracy(layer, 0.5 + layer / 10, 0.02, [], 0.5, {}) for layer in (1, 2, 4)],
+    layers=[LayerAccuracy(layer, 0.5 + layer / 10, 0.02, [], 0.5, {}, {}) for layer in (1, 2, 4)],
     best_layer=4, best_layer_per_class={}, clips=10, backbone="tiny.en", strength=1.0, seed=0, device="cpu",
 )  # fmt: skip
 EXPECTED = {

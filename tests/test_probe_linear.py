@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from planted import planted_cache
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import CacheError, UsageError
-from whisper_at_cli.probe import linear, probe_layers
+from whisper_at_cli.probe import job, linear, probe_layers
 
 LAYERS, DIM, CLASSES = 3, 12, 4
 
@@ -54,7 +54,7 @@ def test_probe_finds_the_layer_that_holds_the_label(planted):
 
 def test_the_result_is_json_with_every_field_of_the_command(planted):
     (layer,) = json.loads(json.dumps(asdict(probe_layers(planted, layers=[2]))))["layers"]
-    assert set(layer) == {"layer", "accuracy", "accuracy_std", "folds", "macro_f1", "class_f1"}
+    assert set(layer) == {"layer", "accuracy", "accuracy_std", "folds", "macro_f1", "class_f1", "confusion"}
     assert [set(fold) for fold in layer["folds"]] == [{"fold", "accuracy", "clips"}] * 5
     assert list(layer["class_f1"]) == ["class0", "class1", "class2", "class3"]
 
@@ -92,9 +92,9 @@ def test_layers_are_the_same_in_any_order_and_company(planted):
 @pytest.mark.parametrize("batch_bytes", [1, 1 << 40])
 def test_the_result_does_not_depend_on_how_the_work_is_divided(planted, monkeypatch, batch_bytes):
     expected = probe_layers(planted)
-    monkeypatch.setattr(linear, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(job, "BATCH_BYTES", batch_bytes)
     assert probe_layers(planted) == expected
-    monkeypatch.setattr(linear._Job, "_batch_size", lambda job: (LAYERS, 2))  # as on an accelerator
+    monkeypatch.setattr(linear.LinearProbe, "batch_size", lambda probe, job: (LAYERS, 2))  # as on an accelerator
     assert probe_layers(planted) == expected
 
 
