@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import click
@@ -157,4 +158,115 @@ def _print_confusions(layer) -> None:
         print_table(shown, (f"most confused in layer {layer.layer}", "taken for", "clips"))
 
 
-COMMANDS = (probe_command,)
+@command("figure")
+@click.argument("number")
+@click.argument("inputs", nargs=-1)
+@click.option(
+    "--robustness", multiple=True, metavar="JSON", help="What `robustness --json` printed, of one model; repeatable."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The figure: .pdf, .svg or .png.")
+@click.option("--wer", default="whisper", show_default=True, help="Text normalised as whisper does, or as the paper.")
+@click.option("--layer", type=int, help="Figure 2: the layer that is probed.  [default: the last]")
+@click.option("--low-snr", type=float, default=-10.0, show_default=True, help="Figure 2: WER increases to this SNR,")
+@click.option("--high-snr", type=float, default=20.0, show_default=True, help="from this one.")
+@click.option("--snr", type=float, help="Figure 5: WER at this SNR.  [default: of clean speech]")
+@click.option(
+    "--parameters",
+    multiple=True,
+    metavar="NAME=N",
+    help="Figure 5: parameters of a model that is no Whisper; repeatable.",
+)
+@click.option("--strength", default="1.0", show_default=True, help="Of the probes of caches: a number or auto.")
+@SEED
+@DEVICE
+@click.pass_context
+def figure_command(ctx, number, inputs, robustness, out, strength, seed, device, as_json, **options):
+    """Draw figure NUMBER of the paper (1, 2, 3 or 5) from INPUTS; the numbers drawn lie beside it as JSON.
+
+    INPUTS are caches, which are probed, and files with what `probe`, `robustness` or `train-head` printed with --json.
+    NAME=PATH calls one by another name than its backbone's.
+
+    \b
+        1  accuracy against layer; with --robustness also WER against SNR
+        2  how well each class is recognised, against how much it disturbs transcription
+        3  how many classes are best recognised in each layer
+        5  tagging and WER against the size of the model
+
+    \b
+        whisper-at-cli figure 1 tiny.zarr base.zarr --robustness tiny.json --robustness base.json --out fig1.pdf
+        whisper-at-cli figure 2 base.zarr --robustness base.json --out fig2.pdf
+        whisper-at-cli figure 3 base.zarr --out fig3.svg
+        whisper-at-cli figure 5 tiny-head.json base-head.json --robustness tiny.json --robustness base.json --out 5.png
+    """
+    from whisper_at_cli.probe.figures import canvas
+    from whisper_at_cli.probe.figures.inputs import ROBUSTNESS, load_results, only
+
+    draw = _drawing(ctx, number, options)
+    canvas.checked_path(out)
+    probe = _prober(ctx, strength=strength, layer=options["layer"], device=device, seed=seed)
+    results = load_results(inputs, probe)
+    results += only(load_results(robustness, probe), ROBUSTNESS, "--robustness")
+    numbers = draw(results, out)
+    if as_json:
+        print_json(numbers)
+    else:
+        click.echo(f"{out}; the numbers: {out.with_suffix('.json')}")
+
+
+FIGURE_OPTIONS = {
+    "1": ("wer",),
+    "2": ("wer", "layer", "low_snr", "high_snr"),
+    "3": (),
+    "5": ("wer", "snr", "parameters"),
+}
+
+
+def _drawing(ctx, number: str, options: dict):
+    """The function that draws this figure, with its options. Raises UsageError for those of another figure."""
+    from whisper_at_cli.probe import figures
+
+    if number not in FIGURE_OPTIONS:
+        raise UsageError(f"there is no figure {number} to draw; choose from {', '.join(FIGURE_OPTIONS)}")
+    for option in options:
+        if option not in FIGURE_OPTIONS[number] and ctx.get_parameter_source(option).name != "DEFAULT":
+            takers = [figure for figure, taken in FIGURE_OPTIONS.items() if option in taken]
+            raise UsageError(f"--{option.replace('_', '-')} is for figure {' or '.join(takers)}; leave it out")
+    if options["wer"] not in ("whisper", "paper"):
+        raise UsageError(f"--wer {options['wer']} is not known; choose from whisper, paper")
+    taken = {option: options[option] for option in FIGURE_OPTIONS[number]}
+    if "parameters" in taken:
+        taken["parameters"] = dict(map(_named_number, taken["parameters"]))
+    return functools.partial(getattr(figures, f"draw_figure_{number}"), **taken)
+
+
+def _named_number(text: str) -> tuple[str, int]:
+    name, _, count = text.rpartition("=")
+    try:
+        value = float(count)
+    except ValueError:
+        value = 0
+    if not name or not 1 <= value < 1e15:
+        raise UsageError(f"--parameters {text} is not of the form NAME=N, such as hubert-xlarge=964e6")
+    return name, round(value)
+
+
+def _prober(ctx, *, strength: str, layer: int | None, device: str, seed: int):
+    """A function from the path of a cache to the result of its probes."""
+
+    def probe(path):
+        from whisper_at_cli.extract import FeatureCache
+        from whisper_at_cli.probe import probe_layers
+
+        opened = FeatureCache.open(path)
+        with progress_on_stderr(f"probe {path}", "layers", quiet=ctx.obj["quiet"]) as progress:
+            result = probe_layers(
+                opened, layers="all" if layer is None else [layer], strength=_strength(strength), device=device,
+                seed=seed, progress=progress,
+            )  # fmt: skip
+        print_notes(result.warnings)
+        return result
+
+    return probe
+
+
+COMMANDS = (probe_command, figure_command)

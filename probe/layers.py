@@ -5,13 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isclose
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.probe.job import Job, Prediction
-from whisper_at_cli.probe.scores import LayerAccuracy, LayerPrecision
+from whisper_at_cli.probe.scores import LayerAccuracy, LayerPrecision, best_layers
 
 KINDS = ("linear", "knn", "attentive", "faithful")
 NEIGHBOURS = 10
@@ -70,8 +69,8 @@ def probe_layers(
             progress(len(scores), len(numbers), f"layer {prediction.layer}")
     warnings += _notes(predictions, strength)
     per_class = [score.class_f1 if job.metric == "accuracy" else score.class_ap for score in scores]
-    best = _best(numbers, [getattr(score, job.metric) for score in scores])
-    best_per_class = {name: _best(numbers, [values[name] for values in per_class]) for name in per_class[0]}
+    best = best_layers(numbers, [getattr(score, job.metric) for score in scores])
+    best_per_class = {name: best_layers(numbers, [values[name] for values in per_class]) for name in per_class[0]}
     return ProbeResult(
         metric=job.metric,
         layers=scores,
@@ -147,10 +146,3 @@ def _layer_numbers(cache: FeatureCache, layers: str | Sequence[int]) -> list[int
                 f"{cache.path} ({cache.spec.backbone}) has layers 1 to {cache.spec.layers}; layer {layer} was asked for"
             )
     return numbers
-
-
-def _best(layers: list[int], values: list[float | None]) -> list[int]:
-    """The layers with the greatest value, ascending; more than one where they tie. None where no value is defined."""
-    defined = [(layer, value) for layer, value in zip(layers, values, strict=True) if value is not None]
-    greatest = max((value for _, value in defined), default=None)
-    return [layer for layer, value in defined if isclose(value, greatest, rel_tol=1e-12)]

@@ -5,7 +5,9 @@ n clips, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 
 import numpy as np
 
@@ -93,6 +95,13 @@ class HeldOut:
     def _by_name(self, values: np.ndarray) -> dict[str, float | None]:
         pairs = zip(self.class_names, values.tolist(), strict=True)
         return {name: None if np.isnan(value) else value for name, value in pairs}
+
+
+def best_layers(layers: Sequence[int], values: Sequence[float | None]) -> list[int]:
+    """The layers with the greatest value, in order; more than one where they tie. None where no value is defined."""
+    defined = [(layer, value) for layer, value in zip(layers, values, strict=True) if value is not None]
+    greatest = max((value for _, value in defined), default=None)
+    return [layer for layer, value in defined if isclose(value, greatest, rel_tol=1e-12)]
 
 
 def class_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
