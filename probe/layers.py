@@ -105,7 +105,7 @@ def _method(kind: str, *, strength: float | str, neighbours: int, standardise: b
         from whisper_at_cli.probe.attentive import AttentiveProbe
 
         method = AttentiveProbe(strength)
-        return method, {"steps": method.steps, "learning_rate": method.learning_rate}
+        return method, {"steps": method.steps, "learning_rate": method.learning_rate, "query_rate": method.query_rate}
     if kind == "faithful":
         from whisper_at_cli.probe.faithful import FaithfulProbe
 
