@@ -203,6 +203,7 @@ def figure_command(ctx, number, inputs, robustness, out, strength, seed, device,
 
     draw = _drawing(ctx, number, options)
     canvas.checked_path(out)
+    _spare_inputs(out, (*inputs, *robustness))
     probe = _prober(ctx, strength=strength, layer=options["layer"], device=device, seed=seed)
     results = load_results(inputs, probe)
     results += only(load_results(robustness, probe), ROBUSTNESS, "--robustness")
@@ -237,6 +238,18 @@ def _drawing(ctx, number: str, options: dict):
     if "parameters" in taken:
         taken["parameters"] = dict(map(_named_number, taken["parameters"]))
     return functools.partial(getattr(figures, f"draw_figure_{number}"), **taken)
+
+
+def _spare_inputs(out: Path, inputs: tuple[str, ...]) -> None:
+    """Raises UsageError where the numbers beside the figure would replace a result that it is drawn from."""
+    numbers = out.with_suffix(".json")
+    if any(numbers.exists() and Path(path).exists() and numbers.samefile(path) for path in _paths(inputs)):
+        raise UsageError(f"the numbers of {out} go to {numbers}, which is one of the inputs; choose another --out")
+
+
+def _paths(inputs: tuple[str, ...]) -> list[str]:
+    """Of inputs that may be NAME=PATH, both readings."""
+    return [path for text in inputs for path in (text, text.partition("=")[2]) if path]
 
 
 def _named_number(text: str) -> tuple[str, int]:

@@ -250,6 +250,14 @@ def test_what_cannot_be_drawn_is_one_clear_line(capsys, tmp_path, arguments, sai
     assert not out.exists()
 
 
+def test_a_figure_does_not_replace_the_result_it_is_drawn_from(capsys, tmp_path):
+    path = write(tmp_path / "layers.json", probe_json(F1))
+    for given in (path, f"mine={path}"):
+        status, _, err = run(capsys, "figure", "1", given, "--out", tmp_path / "layers.pdf")
+        assert status == 2 and "which is one of the inputs; choose another --out" in err
+    assert json.loads(path.read_text()) == probe_json(F1) and not (tmp_path / "layers.pdf").exists()
+
+
 def test_results_without_a_wer_of_clean_speech_need_an_snr(tmp_path):
     with pytest.raises(UsageError, match="has no WER of clean speech; give --snr"):
         draw_figure_5([as_result("tiny.en", robustness(clean=None))], tmp_path / "5.png")

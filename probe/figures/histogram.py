@@ -70,7 +70,7 @@ def _draw(axes, panel: dict) -> None:
             layers, tied, width=0.8, bottom=alone, color="white", edgecolor=canvas.COLOURS[0], hatch="////",
             linewidth=0.6, label="as good in a higher layer",
         )  # fmt: skip
-    canvas.tidy_axes(axes, "Encoder layer", "Classes best recognised")
+    canvas.tidy_axes(axes, "Best layer", "Number of classes")
     axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
     axes.set_xticks([tick for tick in layer_ticks(max(layers)) if tick >= min(layers)])
     axes.set_ylim(top=max(1, max(panel["classes"])) * 1.08)
