@@ -8,7 +8,14 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.options import CACHE, DEVICE, SEED, command
 from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
-from whisper_at_cli.heads.options import given_settings, recipe_options, run_options
+from whisper_at_cli.heads.options import (
+    ONLY_FROZEN,
+    ONLY_UNFROZEN,
+    given_settings,
+    recipe_options,
+    refuse_the_other_kind,
+    run_options,
+)
 
 
 @command("train-head")
@@ -18,7 +25,7 @@ from whisper_at_cli.heads.options import given_settings, recipe_options, run_opt
 @SEED
 @DEVICE
 @click.pass_context
-def train_head_command(ctx, cache, head, widths, recipe, rates, search, as_json, **options):
+def train_head_command(ctx, cache, head, widths, rates, search, unfreeze, as_json, **options):
     """Train a head on CACHE: validate it on the folds or the split, then save it.
 
     With folds, each is validated on a head trained on the others, and the head that is saved saw all clips. The same
@@ -29,12 +36,22 @@ def train_head_command(ctx, cache, head, widths, recipe, rates, search, as_json,
         whisper-at-cli train-head esc50.zarr --head tl-tr --dim 128 --out tagger
         whisper-at-cli train-head esc50.zarr --head wa-mlp --search --lr 0.003 --lr 0.01
         torchrun --nproc-per-node 8 -m whisper_at_cli.cli train-head as2m.zarr --head tl-tr --dim 512 --out tagger
+        whisper-at-cli train-head ESC-50 --unfreeze --model tiny.en --fold 1 --out tuned
     """
+    refuse_the_other_kind(ctx, unfreeze)
+    options["changes"] = given_settings(options)
+    if unfreeze:
+        _finetune(ctx, cache, head, widths, rates, as_json, **options)
+        return
+    if head is None:
+        raise UsageError("--head is missing; choose last-mlp, wa-mlp, wa-tr, tl-tr or last-tr")
+    for name in ONLY_UNFROZEN:
+        del options[name]
     from whisper_at_cli.extract import FeatureCache
     from whisper_at_cli.heads import search_heads, train_head
     from whisper_at_cli.heads.ranks import is_lead
 
-    options = {"head": head, "recipe": recipe, "changes": given_settings(options), **options}
+    options["head"] = head
     opened, lead = FeatureCache.open(cache), is_lead()
     with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"] or not lead) as progress:
         if search:
@@ -49,6 +66,20 @@ def train_head_command(ctx, cache, head, widths, recipe, rates, search, as_json,
         print_json(result)
     else:
         (print_search if search else print_training)(result)
+
+
+def _finetune(ctx, dataset, head, widths, rates, as_json, *, changes, faithful, dataset_format, **options) -> None:
+    from whisper_at_cli.heads.file_commands import finetune_command_body
+    from whisper_at_cli.heads.recipe import FAITHFUL
+
+    if not options["model"]:
+        raise UsageError("--unfreeze needs --model: the Whisper to start from, such as tiny.en")
+    changes = (FAITHFUL if faithful else {}) | changes | ({"lr": one_of("--lr", rates)} if rates else {})
+    options = {name: value for name, value in options.items() if name not in ONLY_FROZEN}
+    finetune_command_body(
+        dataset, head=head or "last-tr", dim=one_of("--dim", widths), changes=changes, format=dataset_format,
+        quiet=ctx.obj["quiet"], as_json=as_json, **options,
+    )  # fmt: skip
 
 
 def one_of(option: str, values: tuple):

@@ -195,6 +195,7 @@ class ListedClips:
 
     path: Path
     ids: np.ndarray
+    paths: np.ndarray
     fold: np.ndarray
     split: np.ndarray
     labels: np.ndarray
@@ -204,7 +205,8 @@ class ListedClips:
     def of(cls, dataset: Dataset) -> ListedClips:
         table = dataset.table()
         done = np.ones(len(table), dtype=bool)
-        return cls(dataset.root, table.ids, table.fold, np.asarray(table.split, dtype=str), table.labels, done)
+        split = np.asarray(table.split, dtype=str)
+        return cls(dataset.root, table.ids, table.paths, table.fold, split, table.labels, done)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -147,17 +147,12 @@ def table_command(number, results, form, as_json):
     click.echo(f"printed values: {table['source']}; the others are counted or measured here", err=True)
 
 
-def finetune_command_body(
-    dataset, *, model, head, dim, recipe, changes, encoder_lr_share, fold, out, seed, device, quiet, as_json
-) -> None:
+def finetune_command_body(dataset, *, dim, quiet, as_json, model, **options) -> None:
     """What `train-head DATASET --unfreeze --model M` does: fine-tune from audio, and print the result."""
     from whisper_at_cli.heads.finetune import finetune
 
     with progress_on_stderr(f"fine-tune {model}", "epochs", quiet=quiet) as progress:
-        result = finetune(
-            dataset, model=model, head=head, width=dim, recipe=recipe, changes=changes,
-            encoder_lr_share=encoder_lr_share, fold=fold, out=out, seed=seed, device=device, progress=progress,
-        )  # fmt: skip
+        result = finetune(dataset, model=model, width=dim, progress=progress, **options)
     print_notes(result.warnings)
     if as_json:
         print_json(result)

@@ -23,10 +23,10 @@ from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.encoder import POSITIONS_PER_SECOND, clip_samples
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.extract.folds import Fold, evaluation_folds
+from whisper_at_cli.extract.folds import Fold, cache_folds
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.extract.weights import WhisperWeights, read_weights
-from whisper_at_cli.heads.batches import Draw, balancing_weights, draw_epoch
+from whisper_at_cli.heads.batches import Step, balancing_weights, draw_epoch, steps
 from whisper_at_cli.heads.checkpoint import HeadDescription
 from whisper_at_cli.heads.data import every_clip_has_one_label
 from whisper_at_cli.heads.endtoend import (
@@ -161,13 +161,15 @@ def _plan(dataset, model, head, width, recipe, changes, share, clip_seconds, for
     weights = model if isinstance(model, WhisperWeights) else read_weights(model)
     if isinstance(recipe, str):
         recipe = named_recipe(recipe, head, dim=weights.dims["n_audio_state"], width=width)
-    recipe = recipe.with_changes(**changes)
+    if given := {"patience", "validate_every"} & changes.keys():
+        raise UsageError(f"fine-tuning validates once, at its end: leave out {', '.join(sorted(given))}")
+    recipe = recipe.with_changes(**changes | {"patience": None, "validate_every": 0})
     if recipe.precision == "auto":
         native = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         recipe = recipe.with_changes(precision="bfloat16" if native else "float32")
     if recipe.loss == "ce" and not single_label:
         raise UsageError("loss ce needs exactly one label on every clip; some here have none or several: use loss bce")
-    folds, warnings = evaluation_folds(clips.fold, clips.split, clips.labels, clips.done, seed=recipe.seed)
+    folds, warnings = cache_folds(clips, seed=recipe.seed)
     if fold is not None:
         numbers = [each.number for each in folds]
         if fold not in numbers:
@@ -213,30 +215,32 @@ class _Trainer:
         for epoch in range(1, recipe.epochs + 1):
             model.train()
             losses = []
-            draws = list(draw_epoch(rows, recipe, rng, frames=FRAMES, weights=balance).batches(recipe.batch_size))
-            needed = [_rows_needed(draw) for draw in draws]
+            drawn = draw_epoch(rows, recipe, rng, frames=FRAMES, layers=1, weights=balance)
+            batches = [Batch.of(step) for step in steps([drawn], recipe.batch_size)]
+            needed = [_rows_needed(batch) for batch in batches]
             audio = self.job.audio.ahead([rows for rows, _ in needed])
-            for draw, (_, where), (waveforms, good) in zip(draws, needed, audio, strict=True):
+            for batch, (_, where), (waveforms, good) in zip(batches, needed, audio, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate(epoch, step) * group["share"]
                 place = torch.from_numpy(np.where(good, np.cumsum(good) - 1, -1)[where])
-                loss = self._step(model, optimizer, draw, waveforms, place)
+                loss = self._step(model, optimizer, batch, waveforms, place)
                 if loss is not None:
                     losses.append(loss)
-                    self.samples += len(draw.clip)
+                    self.samples += len(batch.clip)
                 step += 1
             self._after_epoch(epoch, losses)
-            if averaged is not None and epoch >= recipe.average_from_epoch:
+            if averaged is not None and recipe.averages(epoch):
                 averaged.update_parameters(model)
         return averaged.module if averaged is not None else model
 
-    def _step(self, model, optimizer, draw: Draw, waveforms: Tensor, place: Tensor) -> Tensor | None:
+    def _step(self, model, optimizer, batch: Batch, waveforms: Tensor, place: Tensor) -> Tensor | None:
         """One step on a batch; None where none of its clips could be read."""
         recipe, device = self.job.recipe, self.job.device
-        mixed, targets, kept = mix_waveforms(draw, waveforms, place, self.job.labels, recipe)
+        mixed, targets, kept = mix_waveforms(batch, waveforms, place, self.job.labels, recipe)
         if not len(mixed):
             return None
-        mel = hide_frames(model.mel(mixed.to(device)), draw.mask_start[kept].to(device), draw.mask_end[kept].to(device))
+        start, end = (mask[kept].to(device) for mask in (batch.mask_start, batch.mask_end))
+        mel = hide_frames(model.mel(mixed.to(device)), start, end)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             logits = model.from_mel(mel)
         loss_of = F.cross_entropy if recipe.loss == "ce" else F.binary_cross_entropy_with_logits
@@ -258,30 +262,47 @@ class _Trainer:
             self.progress(self.epochs_done, self.epochs, f"loss {loss:.4f}")
 
 
-def _rows_needed(draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What was drawn for a step: clips, whom each is mixed with and how much of it stays, frames that are hidden."""
+
+    clip: Tensor  # (B,) int64
+    partner: Tensor  # (B,) int64
+    share: Tensor  # (B,) float32
+    mask_start: Tensor  # (B,)
+    mask_end: Tensor  # (B,)
+
+    @classmethod
+    def of(cls, step: Step) -> Batch:
+        clip, partner, share = (torch.from_numpy(column[0]) for column in (step.clip, step.partner, step.share))
+        masks = (torch.from_numpy(mask[0, :, 0]) for mask in (step.mask_start, step.mask_end))
+        return cls(clip, partner, share, *masks)
+
+
+def _rows_needed(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The clips that a batch needs, each once; and (2 B,) the place among them of each clip, then of its partner.
 
     A clip that is not mixed is its own partner.
     """
-    partner = torch.where(draw.share < 1, draw.partner, draw.clip)
-    rows, where = np.unique(torch.cat([draw.clip, partner]).numpy(), return_inverse=True)
+    partner = torch.where(batch.share < 1, batch.partner, batch.clip)
+    rows, where = np.unique(torch.cat([batch.clip, partner]).numpy(), return_inverse=True)
     return rows, where
 
 
 def mix_waveforms(
-    draw: Draw, waveforms: Tensor, place: Tensor, labels: Tensor, recipe: Recipe
+    batch: Batch, waveforms: Tensor, place: Tensor, labels: Tensor, recipe: Recipe
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixed waveforms (b, samples) and smoothed targets (b, C) of the b clips of a draw that could be read, and which
+    """Mixed waveforms (b, samples) and smoothed targets (b, C) of the b clips of a batch that could be read, and which
     these are (B,) bool. A clip whose partner could not be read stays unmixed.
 
     `place` (2 B,) says where in `waveforms` each clip is, then where its partner is; -1 for what could not be read.
     """
     own, other = place.chunk(2)
     kept = own >= 0
-    share = torch.where(other >= 0, draw.share, 1.0)[kept]
+    share = torch.where(other >= 0, batch.share, 1.0)[kept]
     own, other = own[kept], torch.where(other >= 0, other, own)[kept]
     mixed = torch.lerp(waveforms[other], waveforms[own], share[:, None])
-    targets = torch.lerp(labels[draw.partner[kept]].float(), labels[draw.clip[kept]].float(), share[:, None])
+    targets = torch.lerp(labels[batch.partner[kept]].float(), labels[batch.clip[kept]].float(), share[:, None])
     smoothing = recipe.label_smoothing
     return mixed, targets * (1 - smoothing) + smoothing / targets.shape[1], kept
 

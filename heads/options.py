@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.recipe import Recipe
 
 RUN_SETTINGS = ("lr", "seed")  # declared below, with what a run makes of them
@@ -53,7 +54,7 @@ def given_settings(options: dict) -> dict:
 
 
 RUN_OPTIONS = (
-    click.option("--head", required=True, help="last-mlp, wa-mlp, wa-tr or tl-tr."),
+    click.option("--head", help="last-mlp, wa-mlp, wa-tr or tl-tr; last-tr too.  [required; last-tr with --unfreeze]"),
     click.option(
         "--dim", "widths", type=int, multiple=True,
         help="tl-tr only: project the layers to this many channels first. Repeatable with --search.",
@@ -82,7 +83,33 @@ RUN_OPTIONS = (
 )  # fmt: skip
 
 
+UNFREEZE_OPTIONS = (
+    click.option("--unfreeze", is_flag=True, help="Train the encoder too, from audio: CACHE is then a dataset."),
+    click.option("--model", help="--unfreeze only: the Whisper to start from; as `extract --model`."),
+    click.option(
+        "--encoder-lr-share", type=float, default=0.01, show_default=True,
+        help="--unfreeze only: the encoder's learning rate as a share of the head's; 0 leaves the encoder as it is.",
+    ),
+    click.option("--fold", type=int, help="--unfreeze only: hold out this fold alone.  [default: each in turn]"),
+    click.option("--format", "dataset_format", default="auto", show_default=True, help="--unfreeze only."),
+    click.option("--clip-seconds", type=float, help="--unfreeze only: as `extract`.  [default: the dataset's]"),
+)  # fmt: skip
+# what means nothing without, and with, --unfreeze
+ONLY_UNFROZEN = ("model", "encoder_lr_share", "fold", "dataset_format", "clip_seconds")
+ONLY_FROZEN = ("seeds", "search", "restart", "tensorboard", "tier", "together")
+
+
 def run_options(function):
-    for option in reversed(RUN_OPTIONS):
+    for option in reversed(RUN_OPTIONS + UNFREEZE_OPTIONS):
         function = option(function)
     return function
+
+
+def refuse_the_other_kind(ctx: click.Context, unfreeze: bool) -> None:
+    """Raises UsageError for an option that was given and would do nothing."""
+    default = click.core.ParameterSource.DEFAULT
+    names = ONLY_FROZEN if unfreeze else ONLY_UNFROZEN
+    given = [param for param in ctx.command.params if param.name in names]
+    given = [param.opts[0] for param in given if ctx.get_parameter_source(param.name) != default]
+    if given:
+        raise UsageError(f"{', '.join(given)} {'does nothing with' if unfreeze else 'needs'} --unfreeze")

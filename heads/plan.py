@@ -12,7 +12,7 @@ from torch import nn
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.folds import Fold, evaluation_folds
+from whisper_at_cli.extract.folds import Fold, cache_folds
 from whisper_at_cli.heads.data import choose_tier, every_clip_has_one_label, stored_bytes, why_not_accuracy
 from whisper_at_cli.heads.forms import build_head, head_form
 from whisper_at_cli.heads.recipe import FAITHFUL, Recipe, default_recipe_name, named_recipe
@@ -104,7 +104,7 @@ def plan(
     if recipe.precision == "auto":
         recipe = recipe.with_changes(precision=fastest_precision(head, device))
     _check_recipe(recipe, head, single_label, spec.frames)
-    folds, warnings = evaluation_folds(cache.fold, cache.split, cache.labels, cache.done, seed=recipe.seed)
+    folds, warnings = cache_folds(cache, seed=recipe.seed)
     if not single_label:
         warnings.append(why_not_accuracy(cache.labels[rows], cache.ids[rows]))
     if recipe.epoch_share < 1:

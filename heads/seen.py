@@ -14,7 +14,7 @@ import numpy as np
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.folds import evaluation_folds
+from whisper_at_cli.extract.folds import cache_folds
 from whisper_at_cli.heads.checkpoint import HeadDescription, id_hashes, trained_id_hashes
 
 FOLD_FOLDER = re.compile(r"fold-(\d+)")
@@ -85,7 +85,7 @@ def _by_division(cache: FeatureCache, description: HeadDescription, folder: Path
     """As training divides this cache, if the head's number of training clips is that of the part it would have had."""
     if description.trained_clips == 0 or cache.done.sum() < 2:
         return None
-    folds, _ = evaluation_folds(cache.fold, cache.split, cache.labels, cache.done, seed=description.seed)
+    folds, _ = cache_folds(cache, seed=description.seed)
     named = FOLD_FOLDER.fullmatch(folder.resolve().name) if folder else None
     if named or len(folds) == 1:
         number = int(named[1]) if named else folds[0].number

@@ -299,4 +299,4 @@ def _save(each: Trained, folder: Path, job: Job, value: float, value_of: str) ->
         value=value if math.isfinite(value) else None, value_of=value_of,
         trained_clips=len(each.training.train), seed=recipe.seed, recipe=dataclasses.asdict(recipe),
     )  # fmt: skip
-    save_head(each.module, folder, description)
+    save_head(each.module, folder, description, trained_ids=job.cache.ids[job.rows[each.training.train]])

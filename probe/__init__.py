@@ -5,7 +5,7 @@ from whisper_at_cli.extract.lazy import lazy_names
 _NAMES = {
     "LayerProbe": "estimator",
     "measure_robustness": "robustness",
-    "probe_layers": "linear",
+    "probe_layers": "layers",
 }
 __all__ = list(_NAMES)
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

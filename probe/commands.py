@@ -1,7 +1,8 @@
-"""The commands of stage 2b: probe. Heavy imports sit inside them."""
+"""The commands of stage 2b: probe, figure. Heavy imports sit inside them."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import click
@@ -11,37 +12,60 @@ from whisper_at_cli.extract.options import CACHE, DEVICE, SEED, command
 from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 
+CLASSES_SHOWN = 60
+CONFUSIONS_SHOWN = 5
+
 
 @command("probe")
 @CACHE
 @click.option(
     "--layer", "layers", multiple=True, default=("all",), show_default=True, help="1 = first; repeatable, or all."
 )
-@click.option("--strength", default=1.0, show_default=True, help="Inverse L2 penalty, scikit-learn's C.")
+@click.option(
+    "--kind", default="linear", show_default=True,
+    help="linear, knn (nearest neighbours) or attentive (a learned query attends over the frames, then linear).",
+)  # fmt: skip
+@click.option(
+    "--strength", default="1.0", show_default=True,
+    help="Inverse L2 penalty, scikit-learn's C; auto chooses it inside the training folds (linear only).",
+)  # fmt: skip
+@click.option("--neighbours", type=int, default=10, show_default=True, help="With --kind knn: how many vote.")
+@click.option("--faithful", is_flag=True, help="The original project's classifier, for comparison; slow.")
+@click.option("--unstandardised", is_flag=True, help="With --faithful: features as they are, not standardised.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write every number into this file too.")
 @click.option(
     "--figure", type=click.Path(path_type=Path), help="Draw accuracy against layer here (.png, .pdf or .svg)."
 )
 @SEED
 @DEVICE
 @click.pass_context
-def probe_command(ctx, cache, layers, strength, figure, seed, device, as_json):
-    """Fit a linear probe to each layer of CACHE and print how well it tells the classes apart.
+def probe_command(
+    ctx, cache, layers, kind, strength, neighbours, faithful, unstandardised, csv_path, figure, seed, device, as_json
+):
+    """Fit a probe to each layer of CACHE and print how well it tells the classes apart.
 
-    Uses the dataset's official folds, its split, or else random folds.
+    Uses the dataset's official folds, its split, or else random folds, grouped by recording where names tell it.
 
     \b
-        whisper-at-cli probe esc50.zarr --layer all --figure layers.pdf
-        whisper-at-cli probe esc50.zarr --layer 16 --layer 32 --json
+        whisper-at-cli probe esc50.zarr --layer all --figure layers.pdf --csv layers.csv
+        whisper-at-cli probe esc50.zarr --layer 16 --layer 32 --strength auto --json
+        whisper-at-cli probe esc50.zarr --kind knn --neighbours 5
     """
     from whisper_at_cli.extract import FeatureCache
     from whisper_at_cli.probe import probe_layers
 
     opened = FeatureCache.open(cache)
+    kind = _kind(ctx, kind, faithful, unstandardised)
     with progress_on_stderr("probe", "layers", quiet=ctx.obj["quiet"]) as progress:
         result = probe_layers(
-            opened, layers=_layer_numbers(layers), strength=strength, device=device, seed=seed, progress=progress
-        )
+            opened, layers=_layer_numbers(layers), kind=kind, strength=_strength(strength), neighbours=neighbours,
+            standardise=not unstandardised, device=device, seed=seed, progress=progress,
+        )  # fmt: skip
     print_notes(result.warnings)
+    if csv_path:
+        from whisper_at_cli.probe.tidy import write_csv
+
+        write_csv(result, csv_path)
     if figure:
         from whisper_at_cli.probe.figures import draw_layer_accuracy
 
@@ -51,6 +75,29 @@ def probe_command(ctx, cache, layers, strength, figure, seed, device, as_json):
         print_json(result)
     else:
         print_probe(result)
+        _print_classes(result)
+
+
+def _kind(ctx, kind: str, faithful: bool, unstandardised: bool) -> str:
+    """The kind of probe. Raises UsageError for options that only another kind takes."""
+    if faithful and ctx.get_parameter_source("kind").name != "DEFAULT":
+        raise UsageError(f"--faithful is a kind of its own; leave out --kind {kind}")
+    kind = "faithful" if faithful else kind
+    takers = {"strength": ("linear", "attentive"), "neighbours": ("knn",), "unstandardised": ("faithful",)}
+    for option, kinds in takers.items():
+        if kind not in kinds and ctx.get_parameter_source(option).name != "DEFAULT":
+            asked = " or ".join("--faithful" if name == "faithful" else f"--kind {name}" for name in kinds)
+            raise UsageError(f"--{option} is for {asked}; leave it out")
+    return kind
+
+
+def _strength(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--strength {text} is neither a number nor 'auto'") from None
 
 
 def _layer_numbers(layers: tuple[str, ...]):
@@ -69,7 +116,170 @@ def print_probe(result) -> None:
     else:
         header = ("layer", "mAP", "std over folds")
         rows = [(row.layer, row.mAP, row.mAP_std) for row in result.layers]
-    print_table([(row[0], *map(score, row[1:])) for row in rows], header)
+    rows = [(row[0], *map(score, row[1:])) for row in rows]
+    if result.strength == "auto":
+        header = (*header, "strengths of the folds")
+        chosen = [" ".join(f"{fold['strength']:g}" for fold in row.folds) for row in result.layers]
+        rows = [(*row, strengths) for row, strengths in zip(rows, chosen, strict=True)]
+    print_table(rows, header)
 
 
-COMMANDS = (probe_command,)
+def _print_classes(result) -> None:
+    """Best layer of each class, and which classes the best layer takes for one another."""
+    if result.best_layer is None:
+        return
+    best = next(layer for layer in result.layers if layer.layer == result.best_layer)
+    per_class = best.class_f1 if result.metric == "accuracy" else best.class_ap
+    rows = []
+    for name, layer in list(result.best_layer_per_class.items())[:CLASSES_SHOWN]:
+        tied = ", ".join(map(str, result.best_layer_per_class_ties.get(name, [])[1:]))
+        rows.append((name, layer or "undefined", tied, score(per_class[name])))
+    measure = "F1" if result.metric == "accuracy" else "AP"
+    if len(result.layers) > 1:
+        print_table(rows, ("class", "best layer", "as good", f"{measure} in layer {best.layer}"))
+    else:
+        print_table([(row[0], row[3]) for row in rows], ("class", f"{measure} in layer {best.layer}"))
+    if len(result.best_layer_per_class) > len(rows):
+        click.echo(f"{len(result.best_layer_per_class) - len(rows)} more classes: --json or --csv has them all\n")
+    if result.metric == "accuracy":
+        _print_confusions(best)
+
+
+def _print_confusions(layer) -> None:
+    pairs = [
+        (clips, true, predicted)
+        for true, predictions in layer.confusion.items()
+        for predicted, clips in predictions.items()
+        if predicted != true
+    ]
+    pairs.sort(key=lambda pair: -pair[0])
+    if pairs:
+        shown = [(true, predicted, clips) for clips, true, predicted in pairs[:CONFUSIONS_SHOWN]]
+        print_table(shown, (f"most confused in layer {layer.layer}", "taken for", "clips"))
+
+
+@command("figure")
+@click.argument("number")
+@click.argument("inputs", nargs=-1)
+@click.option(
+    "--robustness", multiple=True, metavar="JSON", help="What `robustness --json` printed, of one model; repeatable."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The figure: .pdf, .svg or .png.")
+@click.option("--wer", default="whisper", show_default=True, help="Text normalised as whisper does, or as the paper.")
+@click.option("--layer", type=int, help="Figure 2: the layer that is probed.  [default: the last]")
+@click.option("--low-snr", type=float, default=-10.0, show_default=True, help="Figure 2: WER increases to this SNR,")
+@click.option("--high-snr", type=float, default=20.0, show_default=True, help="from this one.")
+@click.option("--snr", type=float, help="Figure 5: WER at this SNR.  [default: of clean speech]")
+@click.option(
+    "--parameters",
+    multiple=True,
+    metavar="NAME=N",
+    help="Figure 5: parameters of a model that is no Whisper; repeatable.",
+)
+@click.option("--strength", default="1.0", show_default=True, help="Of the probes of caches: a number or auto.")
+@SEED
+@DEVICE
+@click.pass_context
+def figure_command(ctx, number, inputs, robustness, out, strength, seed, device, as_json, **options):
+    """Draw figure NUMBER of the paper (1, 2, 3 or 5) from INPUTS; the numbers drawn lie beside it as JSON.
+
+    INPUTS are caches, which are probed, and files with what `probe`, `robustness` or `train-head` printed with --json.
+    NAME=PATH calls one by another name than its backbone's.
+
+    \b
+        1  accuracy against layer; with --robustness also WER against SNR
+        2  how well each class is recognised, against how much it disturbs transcription
+        3  how many classes are best recognised in each layer
+        5  tagging and WER against the size of the model
+
+    \b
+        whisper-at-cli figure 1 tiny.zarr base.zarr --robustness tiny.json --robustness base.json --out fig1.pdf
+        whisper-at-cli figure 2 base.zarr --robustness base.json --out fig2.pdf
+        whisper-at-cli figure 3 base.zarr --out fig3.svg
+        whisper-at-cli figure 5 tiny-head.json base-head.json --robustness tiny.json --robustness base.json --out 5.png
+    """
+    from whisper_at_cli.probe.figures import canvas
+    from whisper_at_cli.probe.figures.inputs import ROBUSTNESS, load_results, only
+
+    draw = _drawing(ctx, number, options)
+    canvas.checked_path(out)
+    _spare_inputs(out, (*inputs, *robustness))
+    probe = _prober(ctx, strength=strength, layer=options["layer"], device=device, seed=seed)
+    results = load_results(inputs, probe)
+    results += only(load_results(robustness, probe), ROBUSTNESS, "--robustness")
+    numbers = draw(results, out)
+    if as_json:
+        print_json(numbers)
+    else:
+        click.echo(f"{out}; the numbers: {out.with_suffix('.json')}")
+
+
+FIGURE_OPTIONS = {
+    "1": ("wer",),
+    "2": ("wer", "layer", "low_snr", "high_snr"),
+    "3": (),
+    "5": ("wer", "snr", "parameters"),
+}
+
+
+def _drawing(ctx, number: str, options: dict):
+    """The function that draws this figure, with its options. Raises UsageError for those of another figure."""
+    from whisper_at_cli.probe import figures
+
+    if number not in FIGURE_OPTIONS:
+        raise UsageError(f"there is no figure {number} to draw; choose from {', '.join(FIGURE_OPTIONS)}")
+    for option in options:
+        if option not in FIGURE_OPTIONS[number] and ctx.get_parameter_source(option).name != "DEFAULT":
+            takers = [figure for figure, taken in FIGURE_OPTIONS.items() if option in taken]
+            raise UsageError(f"--{option.replace('_', '-')} is for figure {' or '.join(takers)}; leave it out")
+    if options["wer"] not in ("whisper", "paper"):
+        raise UsageError(f"--wer {options['wer']} is not known; choose from whisper, paper")
+    taken = {option: options[option] for option in FIGURE_OPTIONS[number]}
+    if "parameters" in taken:
+        taken["parameters"] = dict(map(_named_number, taken["parameters"]))
+    return functools.partial(getattr(figures, f"draw_figure_{number}"), **taken)
+
+
+def _spare_inputs(out: Path, inputs: tuple[str, ...]) -> None:
+    """Raises UsageError where the numbers beside the figure would replace a result that it is drawn from."""
+    numbers = out.with_suffix(".json")
+    if any(numbers.exists() and Path(path).exists() and numbers.samefile(path) for path in _paths(inputs)):
+        raise UsageError(f"the numbers of {out} go to {numbers}, which is one of the inputs; choose another --out")
+
+
+def _paths(inputs: tuple[str, ...]) -> list[str]:
+    """Of inputs that may be NAME=PATH, both readings."""
+    return [path for text in inputs for path in (text, text.partition("=")[2]) if path]
+
+
+def _named_number(text: str) -> tuple[str, int]:
+    name, _, count = text.rpartition("=")
+    try:
+        value = float(count)
+    except ValueError:
+        value = 0
+    if not name or not 1 <= value < 1e15:
+        raise UsageError(f"--parameters {text} is not of the form NAME=N, such as hubert-xlarge=964e6")
+    return name, round(value)
+
+
+def _prober(ctx, *, strength: str, layer: int | None, device: str, seed: int):
+    """A function from the path of a cache to the result of its probes."""
+
+    def probe(path):
+        from whisper_at_cli.extract import FeatureCache
+        from whisper_at_cli.probe import probe_layers
+
+        opened = FeatureCache.open(path)
+        with progress_on_stderr(f"probe {path}", "layers", quiet=ctx.obj["quiet"]) as progress:
+            result = probe_layers(
+                opened, layers="all" if layer is None else [layer], strength=_strength(strength), device=device,
+                seed=seed, progress=progress,
+            )  # fmt: skip
+        print_notes(result.warnings)
+        return result
+
+    return probe
+
+
+COMMANDS = (probe_command, figure_command)

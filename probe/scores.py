@@ -5,7 +5,9 @@ n clips, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 
 import numpy as np
 
@@ -20,6 +22,7 @@ class LayerAccuracy:
     folds: list[dict]  # fold, accuracy, clips
     macro_f1: float
     class_f1: dict[str, float | None]  # from the predictions of all folds together; None without a tested clip
+    confusion: dict[str, dict[str, int]]  # true class -> predicted class -> clips of all folds; what is 0 is left out
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,22 @@ class HeldOut:
             folds=folds,
             macro_f1=float(np.nanmean(f1)),
             class_f1=self._by_name(f1),
+            confusion=self._confusion(truth[self.tested], predicted[self.tested]),
         )
+
+    def _confusion(self, truth: np.ndarray, predicted: np.ndarray) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {self.class_names[c]: {} for c in np.unique(truth)}
+        pairs, clips = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
+        for true, claimed, count in zip(*pairs.tolist(), clips.tolist(), strict=True):
+            found[self.class_names[true]][self.class_names[claimed]] = count
+        return found
 
     def precision(self, layer: int, logits: np.ndarray) -> LayerPrecision:
         folds = []
         for number, clips in self.tests.items():
             ap = class_ap(self.labels[clips], logits[clips])
             without = int(np.isnan(ap).sum())
-            folds.append(
-                {"fold": number, "mAP": _mean(ap), "clips": len(clips), "classes_without_positives": without}
-            )
+            folds.append({"fold": number, "mAP": _mean(ap), "clips": len(clips), "classes_without_positives": without})
         pooled = class_ap(self.labels[self.tested], logits[self.tested])
         values = np.array([fold["mAP"] for fold in folds if fold["mAP"] is not None])
         return LayerPrecision(
@@ -86,6 +95,13 @@ class HeldOut:
     def _by_name(self, values: np.ndarray) -> dict[str, float | None]:
         pairs = zip(self.class_names, values.tolist(), strict=True)
         return {name: None if np.isnan(value) else value for name, value in pairs}
+
+
+def best_layers(layers: Sequence[int], values: Sequence[float | None]) -> list[int]:
+    """The layers with the greatest value, in order; more than one where they tie. None where no value is defined."""
+    defined = [(layer, value) for layer, value in zip(layers, values, strict=True) if value is not None]
+    greatest = max((value for _, value in defined), default=None)
+    return [layer for layer, value in defined if isclose(value, greatest, rel_tol=1e-12)]
 
 
 def class_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

@@ -60,19 +60,26 @@ def solve(
     train_NF: Tensor,
     *,
     loss: str = "softmax",
-    strength: float = 1.0,
+    strength: float | Tensor = 1.0,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
     device: str | torch.device = "cpu",
 ) -> Solution:
     """Fit every layer of x on every fold, in the dtype of x.
 
-    x, y (0/1) and train (bool: does the clip train in this fold?) are on the CPU. A problem has converged when half
+    x, y (0/1) and train (bool: does the clip train in this fold?) are on the CPU. `strength` is one number, or (G, F)
+    with one for each problem, or (S,): then every layer is solved with each of them, and where the solution says G it
+    has G * S, the strengths of a layer side by side. A problem has converged when half
     its squared gradient is at most `tolerance` times its objective: the penalty curves the objective by 1 in every
     direction but the bias, so it then lies at most about that share above its minimum. (With a strength of 1e-4, where
     the bias has hardly any curvature, 60 times that share has been seen.) A NaN never converges.
     """
-    batch = Batch(Features(x_GND, train_NF, device), LOSSES[loss], y_NC, train_NF, strength)
+    strength = torch.as_tensor(strength, dtype=x_GND.dtype, device=device)
+    copies = len(strength) if strength.ndim == 1 else 1
+    if strength.ndim < 2:
+        strength = strength.expand(copies).repeat(len(x_GND))[:, None]
+    features = Features(x_GND, train_NF, device, copies)
+    batch = Batch(features, LOSSES[loss], y_NC, train_NF, strength[:, None, :, None])
     iterations = torch.zeros_like(batch.w[:, :1, :, :1], dtype=torch.long)
     inverse, previous = None, None
     for iteration in range(max_iterations + 1):
@@ -115,9 +122,9 @@ def conjugate(gradient: Tensor, inverse: Tensor | None, previous: tuple | None) 
 class Batch:
     """Where the descent is: weights w (G, D, F, C), their logits z (G, N, F, C) and probabilities p."""
 
-    def __init__(self, features: Features, loss: type, y_NC: Tensor, train_NF: Tensor, strength: float):
+    def __init__(self, features: Features, loss: type, y_NC: Tensor, train_NF: Tensor, strength_G1F1: Tensor):
         self.features = features
-        self.loss = loss(y_NC.to(features.x), train_NF.to(features.x), strength)
+        self.loss = loss(y_NC.to(features.x), train_NF.to(features.x), strength_G1F1)
         G, _, D = features.x.shape
         self.penalty = features.x.new_full((D, 1, 1), self.loss.penalty)
         self.penalty[-1] = 0
@@ -176,9 +183,12 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Features:
-    """Features of G layers, standardised for each fold without a copy: a linear map of weights, and its transpose."""
+    """Features of G layers, standardised for each fold without a copy: a linear map of weights, and its transpose.
 
-    def __init__(self, x_GND: Tensor, train_NF: Tensor, device: str | torch.device):
+    With `copies`, as many of each layer side by side.
+    """
+
+    def __init__(self, x_GND: Tensor, train_NF: Tensor, device: str | torch.device, copies: int = 1):
         self.mean_GFD, self.std_GFD = statistics(x_GND, train_NF)
         mean_G1D, std_G1D = statistics(x_GND, train_NF.any(dim=1, keepdim=True))
         standard_GND = ((x_GND - mean_G1D) / std_G1D).to(x_GND.dtype)
@@ -186,6 +196,9 @@ class Features:
         shift, scale = (self.mean_GFD - mean_G1D) / std_G1D, self.std_GFD / std_G1D  # what is left to do for each fold
         self.shift = torch.nn.functional.pad(shift, (0, 1), value=0.0).mT[..., None].to(self.x)
         self.scale = torch.nn.functional.pad(scale, (0, 1), value=1.0).mT[..., None].to(self.x)
+        if copies > 1:
+            for name in ("mean_GFD", "std_GFD", "x", "shift", "scale"):
+                setattr(self, name, getattr(self, name).repeat_interleave(copies, dim=0))
 
     def logits(self, w_GDFC: Tensor) -> Tensor:
         w = w_GDFC / self.scale
@@ -207,10 +220,10 @@ def statistics(x_GND: Tensor, train_NF: Tensor) -> tuple[Tensor, Tensor]:
 class Softmax:
     """Multinomial cross-entropy. A class without a training clip takes no part in that fold."""
 
-    def __init__(self, y_NC: Tensor, train_NF: Tensor, strength: float):
+    def __init__(self, y_NC: Tensor, train_NF: Tensor, strength_G1F1: Tensor):
         absent_FC = train_NF.T @ y_NC == 0
         self.y = y_NC[None, :, None]
-        self.clips = strength * train_NF[None, :, :, None]
+        self.clips = strength_G1F1 * train_NF[None, :, :, None]
         self.offset = torch.zeros_like(y_NC[:1]).masked_fill(absent_FC, -torch.inf)[None, None]
         # scikit-learn gives two classes one column of weights; two mirrored columns at twice the penalty cost the same
         self.penalty = 2.0 if y_NC.shape[1] == 2 else 1.0
@@ -238,11 +251,11 @@ class Sigmoid:
 
     penalty = 1.0
 
-    def __init__(self, y_NC: Tensor, train_NF: Tensor, strength: float):
+    def __init__(self, y_NC: Tensor, train_NF: Tensor, strength_G1F1: Tensor):
         positive_FC, clips_F1 = train_NF.T @ y_NC, train_NF.sum(0)[:, None]
         learned_FC = (positive_FC > 0) & (positive_FC < clips_F1)
         self.y = y_NC[None, :, None]
-        self.clips = strength * train_NF[None, :, :, None] * learned_FC
+        self.clips = strength_G1F1 * train_NF[None, :, :, None] * learned_FC
         self.offset = torch.zeros_like(learned_FC, dtype=y_NC.dtype)[None, None]
 
     def probability(self, z: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.folds import evaluation_folds
+from whisper_at_cli.extract.folds import cache_folds, evaluation_folds
+from whisper_at_cli.extract.sources import source_recordings
 
 NO_FOLD = np.zeros(60, dtype=int)
 NO_SPLIT = np.full(60, "", dtype=object)
@@ -103,3 +104,81 @@ def test_three_clips_make_three_folds_and_one_clip_is_refused():
     assert len(folds) == 3
     with pytest.raises(UsageError, match="1 of 3 clips are finished"):
         evaluation_folds(NO_FOLD[:3], NO_SPLIT[:3], CLASSES[:3], np.array([True, False, False]))
+
+
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("1-17367-A-10", "3-17367-B-10"),
+        ("100032-3-0-0", "100032-3-0-12"),
+        ("Y--4gqARaEJE_0.000_10.000", "--4gqARaEJE_10000_20000"),
+        ("siren_part1", "siren_part22"),
+        ("walk 7-Segment-3", "walk 7-segment-4"),
+    ],
+)
+def test_clips_of_one_recording_are_told_by_their_names(name, other):
+    for ids, paths in (([name, other], ["", ""]), (["a", "b"], [f"audio/{name}.wav", f"audio/{other}.flac"])):
+        first, second = source_recordings(np.array(ids), np.array(paths))
+        assert first == second
+
+
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("1-17367-A-10", "1-17368-A-10"),
+        ("dog_1", "dog_2"),
+        ("dog_1_2", "dog_1_3"),
+        ("clip0", "clip1"),
+        ("take1", "take2"),
+        ("2024-11-22", "2024-11-23"),
+        ("a/walk_part1", "b/walk_part1"),
+    ],
+)
+def test_names_that_leave_a_doubt_are_recordings_of_their_own(name, other):
+    first, second = source_recordings(np.array([name, other]), np.array(["", ""]))
+    assert first != second
+
+
+def test_random_folds_keep_each_recording_together_and_classes_spread():
+    rng = np.random.default_rng(0)
+    source = rng.permutation(np.r_[np.repeat(np.arange(15), 3), 100 + np.arange(15)])
+    labels = source % 3
+    folds, (warning,) = evaluation_folds(NO_FOLD, NO_SPLIT, labels, ALL_DONE, sources=lambda: source)
+    assert_no_clip_is_on_both_sides(folds)
+    assert sorted(np.concatenate([fold.test for fold in folds])) == list(range(60))
+    for fold in folds:
+        assert not set(source[fold.train]) & set(source[fold.test])
+        assert (np.bincount(labels[fold.test], minlength=3) >= 3).all() and 10 <= len(fold.test) <= 14
+    assert "45 clips share 15 recordings" in warning and "kept within one fold" in warning
+
+
+def test_unique_recordings_change_nothing_and_official_folds_do_not_ask():
+    plain, unique = (
+        evaluation_folds(NO_FOLD, NO_SPLIT, CLASSES, ALL_DONE, sources=s) for s in (None, lambda: np.arange(60))
+    )
+    assert plain[1] == unique[1]
+    assert all((a.test == b.test).all() for a, b in zip(plain[0], unique[0], strict=True))
+    evaluation_folds(np.arange(60) % 3 + 1, NO_SPLIT, CLASSES, ALL_DONE, sources=lambda: 1 / 0)
+
+
+def test_a_single_recording_cannot_be_kept_apart_and_is_said():
+    folds, (warning,) = evaluation_folds(NO_FOLD, NO_SPLIT, CLASSES, ALL_DONE, sources=lambda: np.zeros(60))
+    assert len(folds) == 5 and "scores are too high" in warning
+
+
+def test_two_recordings_make_two_folds():
+    folds, _ = evaluation_folds(NO_FOLD, NO_SPLIT, CLASSES, ALL_DONE, sources=lambda: np.arange(60) % 2)
+    assert len(folds) == 2 and {len(fold.test) for fold in folds} == {30}
+
+
+def test_without_its_folds_a_cache_of_esc_10_is_still_divided_by_recording(esc10_cache):
+    class Foldless:
+        ids, paths, labels, done, split = (getattr(esc10_cache, n) for n in ("ids", "paths", "labels", "done", "split"))
+        fold = np.zeros(len(esc10_cache), dtype=int)
+
+    folds, (warning,) = cache_folds(Foldless(), seed=0)
+    source = np.array([name.split("-")[1] for name in Foldless.ids])
+    for fold in folds:
+        assert not set(source[fold.train]) & set(source[fold.test])
+        assert 70 <= len(fold.test) <= 90
+    assert "recordings" in warning

@@ -18,11 +18,10 @@ from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.mel import log_mel
 from whisper_at_cli.extract.weights import WhisperWeights, read_weights
 from whisper_at_cli.heads import build_head, evaluate_end_to_end, evaluate_head, finetune, load_end_to_end, load_head
-from whisper_at_cli.heads.batches import Draw
 from whisper_at_cli.heads.checkpoint import load_encoder_weights
 from whisper_at_cli.heads.endtoend import EncoderWithHead, Waveforms, openai_state, trainable_features
 from whisper_at_cli.heads.file_commands import finetune_command_body
-from whisper_at_cli.heads.finetune import hide_frames, mix_waveforms
+from whisper_at_cli.heads.finetune import Batch, hide_frames, mix_waveforms
 from whisper_at_cli.heads.recipe import Recipe
 
 MELS, L, D, HEADS = 80, 2, 32, 2
@@ -174,7 +173,7 @@ def test_folds_are_each_held_out_and_the_saved_model_saw_all_clips(sounds, weigh
 
 def test_waveforms_are_mixed_with_their_labels_and_unreadable_ones_left_out():
     column = torch.tensor
-    draw = Draw(column([4, 7, 9]), column([7, 9, 4]), column([0.25, 1.0, 0.5]), column([0] * 3), column([0] * 3))
+    draw = Batch(column([4, 7, 9]), column([7, 9, 4]), column([0.25, 1.0, 0.5]), column([0] * 3), column([0] * 3))
     labels = torch.zeros(10, 2, dtype=torch.uint8)
     labels[4, 0] = labels[7, 1] = labels[9, 1] = 1
     recipe = Recipe(label_smoothing=0.2)

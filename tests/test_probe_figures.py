@@ -8,13 +8,14 @@ from dataclasses import asdict
 import pytest
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.probe.figures import _layer_ticks, draw_layer_accuracy
-from whisper_at_cli.probe.linear import ProbeResult
+from whisper_at_cli.probe.figures import draw_layer_accuracy
+from whisper_at_cli.probe.figures.curves import layer_ticks
+from whisper_at_cli.probe.layers import ProbeResult
 from whisper_at_cli.probe.scores import LayerAccuracy
 
 RESULT = ProbeResult(
     metric="accuracy",
-    layers=[LayerAccuracy(layer, 0.5 + layer / 10, 0.02, [], 0.5, {}) for layer in (1, 2, 4)],
+    layers=[LayerAccuracy(layer, 0.5 + layer / 10, 0.02, [], 0.5, {}, {}) for layer in (1, 2, 4)],
     best_layer=4, best_layer_per_class={}, clips=10, backbone="tiny.en", strength=1.0, seed=0, device="cpu",
 )  # fmt: skip
 EXPECTED = {
@@ -49,12 +50,12 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path, suffix):
 
 @pytest.mark.parametrize("last, ticks", [(1, [1]), (4, [1, 2, 3, 4]), (12, [1, 2, 4, 6, 8, 10, 12])])
 def test_layer_ticks_are_whole_numbers_from_one(last, ticks):
-    assert _layer_ticks(last) == ticks
+    assert layer_ticks(last) == ticks
 
 
 def test_layer_ticks_stay_few():
-    assert _layer_ticks(32) == [1, 4, 8, 12, 16, 20, 24, 28, 32]
-    assert all(_layer_ticks(last)[0] == 1 and len(_layer_ticks(last)) <= 9 for last in range(1, 200))
+    assert layer_ticks(32) == [1, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert all(layer_ticks(last)[0] == 1 and len(layer_ticks(last)) <= 9 for last in range(1, 200))
 
 
 def test_a_suffix_that_cannot_be_drawn_is_refused(tmp_path):

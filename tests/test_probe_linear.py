@@ -1,5 +1,6 @@
 """Probing a cache: planted answers, official folds, nothing leaks, and the same result however the work is divided."""
 
+import csv
 import json
 from dataclasses import asdict
 
@@ -15,7 +16,8 @@ from threadpoolctl import threadpool_limits
 from planted import planted_cache
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import CacheError, UsageError
-from whisper_at_cli.probe import linear, probe_layers
+from whisper_at_cli.probe import job, linear, probe_layers
+from whisper_at_cli.probe.tidy import COLUMNS, write_csv
 
 LAYERS, DIM, CLASSES = 3, 12, 4
 
@@ -54,7 +56,7 @@ def test_probe_finds_the_layer_that_holds_the_label(planted):
 
 def test_the_result_is_json_with_every_field_of_the_command(planted):
     (layer,) = json.loads(json.dumps(asdict(probe_layers(planted, layers=[2]))))["layers"]
-    assert set(layer) == {"layer", "accuracy", "accuracy_std", "folds", "macro_f1", "class_f1"}
+    assert set(layer) == {"layer", "accuracy", "accuracy_std", "folds", "macro_f1", "class_f1", "confusion"}
     assert [set(fold) for fold in layer["folds"]] == [{"fold", "accuracy", "clips"}] * 5
     assert list(layer["class_f1"]) == ["class0", "class1", "class2", "class3"]
 
@@ -92,9 +94,9 @@ def test_layers_are_the_same_in_any_order_and_company(planted):
 @pytest.mark.parametrize("batch_bytes", [1, 1 << 40])
 def test_the_result_does_not_depend_on_how_the_work_is_divided(planted, monkeypatch, batch_bytes):
     expected = probe_layers(planted)
-    monkeypatch.setattr(linear, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(job, "BATCH_BYTES", batch_bytes)
     assert probe_layers(planted) == expected
-    monkeypatch.setattr(linear._Job, "_batch_size", lambda job: (LAYERS, 2))  # as on an accelerator
+    monkeypatch.setattr(linear.LinearProbe, "batch_size", lambda probe, job: (LAYERS, 2))  # as on an accelerator
     assert probe_layers(planted) == expected
 
 
@@ -110,6 +112,8 @@ def test_of_equally_good_layers_the_lowest_is_the_best(tmp_path):
     cache = planted_cache(tmp_path / "a.zarr", features, Y, fold=FOLD)
     result = probe_layers(cache)
     assert result.best_layer == 1 and set(result.best_layer_per_class.values()) == {1}
+    assert result.best_layer_ties == [1, 2, 3]
+    assert result.best_layer_per_class_ties == {f"class{c}": [1, 2, 3] for c in range(4)}
 
 
 def test_a_split_is_trained_and_tested_as_it_says(tmp_path):
@@ -175,7 +179,49 @@ def test_clips_without_a_label_among_others_with_one_are_said(tmp_path):
     labels[:7] = 0
     cache = planted_cache(tmp_path / "a.zarr", features_with_label_in(2, Y), labels, fold=FOLD)
     result = probe_layers(cache, layers=[2])
-    assert result.metric == "mAP" and "7 clips have no label" in result.warnings[0]
+    assert result.metric == "mAP" and "of 100 clips 7 clips have no label, so" in result.warnings[0]
+
+
+def test_how_many_clips_have_several_labels_is_said(tmp_path):
+    labels = np.eye(CLASSES, dtype=np.uint8)[Y]
+    labels[:3] = 1
+    labels[3] = 0
+    cache = planted_cache(tmp_path / "a.zarr", features_with_label_in(2, Y), labels, fold=FOLD)
+    (note,) = probe_layers(cache, layers=[2]).warnings
+    assert "1 clips have no label and 3 have several" in note
+
+
+def test_the_csv_holds_every_number_once(tmp_path):
+    weak = planted_cache(tmp_path / "a.zarr", features_with_label_in(2, Y, strength=0.5), Y, fold=FOLD)
+    result = probe_layers(weak)
+    write_csv(result, tmp_path / "new" / "a.csv")
+    with open(tmp_path / "new" / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    values = {tuple(row[column] for column in COLUMNS[:-1]): float(row["value"]) for row in rows}
+    assert len(values) == len(rows) and list(tmp_path.glob("new/.*")) == []
+    for layer in result.layers:
+        at = str(layer.layer)
+        assert values[at, "accuracy", "", "", ""] == layer.accuracy
+        assert values[at, "accuracy", "3", "", ""] == layer.folds[2]["accuracy"]
+        assert values[at, "f1", "", "class1", ""] == layer.class_f1["class1"]
+        counts = [value for key, value in values.items() if key[:2] == (at, "confusion")]
+        assert (
+            sum(counts) == 100
+            and values[at, "confusion", "", "class2", "class2"] == layer.confusion["class2"]["class2"]
+        )
+    best = {row["class"]: int(row["value"]) for row in rows if row["score"] == "best_layer"}
+    assert best == result.best_layer_per_class
+
+
+def test_esc_10_is_as_accurate_as_scikit_learn_at_its_optimum(esc10_cache):
+    truth = esc10_cache.labels.argmax(1)
+    for layer in probe_layers(esc10_cache, layers=[1, 4]).layers:
+        X, accuracy = esc10_cache.mean(layer=layer.layer), []
+        for fold in range(1, 6):
+            test = esc10_cache.fold == fold
+            model = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-6, max_iter=5000))
+            accuracy.append(model.fit(X[~test], truth[~test]).score(X[test], truth[test]))
+        assert layer.accuracy == pytest.approx(np.mean(accuracy), abs=0.01)
 
 
 def test_progress_is_told_of_every_layer(planted):

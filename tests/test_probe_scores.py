@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
 
-from whisper_at_cli.probe.scores import HeldOut
+from whisper_at_cli.probe.scores import HeldOut, best_layers
 
 NAMES = ("a", "b", "c", "d")
 TESTS = {1: np.arange(0, 30), 4: np.arange(30, 80)}
@@ -40,6 +40,22 @@ def test_a_class_that_is_never_predicted_has_an_f1_of_zero():
     y = np.arange(100) % 4
     score = HeldOut(NAMES, np.eye(4)[y], TESTS).accuracy(1, np.eye(4)[np.where(y == 2, 1, y)])
     assert score.class_f1["c"] == 0 and score.class_f1["a"] == 1
+
+
+def test_the_confusion_matrix_counts_every_tested_clip_once(logits):
+    y = np.random.default_rng(1).integers(0, 3, 100)
+    confusion = HeldOut(NAMES, np.eye(4)[y], TESTS).accuracy(1, logits).confusion
+    expected = confusion_matrix(y[:80], logits.argmax(1)[:80], labels=range(4))
+    found = [[confusion.get(true, {}).get(predicted, 0) for predicted in NAMES] for true in NAMES]
+    assert found == expected.tolist() and set(confusion) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    "values, best",
+    [([0.1, 0.5, 0.5], [2, 3]), ([None, 0.0, None], [2]), ([None] * 3, []), ([1 / 3, 1 - 2 / 3, 0.3], [1, 2])],
+)
+def test_best_layers_are_all_that_tie_in_order(values, best):
+    assert best_layers([1, 2, 3], values) == best
 
 
 def test_map_is_the_mean_over_classes_with_positives_and_the_others_are_counted(logits):

@@ -1,0 +1,107 @@
+"""How every figure looks and is saved: one column wide, told apart without colour, the numbers beside the picture.
+
+Drawn with matplotlib's objects alone, so it needs no display and no pyplot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from whisper_at_cli.extract.errors import UsageError
+
+SUFFIXES = (".png", ".pdf", ".svg")
+COLUMN_INCHES = 3.15  # 80 mm, a column of Interspeech's template
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+MARKERS = "os^Dv<>"
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+FONTS = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "whisper-at-cli"}  # TrueType; the same ids again
+DPI = 240  # of PNG; also what text is measured at
+TEXT, TICKS = 8, 7  # points
+AXIS_NAMES = {"accuracy": "Accuracy (%)", "mAP": "mAP (%)"}
+F1_NAMES = {"accuracy": "F1", "mAP": "average precision"}
+
+_settings = threading.Lock()  # matplotlib's are global
+
+
+def look(number: int) -> dict:
+    """Colour, marker and line of the n-th curve, counted from 0."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[(number + number // len(LINES)) % len(LINES)],
+    }
+
+
+def new_figure(height: float):
+    """A figure one column wide; `height` is in column widths."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(COLUMN_INCHES, height * COLUMN_INCHES), dpi=DPI, layout="constrained")
+
+
+def legend_above(figure, axes: Sequence) -> None:
+    """One legend for all panels, above them, where it covers no curve; of names that several panels share one entry."""
+    entries = {}
+    for panel in axes:
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(name, handle)
+    columns = next((n for n in (3, 2) if max(map(len, entries)) <= 36 // n), 1)
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside upper left", ncols=columns, fontsize=TICKS, frameon=False,
+        handlelength=2.6, columnspacing=1.2, borderaxespad=0.1,
+    )  # fmt: skip
+
+
+def tidy_axes(axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=TEXT)
+    axes.set_ylabel(y, fontsize=TEXT)
+    axes.tick_params(labelsize=TICKS, length=3)
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def checked_path(path: str | Path) -> Path:
+    """Raises UsageError for a name that cannot be drawn, before any work is done."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path.name} ends in none of {', '.join(SUFFIXES)}; rename the figure")
+    return path
+
+
+def save(figure, numbers: dict, path: Path) -> dict:
+    """Write the picture by its suffix and the numbers beside it as JSON, each whole or not at all; the numbers again.
+
+    The same numbers give the same bytes.
+    """
+    numbers_path = path.with_suffix(".json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, lambda unfinished: _save_picture(figure, unfinished))
+        _replace(numbers_path, lambda unfinished: unfinished.write_text(json.dumps(numbers, indent=2) + "\n"))
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
+    return numbers
+
+
+def _save_picture(figure, path: Path) -> None:
+    from matplotlib import rc_context
+
+    undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix.lower(), {})
+    with _settings, rc_context(FONTS):
+        small = {"pil_kwargs": {"optimize": True}} if path.suffix.lower() == ".png" else {}
+        figure.savefig(path, format=path.suffix[1:].lower(), metadata=undated, **small)
+
+
+def _replace(path: Path, write) -> None:
+    """Write to a name beside `path`, then rename: the file is never half there."""
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""Figure 1: WER against SNR for each model above, accuracy against layer for each model's encoder below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.probe.figures import canvas
+from whisper_at_cli.probe.figures.inputs import PROBE, ROBUSTNESS, Result, as_result, of_kind, wer_curve
+
+BAND = "1 std over folds"
+
+
+def draw_layer_accuracy(curves: Sequence[tuple[str, object]], path: str | Path) -> dict:
+    """Draw a curve with a band of one standard deviation over folds for each (name, ProbeResult or its JSON).
+
+    Writes `path` as PNG, PDF or SVG by its suffix, and beside it the numbers that were drawn, which it returns.
+    """
+    path = canvas.checked_path(path)
+    lower = _lower([as_result(name, result) for name, result in curves])
+    numbers = {"figure": "layer accuracy", **lower}
+    figure = canvas.new_figure(0.7)
+    looks = {curve["name"]: canvas.look(at) for at, curve in enumerate(lower["curves"])}
+    axes = figure.add_subplot()
+    _draw_layers(axes, lower, looks)
+    canvas.legend_above(figure, [axes])
+    return canvas.save(figure, numbers, path)
+
+
+def draw_figure_1(results: Sequence[Result], path: str | Path, *, wer: str = "whisper") -> dict:
+    """Results of robustness above, of probes below; a model has the same look in both. A panel without results is left
+    out. Returns the numbers, which lie beside `path` too."""
+    path = canvas.checked_path(path)
+    probes, robust = of_kind(results, PROBE), of_kind(results, ROBUSTNESS)
+    if len(probes) + len(robust) < len(results):
+        other = next(result for result in results if result.kind not in (PROBE, ROBUSTNESS))
+        raise UsageError(f"{other.source} is a result of {other.kind}; figure 1 takes those of probe and robustness")
+    if not results:
+        raise UsageError("figure 1 has nothing to draw; give caches, or results of probe and robustness")
+    numbers = {
+        "figure": 1,
+        "upper": _upper(robust, wer) if robust else None,
+        "lower": _lower(probes) if probes else None,
+    }
+    names = list(dict.fromkeys(result.name for result in [*robust, *probes]))
+    looks = {name: canvas.look(at) for at, name in enumerate(names)}
+    panels = [numbers[panel] is not None for panel in ("upper", "lower")]
+    figure = canvas.new_figure(0.62 * sum(panels) + 0.08)
+    axes = figure.subplots(sum(panels), 1, squeeze=False)[:, 0]
+    if robust:
+        _draw_wer(axes[0], numbers["upper"], looks)
+    if probes:
+        _draw_layers(axes[-1], numbers["lower"], looks)
+    canvas.legend_above(figure, axes)
+    return canvas.save(figure, numbers, path)
+
+
+def _upper(results: Sequence[Result], wer: str) -> dict:
+    curves = []
+    for result in results:
+        snr, values = wer_curve(result, wer)
+        curves.append({"name": result.name, "snr": snr, "wer": values})
+    return {"wer": wer, "curves": curves}
+
+
+def _lower(results: Sequence[Result]) -> dict:
+    curves = [_layer_curve(result) for result in results]
+    metrics = {curve["metric"] for curve in curves}
+    if len(metrics) != 1:
+        raise UsageError(f"curves of {' and '.join(sorted(metrics)) or 'nothing'} cannot share an axis")
+    return {"metric": metrics.pop(), "band": BAND, "curves": curves}
+
+
+def _layer_curve(result: Result) -> dict:
+    """Layers without a value are left out."""
+    metric = result.content.get("metric", "accuracy")
+    layers = [layer for layer in result.content["layers"] if layer[metric] is not None]
+    return {
+        "name": result.name,
+        "metric": metric,
+        "layers": [layer["layer"] for layer in layers],
+        "value": [layer[metric] for layer in layers],
+        "std": [layer.get(f"{metric}_std") or 0.0 for layer in layers],
+    }
+
+
+def _draw_wer(axes, numbers: dict, looks: dict) -> None:
+    for curve in numbers["curves"]:
+        percent = [100 * value for value in curve["wer"]]
+        axes.plot(curve["snr"], percent, markersize=3, linewidth=1.2, label=curve["name"], **looks[curve["name"]])
+    canvas.tidy_axes(axes, "Signal-to-noise ratio (dB)", "Word error rate (%)")
+    axes.invert_xaxis()  # as in the paper: harder to the right
+    axes.set_ylim(bottom=0)
+
+
+def _draw_layers(axes, numbers: dict, looks: dict) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for curve in numbers["curves"]:
+        _draw_layer_curve(axes, curve, looks[curve["name"]])
+    last = max((layer for curve in numbers["curves"] for layer in curve["layers"]), default=1)
+    canvas.tidy_axes(axes, "Encoder layer", canvas.AXIS_NAMES[numbers["metric"]])
+    axes.set_xlim(1 - 0.03 * last, last + 0.03 * last)
+    axes.set_xticks(layer_ticks(last))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+
+
+def _draw_layer_curve(axes, curve: dict, look: dict) -> None:
+    layers, value = curve["layers"], [100 * v for v in curve["value"]]
+    std = [100 * s for s in curve["std"]]
+    if len(layers) == 1:  # too narrow for a band
+        axes.errorbar(layers, value, std, color=look["color"], linewidth=1.2, capsize=3)
+    low, high = ([v + sign * s for v, s in zip(value, std, strict=True)] for sign in (-1, 1))
+    axes.fill_between(layers, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axes.plot(layers, value, markersize=3, linewidth=1.2, label=curve["name"], **look)
+
+
+def layer_ticks(last: int) -> list[int]:
+    """Layer 1 and then round layer numbers, at most nine in all."""
+    if last <= 8:
+        return list(range(1, last + 1))
+    step = next(step for step in (2, 4, 5, 8, 10, 20, 50, 100) if last // step <= 8)
+    return [1, *range(step, last + 1, step)]

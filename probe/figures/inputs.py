@@ -1,0 +1,141 @@
+"""What figures are drawn from: results on disk (of probe, robustness and train-head) and caches, which are probed.
+
+An input is a path, or NAME=PATH where the curve is to be called something else than its backbone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+
+from whisper_at_cli.extract.errors import UsageError
+
+PROBE, ROBUSTNESS, HEAD = "probe", "robustness", "train-head"
+COMMANDS = {
+    PROBE: "whisper-at-cli probe CACHE --json",
+    ROBUSTNESS: "whisper-at-cli robustness ... --json",
+    HEAD: "whisper-at-cli train-head CACHE --head H --json",
+}
+WER_FIELDS = {"whisper": "wer", "paper": "wer_paper"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result: what kind it is of, what to call it, where it came from, its JSON."""
+
+    kind: str
+    name: str
+    source: str
+    content: dict
+
+
+def as_result(name: str, content, source: str = "") -> Result:
+    """A ProbeResult, or the JSON of any result. Raises UsageError for anything else."""
+    content = asdict(content) if is_dataclass(content) else content
+    return Result(_kind_of(content, source or name), name, source or name, content)
+
+
+def load_results(places: Sequence[str], probe: Callable[[Path], object]) -> list[Result]:
+    """A result for each place, in order; `probe` makes the result of a cache. Raises UsageError with what is wrong."""
+    results = [_load(str(place), probe) for place in places]
+    known: dict[tuple[str, str], str] = {}
+    for result in results:
+        other = known.setdefault((result.kind, result.name), result.source)
+        if other != result.source:
+            raise UsageError(f"{other} and {result.source} are both called {result.name}; name them as NAME=PATH")
+    return results
+
+
+def _load(place: str, probe: Callable[[Path], object]) -> Result:
+    name, equals, path = place.partition("=")
+    if not equals or Path(place).exists():
+        name, path = "", place
+    if "://" in path or Path(path).is_dir():
+        content = probe(path if "://" in path else Path(path))
+        content = asdict(content) if is_dataclass(content) else content
+    else:
+        content = _read_json(Path(path))
+    kind = _kind_of(content, path)
+    return Result(kind, name or _name_of(kind, content, path), path, content)
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path} does not exist; give a cache, or a JSON file that a command with --json wrote"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(
+            f"{path} is not a JSON file ({' '.join(str(error).split())}); give what a command printed with --json"
+        ) from error
+
+
+def _kind_of(content: object, source: str) -> str:
+    if isinstance(content, dict):
+        if content.get("kind") == ROBUSTNESS or _rows(content, "results", "snr"):
+            return ROBUSTNESS
+        if _rows(content, "layers", "layer"):
+            return PROBE
+        if {"head", "value", "metric"} <= set(content):
+            return HEAD
+    found = f"its fields are {', '.join(sorted(content)[:8])}" if isinstance(content, dict) and content else "it is not"
+    raise UsageError(f"{source} is not a result of {', '.join(COMMANDS)}: {found}; make one with: {COMMANDS[PROBE]}")
+
+
+def _rows(content: dict, field: str, column: str) -> bool:
+    rows = content.get(field)
+    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and column in row for row in rows)
+
+
+def _name_of(kind: str, content: dict, path: str) -> str:
+    """The backbone's or model's name. An older result of train-head names none: then the file's own."""
+    name = content.get("model") if kind == ROBUSTNESS else content.get("backbone")
+    return str(name) if name else Path(path).stem
+
+
+def only(results: Sequence[Result], kind: str, figure: str) -> list[Result]:
+    """Raises UsageError where one of them is of another kind."""
+    for result in results:
+        if result.kind != kind:
+            raise UsageError(
+                f"{result.source} is a result of {result.kind}, and {figure} needs one of {kind}; make it with: "
+                f"{COMMANDS[kind]}"
+            )
+    return list(results)
+
+
+def of_kind(results: Sequence[Result], *kinds: str) -> list[Result]:
+    return [result for result in results if result.kind in kinds]
+
+
+def wer_at(result: Result, snr: float, wer: str) -> tuple[float, dict[str, float]]:
+    """WER over all noise, and for each class of noise, at one SNR. Raises UsageError where it was not measured."""
+    rows = {float(row["snr"]): row for row in result.content["results"]}
+    if snr not in rows:
+        there = ", ".join(f"{at:g}" for at in sorted(rows))
+        raise UsageError(
+            f"{result.source} has results for SNR {there}, none for {snr:g} dB; measure it with --snr {snr:g}"
+        )
+    field = WER_FIELDS[wer]
+    if field not in rows[snr]:
+        raise UsageError(f"{result.source} has no {field}; choose another --wer ({', '.join(WER_FIELDS)})")
+    classes = rows[snr].get(field.replace("wer", "class_wer", 1)) or {}
+    return rows[snr][field], {name: value for name, value in classes.items() if value is not None}
+
+
+def wer_curve(result: Result, wer: str) -> tuple[list[float], list[float]]:
+    """SNRs, ascending, and the WER at each. Raises UsageError where the field is not there."""
+    snrs = sorted({float(row["snr"]) for row in result.content["results"]})
+    return snrs, [wer_at(result, snr, wer)[0] for snr in snrs]
+
+
+def clean_wer(result: Result, wer: str) -> float:
+    """Raises UsageError where the clean speech was not transcribed."""
+    value = (result.content.get("clean") or {}).get(WER_FIELDS[wer])
+    if value is None:
+        raise UsageError(f"{result.source} has no WER of clean speech; give --snr for one at an SNR")
+    return value

@@ -1,0 +1,114 @@
+"""Figure 2: sounds that the encoder recognises well are sounds that disturb its transcription less.
+
+A point for each class: how well a probe of one layer recognises it, and by how much it raises the word error rate from
+a high SNR to a low one. The line is fitted to all classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.probe.figures import canvas
+from whisper_at_cli.probe.figures.inputs import PROBE, ROBUSTNESS, Result, of_kind, wer_at
+from whisper_at_cli.probe.figures.labels import label_points
+
+LOW_SNR, HIGH_SNR = -10.0, 20.0
+LEAST_CLASSES = 3
+MARK = 3.0  # points
+LABEL = 4.5
+MINUS = "\N{MINUS SIGN}"
+
+
+def draw_figure_2(
+    results: Sequence[Result], path: str | Path, *, layer: int | None = None, low_snr: float = LOW_SNR,
+    high_snr: float = HIGH_SNR, wer: str = "whisper",
+) -> dict:  # fmt: skip
+    """One probe's result and one of robustness; `layer` is the last that was probed unless it is given. Returns the
+    numbers, which lie beside `path` too."""
+    path = canvas.checked_path(path)
+    probes, robust = of_kind(results, PROBE), of_kind(results, ROBUSTNESS)
+    if len(results) != 2 or len(probes) != 1 or len(robust) != 1:
+        found = ", ".join(f"{result.source} ({result.kind})" for result in results) or "nothing"
+        raise UsageError(f"figure 2 takes one result of probe, or a cache, and one of robustness; it was given {found}")
+    score, at = _class_scores(probes[0], layer)
+    (_, low), (_, high) = (wer_at(robust[0], snr, wer) for snr in (low_snr, high_snr))
+    common = [name for name in score if name in low and name in high]
+    if len(common) < LEAST_CLASSES:
+        raise UsageError(
+            f"{probes[0].source} and {robust[0].source} have {len(common)} classes in common, and a line needs "
+            f"{LEAST_CLASSES}; the first has {_some(score)}, the second {_some(low)}"
+        )
+    points = [
+        {"class": name, "score": score[name], "wer_increase": low[name] - high[name], "wer": [low[name], high[name]]}
+        for name in common
+    ]
+    numbers = {
+        "figure": 2,
+        "probe": probes[0].name,
+        "robustness": robust[0].name,
+        "layer": at,
+        "score": "class_f1" if probes[0].content.get("metric", "accuracy") == "accuracy" else "class_ap",
+        "snr": [low_snr, high_snr],
+        "wer": wer,
+        "classes": points,
+        "left_out": sorted(set(score) ^ set(common) | set(low) ^ set(common)),
+        **_correlation([point["score"] for point in points], [point["wer_increase"] for point in points]),
+    }
+    figure = canvas.new_figure(1.0)
+    numbers["labels_that_overlap"] = _draw(figure.add_subplot(), numbers)
+    return canvas.save(figure, numbers, path)
+
+
+def _class_scores(result: Result, layer: int | None) -> tuple[dict[str, float], int]:
+    """Score of each class that has one, and the layer."""
+    layers = {row["layer"]: row for row in result.content["layers"]}
+    layer = max(layers) if layer is None else layer
+    if layer not in layers:
+        raise UsageError(
+            f"{result.source} holds layers {', '.join(map(str, sorted(layers)))}; layer {layer} was asked for"
+        )
+    field = "class_f1" if result.content.get("metric", "accuracy") == "accuracy" else "class_ap"
+    return {name: value for name, value in layers[layer][field].items() if value is not None}, layer
+
+
+def _some(names) -> str:
+    return ", ".join(sorted(names)[:4]) or "none"
+
+
+def _correlation(x: list[float], y: list[float]) -> dict:
+    """Line and correlations over all points; None where one side does not vary."""
+    from scipy.stats import linregress, spearmanr
+
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        return {"line": None, "pearson": None, "spearman": None}
+    line, rank = linregress(x, y), spearmanr(x, y)
+    return {
+        "line": {"slope": float(line.slope), "intercept": float(line.intercept)},
+        "pearson": {"r": float(line.rvalue), "p": float(line.pvalue)},
+        "spearman": {"r": float(rank.statistic), "p": float(rank.pvalue)},
+    }
+
+
+def _draw(axes, numbers: dict) -> int:
+    points = numbers["classes"]
+    x, y = ([100 * point[field] for point in points] for field in ("score", "wer_increase"))
+    axes.plot(x, y, linestyle="", marker="o", markersize=MARK, color=canvas.COLOURS[0], zorder=3)
+    name = canvas.F1_NAMES["accuracy" if numbers["score"] == "class_f1" else "mAP"]
+    low, high = numbers["snr"]
+    canvas.tidy_axes(
+        axes, f"Class-wise {name} (%)", f"WER increase, {high:g} to {low:g} dB (points)".replace("-", MINUS)
+    )
+    axes.margins(0.1)
+    if numbers["line"]:
+        ends = [min(x), max(x)]
+        fitted = [100 * numbers["line"]["intercept"] + numbers["line"]["slope"] * end for end in ends]
+        axes.plot(ends, fitted, linestyle="--", linewidth=1, color="0.35", zorder=2)
+        r, p = numbers["pearson"]["r"], numbers["pearson"]["p"]
+        probability = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+        said = f"r = {r:.2f}, {probability}, {len(points)} classes".replace("-", MINUS)
+        axes.set_title(said, fontsize=canvas.TICKS, loc="right")
+    axes.invert_yaxis()  # as in the paper: the less disturbed, the higher
+    names = [point["class"].replace("_", " ") for point in points]
+    return label_points(axes, x, y, names, fontsize=LABEL, mark=MARK, line=(ends, fitted) if numbers["line"] else None)

@@ -1,0 +1,148 @@
+"""Probing a cache: how well does each of its layers tell the classes apart, and which layer is best for which class?"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.progress import Progress
+from whisper_at_cli.probe.job import Job, Prediction
+from whisper_at_cli.probe.scores import LayerAccuracy, LayerPrecision, best_layers
+
+KINDS = ("linear", "knn", "attentive", "faithful")
+NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Scores of every layer that was asked for, and what they came from. `asdict` of it is the command's JSON."""
+
+    metric: str  # accuracy or mAP: what `layers` holds and what the best layers are best in
+    layers: list[LayerAccuracy] | list[LayerPrecision]
+    best_layer: int | None  # of several that are equally good, the lowest
+    best_layer_per_class: dict[str, int | None]  # by F1 or average precision; None where that is undefined
+    clips: int  # that were trained or tested on
+    backbone: str
+    strength: float | str | None  # None where the kind of probe has none
+    seed: int
+    device: str
+    warnings: list[str] = field(default_factory=list)
+    probe: str = "linear"
+    best_layer_ties: list[int] = field(default_factory=list)  # all of the best layers, where there are several
+    best_layer_per_class_ties: dict[str, list[int]] = field(default_factory=dict)  # the same for each class with a tie
+    settings: dict = field(default_factory=dict)  # of this kind of probe
+    dataset: str = ""
+    weights_sha256: str = ""
+
+
+def probe_layers(
+    cache: FeatureCache,
+    *,
+    layers: str | Sequence[int] = "all",
+    kind: str = "linear",
+    strength: float | str = 1.0,
+    neighbours: int = NEIGHBOURS,
+    standardise: bool = True,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ProbeResult:
+    """Probe layers (1-based, or "all") on the official folds, else the split, else random folds from `seed`.
+
+    `kind` is one of KINDS. `strength`, of linear and attentive probes, is scikit-learn's C: the smaller, the stronger
+    the penalty; linear probes take "auto" too. `neighbours` is for knn, `standardise` for faithful. `progress` is told
+    of layers. Raises UsageError where there is no such layer or nothing to tell apart, CacheError for features that
+    are not finite.
+    """
+    numbers = _layer_numbers(cache, layers)
+    method, settings = _method(kind, strength=strength, neighbours=neighbours, standardise=standardise)
+    job = Job.plan(cache, device=device, seed=seed)
+    scores, warnings = [], list(job.warnings)
+    predictions: list[Prediction] = []
+    for prediction in method.run(job, numbers):
+        predictions.append(prediction)
+        scores.append(_score(job, prediction))
+        if progress:
+            progress(len(scores), len(numbers), f"layer {prediction.layer}")
+    warnings += _notes(predictions, strength)
+    per_class = [score.class_f1 if job.metric == "accuracy" else score.class_ap for score in scores]
+    best = best_layers(numbers, [getattr(score, job.metric) for score in scores])
+    best_per_class = {name: best_layers(numbers, [values[name] for values in per_class]) for name in per_class[0]}
+    return ProbeResult(
+        metric=job.metric,
+        layers=scores,
+        best_layer=best[0] if best else None,
+        best_layer_per_class={name: layers[0] if layers else None for name, layers in best_per_class.items()},
+        clips=len(job.rows),
+        backbone=cache.spec.backbone,
+        strength=strength if kind in ("linear", "attentive") else None,
+        seed=seed,
+        device=str(job.device),
+        warnings=warnings,
+        probe=kind,
+        best_layer_ties=best if len(best) > 1 else [],
+        best_layer_per_class_ties={name: layers for name, layers in best_per_class.items() if len(layers) > 1},
+        settings=settings,
+        dataset=cache.spec.dataset,
+        weights_sha256=cache.spec.weights_sha256,
+    )
+
+
+def _method(kind: str, *, strength: float | str, neighbours: int, standardise: bool) -> tuple[object, dict]:
+    """The probe of a kind, and its settings for the record."""
+    if kind == "linear":
+        from whisper_at_cli.probe.linear import LinearProbe
+
+        return LinearProbe(strength), {}
+    if kind == "knn":
+        from whisper_at_cli.probe.neighbours import NeighbourProbe
+
+        return NeighbourProbe(neighbours), {"neighbours": neighbours}
+    if kind == "attentive":
+        from whisper_at_cli.probe.attentive import AttentiveProbe
+
+        method = AttentiveProbe(strength)
+        return method, {"steps": method.steps, "learning_rate": method.learning_rate, "query_rate": method.query_rate}
+    if kind == "faithful":
+        from whisper_at_cli.probe.faithful import FaithfulProbe
+
+        method = FaithfulProbe(standardise)
+        return method, {"standardised": standardise, **method.settings}
+    raise UsageError(f"there is no probe of kind {kind!r}; choose from {', '.join(KINDS)}")
+
+
+def _score(job: Job, prediction: Prediction) -> LayerAccuracy | LayerPrecision:
+    score = job.held_out.accuracy if job.metric == "accuracy" else job.held_out.precision
+    scored = score(prediction.layer, prediction.logits)
+    for fold in scored.folds:
+        if fold["fold"] in prediction.strengths:
+            fold["strength"] = prediction.strengths[fold["fold"]]
+    return scored
+
+
+def _notes(predictions: list[Prediction], strength: float | str) -> list[str]:
+    early = [f"layer {found.layer} fold {number}" for found in predictions for number in found.unconverged]
+    if not early:
+        return []
+    advice = "" if isinstance(strength, str) else f"; lower the strength {strength:g}"
+    return [f"not converged, so approximate: {', '.join(early)}{advice}"]
+
+
+def _layer_numbers(cache: FeatureCache, layers: str | Sequence[int]) -> list[int]:
+    """Ascending, each once."""
+    if isinstance(layers, str):
+        if layers != "all":
+            raise UsageError(f"layers are numbers from 1 or 'all'; {layers!r} was asked for")
+        return list(range(1, cache.spec.layers + 1))
+    numbers = sorted({operator.index(layer) for layer in layers})
+    if not numbers:
+        raise UsageError("no layer was asked for; give numbers from 1 or 'all'")
+    for layer in numbers:
+        if not 1 <= layer <= cache.spec.layers:
+            raise UsageError(
+                f"{cache.path} ({cache.spec.backbone}) has layers 1 to {cache.spec.layers}; layer {layer} was asked for"
+            )
+    return numbers
