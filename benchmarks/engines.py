@@ -38,7 +38,7 @@ def write_model(folder: Path, size: str) -> Path:
     import torch
     from whisper.model import ModelDimensions, Whisper
 
-    from whisper_at_cli.extract.backbones import WHISPER_SIZES
+    from whisper_at_cli.extract.sizes import WHISPER_SIZES
 
     sizes = WHISPER_SIZES[size]
     dims = dict(
