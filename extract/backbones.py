@@ -111,11 +111,12 @@ def _from_folder(folder: Path, name: str | None, *, device: torch.device, precis
     return WhisperBackbone.from_weights(read_weights(folder, name=name), device=device, precision=precision)
 
 
-def load_whisper(model: str | Path, *, device: str = "auto"):
-    """An `openai-whisper` model with these weights, ready to `transcribe`. Takes Whisper in all of its forms."""
+def load_whisper(model: str | Path | WhisperWeights, *, device: str = "auto"):
+    """An `openai-whisper` model with these weights, ready to `transcribe`. Takes Whisper in all of its forms, and
+    weights that were read already."""
     from whisper.model import ModelDimensions, Whisper
 
-    weights = read_weights(model)
+    weights = model if isinstance(model, WhisperWeights) else read_weights(model)
     whisper_model = Whisper(ModelDimensions(**weights.dims))
     whisper_model.load_state_dict(weights.state)
     heads = torch.zeros(weights.dims["n_text_layer"], weights.dims["n_text_head"], dtype=torch.bool)

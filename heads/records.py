@@ -1,6 +1,7 @@
 """What a training run keeps in its folder, so that it can be watched, continued and trusted.
 
 head.json, head.safetensors   the head; also in fold-N/ and, of several seeds, seed-S/fold-N/
+trained_on.safetensors        hashes of the ids of the clips that it was trained on
 metrics.jsonl                 a line for each epoch of each training
 curve.png                     loss and validation metric over epochs
 tensorboard/                  the same for TensorBoard, if asked for
@@ -26,11 +27,12 @@ from torch import Tensor
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.heads.checkpoint import ENCODER, HEAD, TRAINED_ON
 
 FORMAT_VERSION = 1
 HIDDEN = ".training"
 SAVING_SHARE = 0.05  # of the time, at most, goes into saving the state of trainings under way
-HEAD_FILES = ("head.json", "head.safetensors")
+HEAD_FILES = ("head.json", *(f"{name}.safetensors" for name in (HEAD, TRAINED_ON, ENCODER)))
 TOP_FILES = (*HEAD_FILES, "metrics.jsonl", "curve.png", "search.json")
 
 

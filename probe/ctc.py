@@ -93,7 +93,8 @@ def load_ctc(model: str | Path, *, device: str = "auto", language: str = "en") -
         from transformers import AutoModelForCTC, AutoProcessor
     except ImportError as error:
         raise UsageError(f"{model} needs transformers; run: pip install 'whisper-at-cli[hf]'") from error
-    from whisper_at_cli.probe.recognisers import check_language, tensors_sha256
+    from whisper_at_cli.extract.weights import state_sha256
+    from whisper_at_cli.probe.recognisers import check_language
 
     check_language(language)
     local = Path(model).is_dir()
@@ -127,6 +128,6 @@ def load_ctc(model: str | Path, *, device: str = "auto", language: str = "en") -
     if processor.feature_extractor.sampling_rate != SAMPLE_RATE:
         raise UsageError(f"{model} wants {processor.feature_extractor.sampling_rate} Hz; only {SAMPLE_RATE} is known")
     chosen, name = choose_device(device), Path(model).resolve().name if local else str(model)
-    sha256 = tensors_sha256(loaded.state_dict())
+    sha256 = state_sha256(loaded.state_dict())
     known = {"name": name, "weights_sha256": sha256, "device": chosen, "language": language}
     return CTCRecogniser(loaded.to(chosen).eval(), processor, **known)

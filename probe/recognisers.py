@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import threading
 import zlib
@@ -141,9 +140,9 @@ class WhisperRecogniser:
 
 def default_streams(device: torch.device) -> int:
     """Batches side by side: one per core with one thread each, or two on an accelerator, which then never waits."""
-    from whisper_at_cli.extract.devices import streams
+    from whisper_at_cli.extract.devices import streams_of
 
-    return min(streams(device), 16)
+    return min(streams_of(device), 16)
 
 
 def check_language(language: str, *, multilingual: bool = True, name: str = "") -> None:
@@ -171,15 +170,6 @@ def _encode(encoder: WhisperEncoder, ln_post, mel_BMF: Tensor) -> Tensor:
     return ln_post(x_BPD)
 
 
-def tensors_sha256(state: dict[str, Tensor], prefix: str = "") -> str:
-    """SHA-256 over tensors as float32, by name."""
-    digest = hashlib.sha256()
-    for name in sorted(name for name in state if name.startswith(prefix)):
-        digest.update(name.encode())
-        digest.update(state[name].detach().to("cpu", torch.float32).contiguous().numpy().data)
-    return digest.hexdigest()
-
-
 def load_recogniser(
     model: str | Path, *, device: str = "auto", language: str = "en", fallback: bool = False
 ) -> Recogniser:
@@ -195,17 +185,17 @@ def load_recogniser(
             raise UsageError(f"--fallback is Whisper's; {model} is no Whisper model. Leave it out")
         return load_ctc(model, device=device, language=language)
     from whisper_at_cli.extract.backbones import load_whisper
-    from whisper_at_cli.extract.weights import read_weights
+    from whisper_at_cli.extract.weights import read_weights, state_sha256
 
     weights = read_weights(model)
+    decoder = {name: tensor for name, tensor in weights.state.items() if name.startswith("decoder.")}
     known = {
         "name": weights.name,
         "weights_sha256": weights.encoder_sha256(),
-        "decoder_sha256": tensors_sha256(weights.state, "decoder."),
+        "decoder_sha256": state_sha256(decoder),
     }
     check_language(language, multilingual=weights.dims["n_vocab"] >= 51865, name=weights.name)
-    del weights
-    return WhisperRecogniser(load_whisper(model, device=device), **known, language=language, fallback=fallback)
+    return WhisperRecogniser(load_whisper(weights, device=device), **known, language=language, fallback=fallback)
 
 
 def is_transformers(model: str | Path) -> bool:

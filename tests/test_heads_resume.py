@@ -135,7 +135,7 @@ def test_leftovers_of_a_run_with_more_folds_do_not_survive_and_other_files_do(ca
     kept = sorted(file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file())
     assert kept == [
         ".training/lock", ".training/run.json", "curve.png", "head.json", "head.safetensors", "metrics.jsonl",
-        "notes.txt", "seed-1/fold-3/notes.txt",
+        "notes.txt", "seed-1/fold-3/notes.txt", "trained_on.safetensors",
     ]  # fmt: skip
 
 

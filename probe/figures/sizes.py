@@ -9,7 +9,6 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.figures import canvas
 from whisper_at_cli.probe.figures.inputs import HEAD, PROBE, ROBUSTNESS, Result, clean_wer, of_kind, wer_at
 
-DECODER_LAYERS = {"large-v3-turbo": 4, "turbo": 4}  # of the others as many as the encoder has
 POSITIONS = 448  # of the decoder
 
 
@@ -100,7 +99,7 @@ def _backbone(result: Result) -> str:
 
 def whisper_parameters(name: str) -> int | None:
     """Parameters of a whole Whisper, encoder and decoder, by its name; None for another model."""
-    from whisper_at_cli.extract.backbones import WHISPER_SIZES
+    from whisper_at_cli.extract.sizes import WHISPER_SIZES
 
     size = WHISPER_SIZES.get(name)
     if size is None:
@@ -111,7 +110,7 @@ def whisper_parameters(name: str) -> int | None:
     stem = 3 * size.mels * d + d + 3 * d * d + d
     encoder = stem + size.layers * (attention + mlp + 2 * norm) + norm
     words = 51864 if name.endswith(".en") else 51866 if size.mels == 128 else 51865
-    blocks = DECODER_LAYERS.get(name, size.layers) * (2 * attention + mlp + 3 * norm)
+    blocks = size.decoder_layers * (2 * attention + mlp + 3 * norm)
     return encoder + (words + POSITIONS) * d + blocks + norm
 
 
