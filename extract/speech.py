@@ -57,7 +57,8 @@ class SpeechBackbone:
         normalise = _input_normalisation(folder)
         model = _load(folder, kind)
         used = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(UNUSED)}
-        sha256 = state_sha256(used)
+        # what is done to the waveform decides the features as weights do
+        sha256 = state_sha256(used | {"normalise": torch.tensor(float(normalise))})
         return cls(model, name=name, weights_sha256=sha256, normalise=normalise, device=device, precision=precision)
 
     def positions(self, samples: int) -> int:
