@@ -18,6 +18,7 @@ from whisper_at_cli.extract.options import command
 from whisper_at_cli.extract.output import print_json, print_table
 from whisper_at_cli.extract.progress import progress_on_stderr
 from whisper_at_cli.heads import commands as heads_commands
+from whisper_at_cli.heads import tagging_commands
 from whisper_at_cli.probe import commands as probe_commands
 
 
@@ -94,7 +95,9 @@ def demo_command(ctx, out, as_json):
     )
 
 
-for each in (*extract_commands.COMMANDS, *probe_commands.COMMANDS, *heads_commands.COMMANDS, demo_command):
+for each in (
+    *extract_commands.COMMANDS, *probe_commands.COMMANDS, *heads_commands.COMMANDS, *tagging_commands.COMMANDS, demo_command,
+):  # fmt: skip
     cli.add_command(each)
 
 

@@ -7,6 +7,8 @@ _NAMES = {
     "load_head": "checkpoint",
     "build_head": "forms",
     "evaluate_head": "evaluate",
+    "Tagger": "tagging",
+    "transcribe": "tagging",
 }
 __all__ = list(_NAMES)
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)
