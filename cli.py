@@ -96,7 +96,8 @@ def demo_command(ctx, out, as_json):
 
 
 for each in (
-    *extract_commands.COMMANDS, *probe_commands.COMMANDS, *heads_commands.COMMANDS, *tagging_commands.COMMANDS, demo_command,
+    *extract_commands.COMMANDS, *probe_commands.COMMANDS, *heads_commands.COMMANDS, *tagging_commands.COMMANDS,
+    demo_command,
 ):  # fmt: skip
     cli.add_command(each)
 

@@ -25,6 +25,7 @@ class TagGrid:
     """Tag windows of `window` frames, one every `hop` frames, from the beginning of the file."""
 
     frame_positions: int
+    clip_frames: int  # of the clips that the head was trained on
     window: int
     hop: int
 
@@ -58,7 +59,7 @@ def tag_grid(*, clip_seconds: float, frames: int, resolution: float | None = Non
     step = window if hop is None else _whole_frames("hop", hop, frame_positions)
     if step > window:
         raise UsageError(f"a hop of {hop:g} s is longer than the window and would leave seconds untagged: lower it")
-    return TagGrid(frame_positions, window, step)
+    return TagGrid(frame_positions, frames, window, step)
 
 
 def _whole_frames(name: str, seconds: float, frame_positions: int) -> int:
@@ -197,8 +198,8 @@ def plan_exact(windows: Iterable[tuple[int, int]], clip_frames: int) -> ExactPla
     return ExactPlan(starts, parts)
 
 
-def clip_at(samples: Tensor, first_frame: int, clip_frames: int, frame_positions: int) -> Tensor:
-    """The samples of a clip, zero-padded behind the end of the file."""
-    step = frame_positions * SAMPLES_PER_POSITION
-    piece = samples[first_frame * step : (first_frame + clip_frames) * step]
-    return torch.nn.functional.pad(piece, (0, clip_frames * step - len(piece)))
+def clip_at(samples: Tensor, first_frame: int, grid: TagGrid) -> Tensor:
+    """The samples of the clip that begins at a frame, zero-padded behind the end of the file."""
+    step = grid.frame_positions * SAMPLES_PER_POSITION
+    piece = samples[first_frame * step : (first_frame + grid.clip_frames) * step]
+    return torch.nn.functional.pad(piece, (0, grid.clip_frames * step - len(piece)))

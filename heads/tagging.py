@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from whisper_at_cli.extract.audio import SUFFIXES, decode
 from whisper_at_cli.extract.backbones import WhisperBackbone, load_backbone, load_whisper
-from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.devices import choose_device, cores, fitting_batch_size, one_thread_per_operation, streams
 from whisper_at_cli.extract.encoder import clip_samples
 from whisper_at_cli.extract.errors import AudioError, UsageError, WhisperATError
@@ -29,7 +28,15 @@ from whisper_at_cli.extract.weights import WhisperWeights
 from whisper_at_cli.heads.checkpoint import load_head
 from whisper_at_cli.heads.events import EventSettings, find_events
 from whisper_at_cli.heads.tag_windows import (
-    SAMPLES_PER_POSITION, EncodedWindow, ExactPlan, FrameAssembler, TagGrid, clip_at, plan_exact, tag_grid, within,
+    SAMPLES_PER_POSITION,
+    EncodedWindow,
+    ExactPlan,
+    FrameAssembler,
+    TagGrid,
+    clip_at,
+    plan_exact,
+    tag_grid,
+    within,
 )  # fmt: skip
 
 TAG_WINDOWS = ("shared", "exact")
@@ -276,7 +283,8 @@ class Tagger:
     def _about_settings(self, settings: TagSettings, grid: TagGrid) -> dict:
         lengths = {"resolution": grid.window * grid.frame_seconds, "hop": grid.hop * grid.frame_seconds}
         return asdict(settings) | {name: round(value, 6) for name, value in lengths.items()} | {
-            "frame_seconds": grid.frame_seconds, "probability": "softmax" if self.description.loss == "ce" else "sigmoid",
+            "frame_seconds": grid.frame_seconds,
+            "probability": "softmax" if self.description.loss == "ce" else "sigmoid",
             "device": str(self.device),
         }  # fmt: skip
 
@@ -322,14 +330,14 @@ class _ExactFile:
         self.duration = len(samples) / SAMPLE_RATE
         self.samples, self.grid = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32)), grid
         real = len(samples) // SAMPLES_PER_POSITION // grid.frame_positions  # frames without padding
-        self.plan: ExactPlan = plan_exact([(a, max(a + 1, min(b, real))) for a, b in windows], FRAMES)
+        self.plan: ExactPlan = plan_exact([(a, max(a + 1, min(b, real))) for a, b in windows], grid.clip_frames)
         self.features: dict[int, Tensor] = {}
         self.added, self.ready, self.logits = 0, [], []
         self.parts = deque(self.plan.parts)
 
     def clips(self) -> Iterator[Tensor]:
         for start in self.plan.starts:
-            yield clip_at(self.samples, start, FRAMES, self.grid.frame_positions)
+            yield clip_at(self.samples, start, self.grid)
 
     @property
     def is_complete(self) -> bool:

@@ -130,7 +130,7 @@ def _with_names(**names) -> Callable:
     missing = [name for name in names if name not in its_globals or name not in function.__code__.co_names]
     if missing:
         raise WhisperATError(
-            f"openai-whisper {whisper.__version__} works otherwise than the version this was written for (its transcribe "
+            f"openai-whisper {whisper.__version__} works otherwise than the version that this needs (its transcribe "
             f"does not use {', '.join(missing)}); install openai-whisper==20250625"
         )
     made = types.FunctionType(function.__code__, its_globals | names, function.__name__, function.__defaults__)
@@ -165,7 +165,7 @@ class EncoderOnce(nn.Module):
 
 
 class _Follower:
-    """Goes along with one transcription: knows where each window lies and hands on what the encoder's blocks put out."""
+    """Goes along with one transcription: knows where each window lies, hands on what the blocks put out."""
 
     def __init__(self, model, receiver, frame_positions, parts, fp16, progress):
         self.receiver, self.frame_positions, self.parts, self.progress = receiver, frame_positions, parts, progress
