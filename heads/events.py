@@ -1,4 +1,4 @@
-"""Sound events from tag probabilities: where a label begins and ends, by two thresholds, merged gaps and a least length."""
+"""Sound events from tag probabilities: where a label begins and ends, by two thresholds."""
 
 from __future__ import annotations
 
