@@ -3,7 +3,7 @@
     python benchmarks/transcribe.py --speech SPEECH --sounds ESC-10 --cache esc10.zarr
     python benchmarks/transcribe.py ... --parts events windows --head tl-tr --dim 128
 
-SPEECH holds a manifest.csv with a column `audio`; ESC-10 has ESC-50's layout, and the cache is what `extract` made of it.
+SPEECH holds a manifest.csv with a column `audio`, ESC-10 has ESC-50's layout, the cache is what `extract` made of it.
 A head is trained without fold 1, and fold 1's clips are joined with the speech into one file whose times are known.
 Prints JSON. `time`: interleaved repeats, median; `events`: segment-level F1 at 1 s; `windows`: accuracy of the head on
 each fold's clips, un-padded, joined in 30 s windows, and alone in a zero-padded 30 s window.

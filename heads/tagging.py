@@ -42,6 +42,7 @@ from whisper_at_cli.heads.tag_windows import (
 TAG_WINDOWS = ("shared", "exact")
 LABELLED_AT_ONCE = 32  # tag windows
 FILES_AHEAD = 4  # decoded before their turn
+NOT_RECORDED = ("", "unknown")  # checksums of a backbone in heads that were made elsewhere
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,7 @@ class Tagger:
         """The `openai-whisper` model, loaded when it is first asked for. Raises UsageError if it is not the head's."""
         with self._loading:
             if self._whisper is None:
-                model = self._fitting_whisper(load_whisper(self.model, device=str(self.device)))
-                _set_alignment_heads(model, self.description.backbone)
-                self._whisper = model
+                self._whisper = self._fitting_whisper(load_whisper(self.model, device=str(self.device)))
         return self._whisper
 
     @property
@@ -122,10 +121,11 @@ class Tagger:
 
     def _check_fits(self, sha256: str, layers: int, dim: int) -> None:
         needed = self.description
-        if (layers, dim) != (needed.layers, needed.dim) or (needed.weights_sha256 and needed.weights_sha256 != sha256):
+        recorded = needed.weights_sha256 not in NOT_RECORDED
+        if (layers, dim) != (needed.layers, needed.dim) or (recorded and needed.weights_sha256 != sha256):
             raise UsageError(
                 f"the head was trained on {needed.backbone} ({needed.layers} layers, {needed.dim} channels, weights "
-                f"{needed.weights_sha256[:12] or 'unknown'}) and {self.model_name} is another model ({layers} layers, "
+                f"{needed.weights_sha256[:12] if recorded else 'unknown'}) and {self.model_name} is another model ({layers} layers, "
                 f"{dim} channels, weights {sha256[:12]}): give the model that the head was trained on"
             )
 
@@ -442,15 +442,6 @@ def _weights_of(model, name: str) -> WhisperWeights:
     """The weights of an `openai-whisper` model that is loaded."""
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     return WhisperWeights(name, "memory", asdict(model.dims), state)
-
-
-def _set_alignment_heads(model, name: str) -> None:
-    """Which attention heads word timestamps come from; `whisper.load_model` sets them by the model's name as well."""
-    from whisper import _ALIGNMENT_HEADS
-
-    if name in _ALIGNMENT_HEADS:
-        model.set_alignment_heads(_ALIGNMENT_HEADS[name])
-        model.to(model.device)
 
 
 class _seeded:

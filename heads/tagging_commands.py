@@ -108,7 +108,7 @@ def transcribe_command(ctx, audio, head, model, form, out, seed, device, as_json
     write = _writer(form)
     paths = audio_files(audio)
     places = _places(paths, out, form)
-    options = _tag_options(options)
+    options = _tag_options(options, events=form not in ("json", "txt"))  # the other formats write events
     options["temperature"] = _temperatures(options["temperature"])
     tagger = Tagger.from_checkpoint(head, model=model, device=device)
     results, failed = [], 0
@@ -125,7 +125,7 @@ def transcribe_command(ctx, audio, head, model, form, out, seed, device, as_json
             click.echo(f"failed: {' '.join(str(error).split())}", err=True)
             continue
         if place:
-            place.write_text(write(result) + "\n")
+            place.write_text(write(result).rstrip("\n") + "\n")
             click.echo(str(place))
         else:
             results.append(result)
@@ -176,13 +176,13 @@ def tag_command(ctx, audio, head, model, precision, out, device, as_json, **opti
         ctx.exit(1)
 
 
-def _tag_options(options: dict) -> dict:
-    """Options as the library takes them: those of events in one, or none."""
+def _tag_options(options: dict, *, events: bool = False) -> dict:
+    """Options as the library takes them: those of events in one, or none unless they are asked for."""
     from whisper_at_cli.heads.events import EventSettings
 
     names = ("on", "off", "min_duration", "merge_gap")
     settings = EventSettings(**{name: options.pop(name) for name in names})
-    return options | {"events": settings if options.pop("events") else None}
+    return options | {"events": settings if options.pop("events") or events else None}
 
 
 def _temperatures(text: str) -> float | tuple[float, ...]:
@@ -232,7 +232,7 @@ def _print_results(results: list[dict], form: str, write, *, several: bool) -> N
         click.echo(json.dumps(results if several else results[0], indent=1))
         return
     for result in results:
-        click.echo(f"{printable(result['audio'])}\n" * several + write(result) + "\n" * several)
+        click.echo(f"{printable(result['audio'])}\n" * several + write(result).rstrip("\n") + "\n" * several)
 
 
 def plain_text(result: dict) -> str:
