@@ -122,10 +122,11 @@ class Tagger:
     def _check_fits(self, sha256: str, layers: int, dim: int) -> None:
         needed = self.description
         recorded = needed.weights_sha256 not in NOT_RECORDED
+        theirs = needed.weights_sha256[:12] if recorded else "unknown"
         if (layers, dim) != (needed.layers, needed.dim) or (recorded and needed.weights_sha256 != sha256):
             raise UsageError(
                 f"the head was trained on {needed.backbone} ({needed.layers} layers, {needed.dim} channels, weights "
-                f"{needed.weights_sha256[:12] if recorded else 'unknown'}) and {self.model_name} is another model ({layers} layers, "
+                f"{theirs}) and {self.model_name} is another model ({layers} layers, "
                 f"{dim} channels, weights {sha256[:12]}): give the model that the head was trained on"
             )
 
