@@ -4,7 +4,7 @@
     python benchmarks/transcribe.py ... --parts events windows --head tl-tr --dim 128
 
 SPEECH holds a manifest.csv with a column `audio`, ESC-10 has ESC-50's layout, the cache is what `extract` made of it.
-A head is trained without fold 1, and fold 1's clips are joined with the speech into one file whose times are known.
+Clips of a fold are joined with the speech into a file whose times are known; the head that tags it has not seen them.
 Prints JSON. `time`: interleaved repeats, median; `events`: segment-level F1 at 1 s; `windows`: accuracy of the head on
 each fold's clips, un-padded, joined in 30 s windows, and alone in a zero-padded 30 s window.
 """
@@ -39,7 +39,8 @@ CASES = {  # options of whisper.transcribe
     "default": {},
     "fallback": {"temperature": (0.0, 0.2, 0.4), "logprob_threshold": -0.2},
 }
-EVENTS = EventSettings(on=0.5, off=0.35, min_duration=1.0, merge_gap=0.0)
+EVENTS = EventSettings(on=0.5, off=0.4, min_duration=2.0, merge_gap=1.0)
+FOLDS = 5
 PADDED_CLIPS = 20  # of each fold: each takes an encoder pass of its own
 
 
@@ -81,30 +82,46 @@ def joined(speech: Path, sounds: Path, fold: int, seconds: float, seed: int) -> 
     return np.concatenate(samples), truth
 
 
-def segment_f1(truth: list[dict], found: list[dict], names, seconds: float) -> dict:
-    """F1 over seconds and labels (a label is in a second if it is at its middle), in all and for each label."""
-
-    def active(events):
-        grid = np.zeros((int(np.ceil(seconds)), len(names)), bool)
-        for event in events:
-            middle = np.arange(len(grid)) + 0.5
-            grid[(middle >= event["start"]) & (middle < event["end"]), names.index(event["label"])] = True
-        return grid
-
-    def f1(t, f):
-        return round(2 * float((t & f).sum()) / max(1, int(t.sum() + f.sum())), 4)
-
-    t, f = active(truth), active(found)
-    return {
-        "f1": f1(t, f), "precision": round(float((t & f).sum() / max(1, f.sum())), 4),
-        "recall": round(float((t & f).sum() / t.sum()), 4),
-        "class_f1": {name: f1(t[:, i], f[:, i]) for i, name in enumerate(names) if t[:, i].any()},
-    }  # fmt: skip
+def active(events: list[dict], names: list[str], seconds: float) -> np.ndarray:
+    """(seconds, classes) bool: whether a label is there at the middle of each second."""
+    grid = np.zeros((int(np.ceil(seconds)), len(names)), bool)
+    middle = np.arange(len(grid)) + 0.5
+    for event in events:
+        grid[(middle >= event["start"]) & (middle < event["end"]), names.index(event["label"])] = True
+    return grid
 
 
-def timed(tagger: Tagger, samples: np.ndarray, options: dict, repeats: int) -> dict:
+def f1(truth: np.ndarray, found: np.ndarray) -> float:
+    return round(2 * float((truth & found).sum()) / max(1, int(truth.sum() + found.sum())), 4)
+
+
+def events_of_joined_files(head: Path, options: argparse.Namespace) -> dict:
+    """F1 over seconds and labels for a joined file of each fold's clips, for both tag windows."""
+    ways = {"shared": [], "exact": []}
+    grid = {"resolution": options.resolution, "hop": options.hop, "events": EVENTS, "temperature": 0.0}
+    model = None
+    for fold in range(1, FOLDS + 1):
+        tagger = Tagger.from_checkpoint(head / f"fold-{fold}", model=model)
+        model = tagger.whisper
+        samples, truth = joined(options.speech, options.sounds, fold, options.seconds, seed=fold)
+        names, seconds = list(tagger.description.class_names), len(samples) / SAMPLE_RATE
+        for way, found in ways.items():
+            events = tagger.transcribe(samples, tag_window=way, **grid)["events"]
+            found.append((active(truth, names, seconds), active(events, names, seconds)))
+    result = {}
+    for way, found in ways.items():
+        t, f = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        result[way] = {
+            "f1": f1(t, f), "fold_f1": [f1(*pair) for pair in found],
+            "precision": round(float((t & f).sum() / f.sum()), 4), "recall": round(float((t & f).sum() / t.sum()), 4),
+            "class_f1": {name: f1(t[:, i], f[:, i]) for i, name in enumerate(names)},
+        }  # fmt: skip
+    return result
+
+
+def timed(tagger: Tagger, samples: np.ndarray, options: dict, repeats: int, ways: list[str]) -> dict:
     """Seconds of whisper.transcribe and of text with tags, one after the other, and whether the texts are the same."""
-    seconds = {"whisper": [], "shared": [], "exact": []}
+    seconds = {name: [] for name in ("whisper", *ways)}
     for _ in range(repeats):
         for name in seconds:
             torch.manual_seed(0)
@@ -121,16 +138,16 @@ def timed(tagger: Tagger, samples: np.ndarray, options: dict, repeats: int) -> d
             seconds[name].append(time.perf_counter() - started)
     medians = {name: round(statistics.median(all_of), 3) for name, all_of in seconds.items()}
     ratios = {name: round(statistics.median(np.divide(seconds[name], seconds["whisper"])), 3)
-              for name in ("shared", "exact")}  # fmt: skip
+              for name in ways}  # fmt: skip
     fallbacks = sum(segment["temperature"] > 0 for segment in reference["segments"])
     return {"seconds": medians, "ratio_to_whisper": ratios, "encoder_passes": passes, "text_is_the_same": True,
             "segments": len(reference["segments"]), "of_them_after_fallback": fallbacks}  # fmt: skip
 
 
-def accuracy_of_windows(head: Path, sounds: Path, folds: int) -> dict:
+def accuracy_of_windows(head: Path, sounds: Path) -> dict:
     """Accuracy on each fold's clips of the head that has not seen them, for three ways to come by the frames."""
     right, count = ({"exact": 0, "joined": 0, "padded": 0} for _ in range(2))
-    for fold in range(1, folds + 1):
+    for fold in range(1, FOLDS + 1):
         tagger = Tagger.from_checkpoint(head / f"fold-{fold}")
         silent = copy.copy(tagger.whisper)
         silent.__class__ = EncodesOnly
@@ -158,10 +175,11 @@ def main() -> None:
     parser.add_argument("--dim", type=int)
     parser.add_argument("--parts", nargs="+", default=["time", "events", "windows"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--ways", nargs="+", default=["shared"], choices=["shared", "exact"], help="that are timed")
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--resolution", type=float, default=2.0, help="for events")
-    parser.add_argument("--hop", type=float, default=1.0, help="for events")
+    parser.add_argument("--resolution", type=float, default=1.6, help="for events")
+    parser.add_argument("--hop", type=float, default=0.4, help="for events")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
@@ -170,20 +188,16 @@ def main() -> None:
         if not options.checkpoint:
             train_head(FeatureCache.open(options.cache), head=options.head, width=options.dim, out=head)
         tagger = Tagger.from_checkpoint(head / "fold-1")
-        samples, truth = joined(options.speech, options.sounds, 1, options.seconds, options.seed)
+        samples, _ = joined(options.speech, options.sounds, 1, options.seconds, options.seed)
         parts = {}
         if "time" in options.parts:
-            parts["time"] = {case: timed(tagger, samples, CASES[case], options.repeats) for case in options.cases}
+            parts["time"] = {
+                case: timed(tagger, samples, CASES[case], options.repeats, options.ways) for case in options.cases
+            }
         if "events" in options.parts:
-            grid = {"resolution": options.resolution, "hop": options.hop, "events": EVENTS}
-            names = list(tagger.description.class_names)
-            parts["events"] = {
-                way: segment_f1(truth, tagger.transcribe(samples, tag_window=way, seed=0, **grid, **CASES["greedy"])
-                                ["events"], names, len(samples) / SAMPLE_RATE)
-                for way in ("shared", "exact")
-            }  # fmt: skip
+            parts["events"] = events_of_joined_files(head, options)
         if "windows" in options.parts:
-            parts["windows"] = accuracy_of_windows(head, options.sounds, 5)
+            parts["windows"] = accuracy_of_windows(head, options.sounds)
         about = tagger.description
     result = {
         "benchmark": "transcribe",
@@ -191,7 +205,7 @@ def main() -> None:
         "machine": machine(),
         "versions": {"whisper-at-cli": __version__, "torch": torch.__version__, "openai-whisper": whisper.__version__},
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
-                     if name not in ("out", "speech", "sounds", "cache", "checkpoint")},
+                     if name not in ("out", "speech", "sounds", "cache", "checkpoint", "head", "dim")},
         "head": {"head": about.head, "width": about.width, "backbone": about.backbone, "value": about.value},
         "seconds_of_audio": round(len(samples) / SAMPLE_RATE, 2),
     } | parts  # fmt: skip
