@@ -122,12 +122,13 @@ def events_of_joined_files(head: Path, options: argparse.Namespace) -> dict:
 def timed(tagger: Tagger, samples: np.ndarray, options: dict, repeats: int, ways: list[str]) -> dict:
     """Seconds of whisper.transcribe and of text with tags, one after the other, and whether the texts are the same."""
     seconds = {name: [] for name in ("whisper", *ways)}
+    model = tagger.whisper  # loaded now: making it draws random numbers too
     for _ in range(repeats):
         for name in seconds:
             torch.manual_seed(0)
             started = time.perf_counter()
             if name == "whisper":
-                reference = whisper.transcribe(tagger.whisper, samples, fp16=False, **options)
+                reference = whisper.transcribe(model, samples, fp16=False, **options)
             else:
                 result = tagger.transcribe(samples, seed=0, tag_window=name, **options)
                 same = result["text"] == reference["text"] and len(result["segments"]) == len(reference["segments"])
