@@ -18,7 +18,7 @@ from whisper_at_cli.extract.options import command
 from whisper_at_cli.extract.output import print_json, print_table
 from whisper_at_cli.extract.progress import progress_on_stderr
 from whisper_at_cli.heads import commands as heads_commands
-from whisper_at_cli.heads import file_commands
+from whisper_at_cli.heads import file_commands, tagging_commands
 from whisper_at_cli.probe import commands as probe_commands
 from whisper_at_cli.probe import report_commands, robustness_commands
 
@@ -103,6 +103,7 @@ COMMANDS_OF = (
     report_commands,
     heads_commands,
     file_commands,
+    tagging_commands,
 )
 for each in (*(one for module in COMMANDS_OF for one in module.COMMANDS), demo_command):
     cli.add_command(each)

@@ -13,6 +13,8 @@ _NAMES = {
     "evaluate_end_to_end": "endtoend",
     "import_head": "original",
     "export_head": "original",
+    "Tagger": "tagging",
+    "transcribe": "tagging",
 }
 __all__ = list(_NAMES)
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)
