@@ -1,10 +1,13 @@
-"""Stage 1 on a Ray cluster: whole shards are the units, encoders are actors, decoding is tasks.
+"""Stage 1 on a Ray cluster: whole shards are the units, encoders are actors; beside GPUs, tasks on the CPUs decode.
 
 The driver holds the cache's lock, hands each shard to one encoder, and keeps no more shards in flight than encoders can
 take (`SHARDS_EACH`), so that decoded audio never piles up. Ray repeats decoding that was lost. The shard of an encoder
 that was lost goes to another one. New nodes get encoders as they come. A driver that is started again continues with
 what the cache says is pending. Every node needs this package, the dataset and the cache under the same paths, or the
 cache in a bucket.
+
+An encoder on a core decodes its own shards. Tasks would take the same core, and since Ray ends idle workers beyond one
+a core, each task would begin with importing torch: that halved the speed.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from whisper_at_cli.extract.progress import Progress
 
 SHARDS_EACH = 2  # one that is encoded, one that is decoded meanwhile
 DECODE_CLIPS = 16  # clips that one task decodes, about
-ENCODER_CPUS, DECODER_CPUS = 0.7, 0.3  # of a core, without a GPU: an encoder and a decoder fit on every core
+ENCODER_CPUS, DECODER_CPUS = 0.7, 0.3  # of a core, without a GPU: leaves room for a decoding task on every core
 LOSSES_OF_A_SHARD = 5  # encoders that may be lost with one shard before the shard is blamed
 POLL_SECONDS = 1.0
 KNOCK_SECONDS = 10.0
@@ -77,8 +80,8 @@ class Outcome:
 class RayReport(pipeline.ExtractReport):
     """An ExtractReport, and what each node did. `lost` encoders went away with their node or process."""
 
-    nodes: tuple[dict, ...]  # node, clips, clips_per_second
-    lost: int
+    nodes: tuple[dict, ...] = ()  # node, clips, clips_per_second
+    lost: int = 0
 
 
 def extract_on_ray(
@@ -87,12 +90,13 @@ def extract_on_ray(
     hop: float | None = None, clip_seconds: float | None = None, dtype: str = "float16", precision: str = "float32",
     device: str = "auto", batch_size: int | None = None,
     shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
-    progress: Progress | None = None,
+    decode_in_tasks: bool | None = None, progress: Progress | None = None,
 ) -> RayReport:  # fmt: skip
     """`extract` on the Ray cluster at `address`; by default the one that Ray knows of, else one on this machine.
 
-    There is an encoder per GPU, or per core where the cluster has no GPU, up to `encoders`. The cache has the same
-    bytes as from `extract`. Raises UsageError without the extra `ray`, and what an encoder raised.
+    There is an encoder per GPU, or per core where the cluster has no GPU, up to `encoders`. By default encoders on GPUs
+    leave decoding to tasks on the CPUs, and others do it themselves. The cache has the same bytes as from `extract`.
+    Raises UsageError without the extra `ray`, and what an encoder raised.
     """
     if not isinstance(model, str | Path):
         raise UsageError("--engine ray needs the model by name or path, so that each worker can load it")
@@ -114,7 +118,8 @@ def extract_on_ray(
         ) as writer:  # fmt: skip
             size = size if batch_size else pipeline.batch_size_of(writer, size)
             todo = pipeline.clips_to_do(writer, dataset, repair)
-            drive = _Drive(dataset, writer, fleet, info.samples, size, todo, progress)
+            in_tasks = fleet.on_gpu if decode_in_tasks is None else decode_in_tasks
+            drive = _Drive(dataset, writer, fleet, info.samples, size, todo, in_tasks, progress)
             drive.all_shards()
             elapsed = time.perf_counter() - started
             report = pipeline.report_of(
@@ -187,15 +192,23 @@ class Encoder:
             device=str(b.device), samples=samples, batch_size=fitting_batch_size(b, samples), node=node,
         )  # fmt: skip
 
-    def extract_shard(self, shard: Shard, *decoded: _Decoded) -> Outcome:
-        """Encode and write one shard, whose audio was decoded elsewhere."""
+    def extract_shard(self, shard: Shard, clips: _PartOfDataset | None, *decoded: _Decoded) -> Outcome:
+        """Encode and write one shard, from its clips or from audio that was decoded elsewhere."""
         if shard.cache not in self.writers:
             self.writers[shard.cache] = CacheWriter.join(shard.cache)
         writer = self.writers[shard.cache]
         redo = np.zeros(len(writer.cache), dtype=bool)
         redo[list(shard.todo)] = True
         run = pipeline.ShardRun(
-            _DecodedClips(decoded), self.backbone, writer, redo, shard.samples, shard.batch_size, 1, None, streams=1
+            clips or _DecodedClips(decoded),
+            self.backbone,
+            writer,
+            redo,
+            shard.samples,
+            shard.batch_size,
+            1,
+            None,
+            streams=1,
         )
         run.all_shards()
         status = writer.cache.status[np.array(writer.rows(shard.number))]
@@ -210,6 +223,16 @@ class _Decoded:
     waveforms: np.ndarray  # (n, samples) float32; zeros for a clip that failed
     real: tuple[int, ...]
     errors: dict[int, str]
+
+
+class _PartOfDataset:
+    """Stands for the dataset where only some of its clips were sent: these rows of the cache."""
+
+    def __init__(self, dataset: Dataset, rows: list[int]):
+        self.clips, self.place = dataset.part(rows), {row: place for place, row in enumerate(rows)}
+
+    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
+        return self.clips.waveform(self.place[row], samples)
 
 
 class _DecodedClips:
@@ -315,9 +338,9 @@ class _Fleet:
 class _Drive:
     """One extraction: hands shards to the fleet and counts what comes back."""
 
-    def __init__(self, dataset, writer, fleet, samples, batch_size, redo, progress):
+    def __init__(self, dataset, writer, fleet, samples, batch_size, redo, in_tasks, progress):
         self.dataset, self.writer, self.fleet, self.progress = dataset, writer, fleet, progress
-        self.samples, self.batch_size, self.redo = samples, batch_size, redo
+        self.samples, self.batch_size, self.redo, self.in_tasks = samples, batch_size, redo, in_tasks
         self.waiting = deque(writer.shards_of(redo))
         self.in_flight: dict = {}  # call -> (encoder, shard)
         self.losses: Counter[int] = Counter()
@@ -364,9 +387,11 @@ class _Drive:
         needed = [rows[slot] for slots in pipeline.batch_slots(rows, self.redo, self.batch_size) for slot in slots]
         todo = tuple(row for row in rows if self.redo[row])
         shard = Shard(str(self.writer.path), number, todo, self.samples, self.batch_size)
+        if not self.in_tasks:
+            return actor.extract_shard.remote(shard, _PartOfDataset(self.dataset, needed))
         parts = [tuple(needed[at : at + DECODE_CLIPS]) for at in range(0, len(needed), DECODE_CLIPS)]
         decoded = [self.fleet.decode.remote(self.dataset.part(part), part, self.samples) for part in parts]
-        return actor.extract_shard.remote(shard, *decoded)
+        return actor.extract_shard.remote(shard, None, *decoded)
 
     def _take(self, call) -> None:
         """Count a finished shard, or give it to another encoder where its own was lost."""

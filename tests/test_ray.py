@@ -55,11 +55,13 @@ def test_without_a_cluster_at_the_address_there_is_one_clear_line(sounds, tmp_pa
     assert not (tmp_path / "a.zarr").exists()
 
 
-def test_three_nodes_write_the_bytes_of_one_process(cluster, sounds, local, tmp_path):
+@pytest.mark.parametrize("in_tasks", [None, True], ids=["decoded by the encoders", "decoded in tasks"])
+def test_three_nodes_write_the_bytes_of_one_process(cluster, sounds, local, tmp_path, in_tasks):
     seen = []
     report = extract_on_ray(
-        sounds, tmp_path / "a.zarr", address=cluster.address, progress=lambda *step: seen.append(step), **OPTIONS
-    )
+        sounds, tmp_path / "a.zarr", address=cluster.address, decode_in_tasks=in_tasks,
+        progress=lambda *step: seen.append(step), **OPTIONS,
+    )  # fmt: skip
     assert (report.clips, report.written, report.skipped, report.failed) == (60, 59, 0, 1)
     assert report.failures[0].id == "10" and report.lost == 0
     assert sum(node["clips"] for node in report.nodes) == 59 and len(report.nodes) >= 2
@@ -117,5 +119,7 @@ def test_decoded_audio_never_piles_up(cluster, sounds, tmp_path, monkeypatch):
         most.append(len(self.in_flight))
 
     monkeypatch.setattr(ray_engine._Drive, "_hand_out", watched)
-    report = extract_on_ray(sounds, tmp_path / "a.zarr", address=cluster.address, encoders=1, **OPTIONS)
+    report = extract_on_ray(
+        sounds, tmp_path / "a.zarr", address=cluster.address, encoders=1, decode_in_tasks=True, **OPTIONS
+    )
     assert report.written == 59 and max(most) == SHARDS_EACH
