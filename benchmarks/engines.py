@@ -215,16 +215,15 @@ def draw(rows: list[dict], path: Path) -> None:
     axes = figure.add_subplot()
     workers = [row["workers"] for row in rows]
     styles = {"all alike": ("#0072B2", "o"), "stragglers": ("#D55E00", "s"), "stragglers and losses": ("#009E73", "^")}
-    axes.plot(workers, workers, color="0.6", linewidth=0.8, linestyle="--", label="ideal")
+    styles = {"all alike": ("#0072B2", "o"), "stragglers": ("#D55E00", "s"), "stragglers and losses": ("#009E73", "^")}
     for name, (colour, marker) in styles.items():
-        speed = [row["workers"] * row[name]["efficiency"] for row in rows]
-        axes.plot(workers, speed, color=colour, marker=marker, markersize=3, linewidth=1.2, label=name)
+        share = [100 * row[name]["efficiency"] for row in rows]
+        axes.plot(workers, share, color=colour, marker=marker, markersize=3, linewidth=1.2, label=name)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
     axes.set_xticks(workers, [str(number) for number in workers])
-    axes.set_yticks(workers, [str(number) for number in workers])
+    axes.set_ylim(80, 101)
     axes.set_xlabel("Workers", fontsize=8)
-    axes.set_ylabel("Speed-up (simulated)", fontsize=8)
+    axes.set_ylabel("Of the ideal speed (%), simulated", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.grid(color="0.92", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,32 +37,59 @@ class Batch:
     waited: float = 0.0  # seconds until its clips had come; mixing and masking them is not waiting
 
 
-def epoch_batches(
-    clips: Clips, draws: list[Draw | None], recipe: Recipe, ranks: Ranks, seed: tuple[int, ...],
-    clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[Batch]:  # fmt: skip
-    """This process's part of every batch of an epoch of M heads, which share what `recipe` says of batches.
+class Epochs:
+    """The epochs of one training of M heads, which share what `recipe` says of batches.
 
-    Clips that are streamed serve one head, and `seed` decides their order. `clock` measures the waiting.
+    Where clips are streamed, `read_ahead` has the next epoch's first ones read while this epoch is still trained. They
+    serve one head then, and `seed` decides their order.
     """
-    if isinstance(clips, StreamedClips):
-        (draw,) = draws
-        collected = _streamed(clips, draw, recipe, ranks, seed)
-    else:
-        planned = steps(draws, recipe.batch_size, rank=ranks.rank, world=ranks.world)
-        places = Places(len(clips.rows))
-        collected = (_collect(clips, step, places) for step in planned)
-    if clips.device.type == "cuda" and clips.tier != "device":
-        collected = _copied_ahead(in_thread(collected, AHEAD, threading.Event()), clips.device)
-    asked = clock()
-    for part, active in collected:
-        waited = clock() - asked
-        inputs, targets = mix_and_mask(part, recipe)
-        yield Batch(inputs, targets, part.weight, active, waited)
-        asked = clock()
+
+    def __init__(self, clips: Clips, recipe: Recipe, ranks: Ranks, clock: Callable[[], float] = time.perf_counter):
+        self.clips, self.recipe, self.ranks, self.clock = clips, recipe, ranks, clock
+        self._ahead: dict[tuple[int, ...], Iterator[Work]] = {}  # by seed
+
+    def read_ahead(self, draws: list[Draw | None], seed: tuple[int, ...]) -> None:
+        """Start on an epoch that will be asked for later. Of clips that are not streamed there is nothing to start."""
+        if isinstance(self.clips, StreamedClips):
+            self._ahead = {seed: _started(self._collected(draws, seed))}
+
+    def batches(self, draws: list[Draw | None], seed: tuple[int, ...]) -> Iterator[Batch]:
+        """This process's part of every batch of an epoch; `clock` measures the waiting."""
+        clips = self.clips
+        collected = self._ahead.pop(seed, None) or self._collected(draws, seed)
+        if clips.device.type == "cuda" and clips.tier != "device":
+            collected = _copied_ahead(in_thread(collected, AHEAD, threading.Event()), clips.device)
+        asked = self.clock()
+        for part, active in collected:
+            waited = self.clock() - asked
+            inputs, targets = mix_and_mask(part, self.recipe)
+            yield Batch(inputs, targets, part.weight, active, waited)
+            asked = self.clock()
+
+    def _collected(self, draws: list[Draw | None], seed: tuple[int, ...]) -> Iterator[Work]:
+        if isinstance(self.clips, StreamedClips):
+            (draw,) = draws
+            return _streamed(self.clips, draw, self.recipe, self.ranks, seed)
+        planned = steps(draws, self.recipe.batch_size, rank=self.ranks.rank, world=self.ranks.world)
+        places = Places(len(self.clips.rows))
+        return (_collect(self.clips, step, places) for step in planned)
 
 
 Work = tuple[Collected, np.ndarray]  # and which heads take the step
+
+
+def _started(work: Iterator[Work]) -> Iterator[Work]:
+    """The same work, the first of it asked for now, in a thread."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="next epoch")
+    first = pool.submit(next, work, None)
+    pool.shutdown(wait=False)
+
+    def from_the_first() -> Iterator[Work]:
+        if (one := first.result()) is not None:
+            yield one
+            yield from work
+
+    return from_the_first()
 
 
 def _collect(clips: Clips, step: Step, places: Places) -> Work:

@@ -21,12 +21,12 @@ from torch import nn
 
 from whisper_at_cli.extract.devices import one_thread_per_operation
 from whisper_at_cli.extract.errors import WhisperATError
-from whisper_at_cli.heads.batches import balancing_weights, draw_epoch
+from whisper_at_cli.heads.batches import Draw, balancing_weights, draw_epoch
 from whisper_at_cli.heads.board import Board
 from whisper_at_cli.heads.data import Clips
 from whisper_at_cli.heads.evaluate import predict
 from whisper_at_cli.heads.fleet import Fleet
-from whisper_at_cli.heads.loader import epoch_batches
+from whisper_at_cli.heads.loader import Epochs
 from whisper_at_cli.heads.metrics import Metrics, evaluate_scores
 from whisper_at_cli.heads.ranks import Ranks
 from whisper_at_cli.heads.recipe import Recipe
@@ -109,6 +109,7 @@ class _Course:
         self.best: list[tuple[float, int]] = [(-math.inf, 0)] * len(trainings)  # validation metric, and its epoch
         self.history: list[list[dict]] = [[] for _ in trainings]
         self.weights = [self._weights(training) for training in trainings]
+        self.epochs = Epochs(place.clips, trainings[0].recipe, place.ranks)
         self._resume()
 
     def _weights(self, training: Training) -> np.ndarray | None:
@@ -134,18 +135,15 @@ class _Course:
         """All steps of an epoch. Gives each head's line for the records."""
         place, fleet, started, waited = self.place, self.fleet, time.monotonic(), 0.0
         recipe = self.trainings[0].recipe
-        draws = [
-            None if stopped else self._draw(training, weights)
-            for training, weights, stopped in zip(self.trainings, self.weights, self.stopped, strict=True)
-        ]
-        seed = (recipe.seed, self.trainings[0].number, self.epoch)
+        draws = self._draws(self.epoch)
         losses, rates = [], np.zeros(len(fleet))
-        batches = epoch_batches(place.clips, draws, recipe, place.ranks, seed)
-        for batch in batches:
+        taken = [max(1, -(-len(draw) // recipe.batch_size)) if draw else 1 for draw in draws]
+        for batch in self.epochs.batches(draws, self._seed(self.epoch)):
             waited += batch.waited
+            if len(losses) == max(taken) // 2 and self.epoch < recipe.epochs:
+                self.epochs.read_ahead(self._draws(self.epoch + 1), self._seed(self.epoch + 1))
             rates = self._rates()
             losses.append(fleet.step(batch, rates, place.ranks))
-        taken = [max(1, -(-len(draw) // recipe.batch_size)) if draw else 1 for draw in draws]
         loss = (place.ranks.sum_(torch.stack(losses).sum(dim=0)).cpu().numpy() / taken).tolist()
         seconds = time.monotonic() - started
         for training, value in zip(self.trainings, loss, strict=True):
@@ -166,8 +164,17 @@ class _Course:
         steps = self.fleet.steps.tolist()
         return np.array([t.recipe.learning_rate(self.epoch, n) for t, n in zip(self.trainings, steps, strict=True)])
 
-    def _draw(self, training: Training, weights: np.ndarray | None):
-        rng = np.random.default_rng([training.recipe.seed, training.number, self.epoch])
+    def _seed(self, epoch: int) -> tuple[int, ...]:
+        return (self.trainings[0].recipe.seed, self.trainings[0].number, epoch)
+
+    def _draws(self, epoch: int) -> list[Draw | None]:
+        return [
+            None if stopped else self._draw(training, weights, epoch)
+            for training, weights, stopped in zip(self.trainings, self.weights, self.stopped, strict=True)
+        ]
+
+    def _draw(self, training: Training, weights: np.ndarray | None, epoch: int) -> Draw:
+        rng = np.random.default_rng([training.recipe.seed, training.number, epoch])
         clips = self.place.clips
         return draw_epoch(
             training.train, training.recipe, rng, frames=clips.frames, layers=clips.layers, weights=weights

@@ -1,5 +1,8 @@
 """Batches are drawn, mixed and masked as a recipe says, and no clip is lost; every tier gives the same ones."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,9 @@ import torch
 from planted import planted_cache
 from whisper_at_cli.heads.batches import Draw, balancing_weights, batch_bounds, draw_epoch, steps
 from whisper_at_cli.heads.data import Clips, load_clips
-from whisper_at_cli.heads.loader import epoch_batches
+from whisper_at_cli.heads.loader import Epochs
 from whisper_at_cli.heads.ranks import Ranks
-from whisper_at_cli.heads.recipe import Recipe
+from whisper_at_cli.heads.recipe import Recipe, named_recipe
 
 PLAIN = Recipe(mixup_rate=0.0, time_mask_frames=0, label_smoothing=0.0)
 CPU = torch.device("cpu")
@@ -28,7 +31,7 @@ def draw(recipe, positions=None, *, seed=0, frames=25, layers=2, weights=None):
 
 
 def batches(clips, draws, recipe, ranks=None):
-    return list(epoch_batches(clips, draws, recipe, ranks or Ranks(), (0,)))
+    return list(Epochs(clips, recipe, ranks or Ranks()).batches(draws, (0,)))
 
 
 @pytest.mark.parametrize("size", [1, 7, 10, 48])
@@ -207,3 +210,23 @@ def test_the_seed_and_nothing_else_decides_an_epoch():
         return [getattr(drawn, name).tolist() for name in ("clip", "share", "mask_start", "mask_end")]
 
     assert columns(draw(Recipe(), seed=5)) == columns(draw(Recipe(), seed=5)) != columns(draw(Recipe(), seed=6))
+
+
+def test_an_epoch_that_was_read_ahead_has_the_same_batches(tmp_path):
+    """Streamed clips; what was started and never asked for leaves no thread behind."""
+    cache = planted_cache(tmp_path / "s.zarr", np.random.default_rng(0).normal(size=(40, 2, 25, 4)), np.arange(40) % 4)
+    clips = load_clips(cache, np.arange(40), "features", torch.device("cpu"), "stream")
+    recipe = named_recipe("esc50", "tl-tr", dim=4).with_changes(batch_size=8)
+    draws = [draw_epoch(np.arange(40), recipe, np.random.default_rng(n), frames=25, layers=2) for n in range(3)]
+    plain = [[batch.inputs for batch in Epochs(clips, recipe, Ranks()).batches([draws[n]], (n,))] for n in range(2)]
+    epochs, before = Epochs(clips, recipe, Ranks()), threading.active_count()
+    for n in range(2):
+        for step, batch in enumerate(epochs.batches([draws[n]], (n,))):
+            assert torch.equal(batch.inputs, plain[n][step])
+            if step == 2:
+                epochs.read_ahead([draws[n + 1]], (n + 1,))
+    del epochs
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() <= before
