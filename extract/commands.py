@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from whisper_at_cli.extract.errors import MISSING, UsageError
-from whisper_at_cli.extract.options import CACHE, command
+from whisper_at_cli.extract.options import CACHE, DATASET, command
 from whisper_at_cli.extract.output import plain, print_json, print_notes, print_table, printable
 from whisper_at_cli.extract.progress import progress_on_stderr
 
@@ -20,7 +20,7 @@ FAILURES_SHOWN = 20
 
 
 @command("extract")
-@click.argument("dataset", type=click.Path(path_type=Path))
+@DATASET
 @CACHE
 @click.option(
     "--model",
@@ -121,7 +121,7 @@ def info_command(cache, as_json):
 
 
 @command("slurm")
-@click.argument("dataset", type=click.Path(path_type=Path))
+@DATASET
 @CACHE
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--tasks", type=int, required=True, help="Tasks of the job array; each fills shards of its own.")

@@ -7,14 +7,15 @@ from pathlib import Path
 import click
 
 
-class _CacheAddress(click.Path):
-    """A path, or the address of a cache in a bucket as it is: `s3://...`, which a Path would mangle."""
+class _Address(click.Path):
+    """A path, or the address of something in a bucket as it is: `s3://...`, which a Path would mangle."""
 
     def convert(self, value, param, ctx):
         return value if "://" in str(value) else super().convert(value, param, ctx)
 
 
-CACHE = click.argument("cache", type=_CacheAddress(path_type=Path))
+CACHE = click.argument("cache", type=_Address(path_type=Path))
+DATASET = click.argument("dataset", type=_Address(path_type=Path))
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="cuda, cuda:1, mps or cpu; auto takes the best."
 )

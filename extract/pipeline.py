@@ -242,7 +242,7 @@ def _provenance(backbone, dataset: Dataset, batch_size: int) -> dict:
         "torch_version": torch.__version__,
         "device": str(backbone.device),
         "batch_size": batch_size,
-        "dataset_root": str(dataset.root.resolve()),
+        "dataset_root": dataset.place,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
     }

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,7 @@ def extract_on_ray(
     dataset = pipeline.open_clips(
         dataset, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
     )
-    dataset = replace(dataset, root=dataset.root.resolve())
+    dataset = dataset.absolute()
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     cache = cache if "://" in str(cache) else Path(cache).resolve()
     model = Path(model).resolve() if Path(model).exists() else model

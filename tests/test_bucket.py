@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.cache.stream import FeatureDataset
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.cache.verify import verify
+from whisper_at_cli.extract.datasets import open_dataset
 from whisper_at_cli.extract.errors import CacheError, StoreError, UsageError
 
 needs_server = pytest.mark.skipif(
@@ -371,3 +373,49 @@ def test_without_obstore_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(UsageError, match=r"pip install 'whisper-at-cli\[cloud\]'"):
         location("s3://bucket/a.zarr")
+
+
+@needs_server
+@pytest.mark.parametrize("layout", ["folder", "esc50", "manifest"])
+def test_a_dataset_in_a_bucket_gives_the_features_of_the_same_on_disk(bucket, noise_folder, tmp_path, layout):
+    """Its lists are copied, its audio is fetched clip by clip, also where a part of it was sent to another process."""
+    here = noise_folder
+    if layout != "folder":
+        here = tmp_path / "set"
+        shutil.copytree(noise_folder, here / "audio")
+        names = sorted(path.relative_to(here / "audio").as_posix() for path in here.rglob("*.wav"))
+        rows = [f"{name},{1 + at % 5},{int(name < 'i')},{name.split('/')[0]}" for at, name in enumerate(names)]
+        if layout == "esc50":
+            (here / "meta").mkdir()
+            (here / "meta" / "esc50.csv").write_text("\n".join(["filename,fold,target,category", *rows]) + "\n")
+        else:
+            rows = [f"audio/{name},{name.split('/')[0]}" for name in names]
+            (here / "clips.csv").write_text("\n".join(["audio,label", *rows]) + "\n")
+    store = BucketStore(f"{bucket}/sounds")
+    for path in here.rglob("*"):
+        if path.is_file():
+            store.write_whole(path.relative_to(here).as_posix(), [path.read_bytes()])
+    name = "/clips.csv" if layout == "manifest" else ""
+    there = open_dataset(f"{bucket}/sounds{name}")
+    model = make_backbone()
+    assert extract(there, tmp_path / "there.zarr", model=model, **OPTIONS).written == 12
+    assert extract(f"{here}{name}", tmp_path / "here.zarr", model=model, **OPTIONS).written == 12
+    assert array_bytes(tmp_path / "there.zarr") == array_bytes(tmp_path / "here.zarr")
+    part = pickle.loads(pickle.dumps(there.part([7, 3])))
+    for row, of in enumerate((7, 3)):
+        np.testing.assert_array_equal(part.waveform(row, 16000)[0], there.waveform(of, 16000)[0])
+
+
+@needs_server
+def test_an_object_that_is_gone_is_a_missing_clip_and_an_empty_address_one_clear_line(bucket, noise_folder, tmp_path):
+    store = BucketStore(f"{bucket}/sounds")
+    names = [path.relative_to(noise_folder).as_posix() for path in sorted(noise_folder.rglob("*.wav"))]
+    for name in names[1:]:
+        store.write_whole(name, [(noise_folder / name).read_bytes()])
+    store.write_whole("clips.csv", ["\n".join(["audio", *names]).encode()])
+    report = extract(f"{bucket}/sounds/clips.csv", tmp_path / "a.zarr", model=make_backbone(), **OPTIONS)
+    assert (report.written, report.failed, report.missing) == (11, 1, 1)
+    store.write_whole(names[0], [(noise_folder / names[0]).read_bytes()])
+    assert extract(f"{bucket}/sounds/clips.csv", tmp_path / "a.zarr", model=make_backbone(), **OPTIONS).written == 1
+    with pytest.raises(UsageError, match="holds no objects"):
+        open_dataset(f"{bucket}/nothing")

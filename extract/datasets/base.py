@@ -46,6 +46,15 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.clips)
 
+    @property
+    def place(self) -> str:
+        """Where it lies, for the record."""
+        return str(self.root.resolve())
+
+    def absolute(self) -> Dataset:
+        """The same for processes that have another working folder."""
+        return replace(self, root=self.root.resolve())
+
     def audio_path(self, clip: Clip) -> Path:
         return self.root / clip.path
 

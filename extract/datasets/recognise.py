@@ -53,9 +53,14 @@ FORMATS = {  # in the order in which they are looked for: what only one layout h
 def open_dataset(path: str | Path, *, format: str = "auto", labels: str | Path | None = None) -> Dataset:
     """The dataset at `path`, read as `format` or as the first layout that fits.
 
-    `labels` is a file that lists the classes, for layouts that do not carry such a list themselves. Raises UsageError
-    where nothing is there, nothing fits, or no clip is found.
+    `path` is a folder, a file, or the address of either in a bucket. `labels` is a file that lists the classes, for
+    layouts that do not carry such a list themselves. Raises UsageError where nothing is there, nothing fits, or no clip
+    is found.
     """
+    if "://" in str(path):
+        from whisper_at_cli.extract.datasets.bucket import open_in_bucket
+
+        return open_in_bucket(str(path), lambda shadow: open_dataset(shadow, format=format, labels=labels))
     path = Path(path)
     if not path.exists():
         raise UsageError(f"{path} does not exist; give the dataset's folder or file")

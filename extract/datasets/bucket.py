@@ -1,0 +1,92 @@
+"""Datasets in a bucket: the files that list the clips are copied here once, audio is fetched clip by clip."""
+
+from __future__ import annotations
+
+import posixpath
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from whisper_at_cli.extract.audio import load_clip
+from whisper_at_cli.extract.cache.store import BucketStore
+from whisper_at_cli.extract.datasets.base import Dataset
+from whisper_at_cli.extract.errors import MissingAudioError, UsageError
+
+LISTS = frozenset((".csv", ".json", ".jsonl", ".txt", ".tsv"))  # suffixes of what lists clips, classes and folds
+MAX_LIST_BYTES = 500_000_000
+
+
+@dataclass(frozen=True)
+class BucketDataset(Dataset):
+    """Clips whose files are objects below an address. Safe between threads; each process connects by itself."""
+
+    address: str = ""
+
+    of_files = False  # nothing can be told of an object's length without fetching it
+
+    @property
+    def place(self) -> str:
+        return self.address
+
+    def absolute(self) -> BucketDataset:
+        return self
+
+    def is_there(self, row: int) -> bool:
+        path = self.clips[row].path
+        return Path(path).exists() if Path(path).is_absolute() else self._store().size(self._name(path)) is not None
+
+    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
+        clip = self.clips[row]
+        if Path(clip.path).is_absolute():  # a manifest may name files of this machine
+            return load_clip(clip.path, samples, start=clip.start, end=clip.end)
+        data = self._store().read(self._name(clip.path)) if clip.path else None
+        if data is None:
+            raise MissingAudioError(f"no object {clip.path} in {self.address}")
+        return load_clip(data, samples, start=clip.start, end=clip.end)
+
+    def _name(self, path: str) -> str:
+        return posixpath.normpath(path)
+
+    def _store(self) -> BucketStore:
+        """The connection of this process."""
+        store = self.__dict__.get("_connected")
+        if store is None:
+            store = BucketStore(self.address)
+            object.__setattr__(self, "_connected", store)
+        return store
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_connected"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+
+def open_in_bucket(address: str, read: Callable[[Path], Dataset]) -> BucketDataset:
+    """The dataset at an address, in any layout of files that `read` knows from a folder or file on disk.
+
+    Raises UsageError where nothing is there or the layout needs more than lists and files of audio.
+    """
+    address = address.rstrip("/")
+    folder, _, file = address.rpartition("/")
+    if Path(file).suffix.lower() not in LISTS:
+        folder, file = address, ""
+    store = BucketStore(folder)
+    sizes = store.sizes()
+    if not sizes or (file and file not in sizes):
+        raise UsageError(f"{address} holds no objects; give the address of a dataset's folder or list")
+    with tempfile.TemporaryDirectory(prefix="whisper-at-cli-") as temporary:
+        shadow = Path(temporary) / (posixpath.basename(folder) or "bucket")
+        for name, size in sizes.items():
+            path = shadow / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            listed = path.suffix.lower() in LISTS and size <= MAX_LIST_BYTES
+            path.write_bytes(store.read(name) or b"" if listed else b"")  # of audio the name alone
+        found = read(shadow / file)
+    if not found.of_files or type(found) is not Dataset:
+        raise UsageError(f"{address} is a {found.name} that is read as a whole; copy it to a disk first")
+    kept = {each.name: getattr(found, each.name) for each in fields(Dataset)}
+    return BucketDataset(**kept | {"root": Path("/")}, address=folder)
