@@ -13,6 +13,7 @@ a core, each task would begin with importing torch: that halved the speed.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 import time
@@ -35,6 +36,7 @@ SHARDS_EACH = 2  # one that is encoded, one that is decoded meanwhile
 DECODE_CLIPS = 16  # clips that one task decodes, about
 ENCODER_CPUS, DECODER_CPUS = 0.7, 0.3  # of a core, without a GPU: leaves room for a decoding task on every core
 LOSSES_OF_A_SHARD = 5  # encoders that may be lost with one shard before the shard is blamed
+BUCKET_SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")  # no keys
 POLL_SECONDS = 1.0
 KNOCK_SECONDS = 10.0
 QUIET_SECONDS = 30.0  # without any worker, before the user is told
@@ -272,11 +274,16 @@ class _Fleet:
         self.lost = 0
         self.on_gpu = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
         wants = {"num_gpus": 1, "num_cpus": 0} if self.on_gpu else {"num_cpus": ENCODER_CPUS}
+        # where a bucket is, every worker learns from here; its keys are the nodes' own
+        settings = {name: os.environ[name] for name in BUCKET_SETTINGS if name in os.environ}
+        wants |= {"runtime_env": {"env_vars": settings}} if settings else {}
         self.actor = ray.remote(Encoder).options(
             max_concurrency=SHARDS_EACH if self.on_gpu else 1, max_restarts=0, **wants
         )
         self.decode = ray.remote(decode_clips).options(
-            num_cpus=1 if self.on_gpu else DECODER_CPUS, max_retries=-1, num_returns=1
+            num_cpus=1 if self.on_gpu else DECODER_CPUS,
+            max_retries=-1,
+            **{name: value for name, value in wants.items() if name == "runtime_env"},
         )
 
     def grow(self) -> None:

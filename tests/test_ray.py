@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from test_bucket import bucket, needs_server, server  # noqa: F401 - fixtures
 
 from conftest import array_bytes, noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract
+from whisper_at_cli.extract.cache.store import BucketStore
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.ray_engine import SHARDS_EACH, extract_on_ray
@@ -42,11 +44,13 @@ def cluster():
     """Three nodes of one core each, on this machine."""
     from ray.cluster_utils import Cluster
 
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}  # the nodes' own keys
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(num_cpus=1)
     yield cluster
     cluster.shutdown()
+    del os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
 
 
 def test_without_a_cluster_at_the_address_there_is_one_clear_line(sounds, tmp_path):
@@ -123,3 +127,19 @@ def test_decoded_audio_never_piles_up(cluster, sounds, tmp_path, monkeypatch):
         sounds, tmp_path / "a.zarr", address=cluster.address, encoders=1, decode_in_tasks=True, **OPTIONS
     )
     assert report.written == 59 and max(most) == SHARDS_EACH
+
+
+@needs_server
+def test_dataset_and_cache_in_a_bucket_work_from_every_worker(cluster, sounds, local, bucket):  # noqa: F811
+    store = BucketStore(f"{bucket}/sounds")
+    for path in sounds.rglob("*.wav"):
+        store.write_whole(path.relative_to(sounds).as_posix(), [path.read_bytes()])
+    cache = f"{bucket}/a.zarr"
+    for in_tasks in (False, True):
+        address = f"{cache}-{in_tasks}"
+        report = extract_on_ray(
+            f"{bucket}/sounds", address, address=cluster.address, decode_in_tasks=in_tasks, **OPTIONS
+        )
+        assert (report.written, report.failed, report.lost) == (59, 1, 0)
+        there = BucketStore(address)
+        assert {name: there.read(name) for name in local} == local
