@@ -17,14 +17,13 @@ Prints JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import machine, publish
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
@@ -187,10 +186,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        result = json.dumps(measure(options, Path(folder)), indent=1)
-    print(result)
-    if options.out:
-        options.out.write_text(result + "\n")
+        result = measure(options, Path(folder))
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,13 @@ Prints JSON: useful GB/s, and how many bytes are read for each useful one.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import machine, publish
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache.shards import ShardFile, shard_buffers
@@ -86,7 +85,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     rng = np.random.default_rng(0)
     features = rng.integers(0, 2**14, size=(N, L, T, D), dtype=np.uint16).view(np.float16)
     S = options.per_shard
-    shapes = [CHOSEN, (1, L), (1, 4), (4, 1), (S, 1), (S, L)]
+    shapes = list(dict.fromkeys([CHOSEN, (1, L), (1, 4), (4, 1), (S, 1), (S, L)]))
     laid_out = {shape: ChunkedFeatures(folder / f"{shape[0]}x{shape[1]}", features, shape, S) for shape in shapes}
     every = range(L)
     tasks = {
@@ -157,10 +156,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        result = json.dumps(measure(options, Path(folder)), indent=1)
-    print(result)
-    if options.out:
-        options.out.write_text(result + "\n")
+        result = measure(options, Path(folder))
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

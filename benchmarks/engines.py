@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import multiprocessing
 import os
 import tempfile
@@ -26,7 +25,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import machine, publish
 
 from whisper_at_cli import __version__
 
@@ -260,10 +259,7 @@ def main() -> None:
     }
     if options.figure:
         draw(rows, options.figure)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ ever slows a round down. Prints JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -32,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from machine import machine
+from machine import machine, publish
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.backbones import WhisperBackbone
@@ -293,10 +292,8 @@ def main() -> None:
     if not options.dataset and not options.clip_seconds:
         options.clip_seconds = 10.0
     with tempfile.TemporaryDirectory() as folder:
-        result = json.dumps(measure(options, Path(folder)), indent=1)
-    print(result)
-    if options.out:
-        options.out.write_text(result + "\n")
+        result = measure(options, Path(folder))
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

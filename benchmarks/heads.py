@@ -23,14 +23,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from machine import machine
+from machine import machine, publish
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
@@ -246,9 +245,7 @@ def main() -> None:
         "versions": {"whisper-at-cli": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "settings": settings, **found,
     }  # fmt: skip
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What a benchmark ran on."""
+"""What a benchmark ran on, and where its result goes."""
 
 from __future__ import annotations
 
+import json
 import platform
 from pathlib import Path
 
@@ -18,3 +19,11 @@ def machine(gpu: str | None = None) -> dict:
         ]
         found["processor"] = names[0] if names else found["processor"]
     return found | ({"gpu": gpu} if gpu else {})
+
+
+def publish(result: dict, out: Path | None) -> None:
+    """Print a result as JSON, and write it to `out` if that is given."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out:
+        out.write_text(text + "\n")

@@ -9,7 +9,6 @@ Each number of clips is extracted in a process of its own, whose highest residen
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import platform
 import resource
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from machine import machine
+from machine import machine, publish
 
 from extract import random_weights, synthetic_dataset
 from whisper_at_cli import __version__
@@ -73,9 +72,7 @@ def main() -> None:
         "clips": peaks,
         "growth_gb": round(many - few, 3),
     }
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -28,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import sklearn
 import torch
-from machine import machine
+from machine import machine, publish
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -218,9 +217,7 @@ def main() -> None:
         "versions": versions, "threads": {"torch": torch.get_num_threads(), "pools": blas}, "settings": settings,
         **(large(options) if options.large else compare(options)),
     }  # fmt: skip
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

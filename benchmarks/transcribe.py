@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import json
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import whisper
-from machine import machine
+from machine import machine, publish
 from whisper.decoding import DecodingResult
 from whisper.model import Whisper
 
@@ -210,9 +209,7 @@ def main() -> None:
         "head": {"head": about.head, "width": about.width, "backbone": about.backbone, "value": about.value},
         "seconds_of_audio": round(len(samples) / SAMPLE_RATE, 2),
     } | parts  # fmt: skip
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.encoder import POSITIONS_PER_SECOND, clip_samples
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.folders import writable_folder
 from whisper_at_cli.extract.folds import Fold, cache_folds
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.extract.weights import WhisperWeights, read_weights
@@ -84,7 +85,7 @@ def finetune(
     started = time.monotonic()
     changes = (changes or {}) | ({} if seed is None else {"seed": seed})
     job = _plan(dataset, model, head, width, recipe, changes, encoder_lr_share, clip_seconds, format, fold, device)
-    out = _writable_folder(out) if out else None
+    out = writable_folder(out) if out else None
     whole = bool(out) and len(job.folds) > 1
     trainer = _Trainer(job, progress, trainings=len(job.folds) + whole)
     results = []
@@ -348,12 +349,3 @@ def _save(model, folder: Path, job: _Job, rows: np.ndarray, value: float, value_
         recipe=dataclasses.asdict(job.recipe) | {"encoder_lr_share": job.encoder_lr_share},
     )  # fmt: skip
     save_end_to_end(model, folder, description, [job.dataset.clips[row].id for row in rows])
-
-
-def _writable_folder(path: str | Path) -> Path:
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {folder}: {error}; choose another --out") from error
-    return folder

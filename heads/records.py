@@ -14,7 +14,6 @@ Every file but metrics.jsonl is written whole or not at all.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -27,6 +26,7 @@ from torch import Tensor
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.folders import take_lock, writable_folder
 from whisper_at_cli.heads.checkpoint import ENCODER, HEAD, TRAINED_ON
 
 FORMAT_VERSION = 1
@@ -191,20 +191,15 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
 
 
 def _made(path: Path) -> Path:
-    """The folder, made now: hours of training should not end at a name that cannot be written."""
-    try:
-        (path / HIDDEN).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {path}: {error}; choose another --out") from error
+    writable_folder(path)
+    writable_folder(path / HIDDEN)
     return path
 
 
 def _locked(path: Path) -> int:
     lock = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    if not take_lock(lock):
         os.close(lock)
         where = path.parent.parent
-        raise UsageError(f"another process trains in {where} now: wait for it, or choose another --out") from error
+        raise UsageError(f"another process trains in {where} now: wait for it, or choose another --out")
     return lock

@@ -206,6 +206,8 @@ def _as_text(result: dict, form: str, folder: Path) -> str:
 
 def _places(paths: list[Path], out: Path | None, form: str) -> list[Path | None]:
     """Where each result goes; None is stdout. Raises UsageError where two would go to one file."""
+    from whisper_at_cli.extract.folders import writable_folder
+
     if out is None:
         if form == "html" and len(paths) > 1:
             raise UsageError(f"{len(paths)} pages cannot go to one place: give --out FOLDER")
@@ -214,10 +216,7 @@ def _places(paths: list[Path], out: Path | None, form: str) -> list[Path | None]
     double = sorted({str(place) for place in places if places.count(place) > 1})
     if double:
         raise UsageError(f"several files would become {double[0]}: transcribe them into folders of their own")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {out}: {error}; choose another --out") from error
+    writable_folder(out)
     return places
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
+from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.layers import ProbeResult
 
@@ -16,18 +17,14 @@ COLUMNS = ("layer", "score", "fold", "class", "predicted", "value")
 def write_csv(result: ProbeResult, path: str | Path) -> None:
     """Whole or not at all. Raises UsageError where it cannot be written."""
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS, restval="")
+    writer.writeheader()
+    writer.writerows(tidy_rows(result))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(tidy_rows(result))
-        os.replace(unfinished, path)
+        LocalStore(path.parent).write_whole(path.name, [table.getvalue().encode()])
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def tidy_rows(result: ProbeResult) -> Iterator[dict]:

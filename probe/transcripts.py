@@ -5,7 +5,6 @@ A line is appended when its transcript is there, and is safe on disk before the 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.folders import take_lock
 
 FORMAT, FORMAT_VERSION = "whisper-at-cli robustness", 1
 SETTINGS, TRANSCRIPTS, RESULTS = "settings.json", "transcripts.jsonl", "results.json"
@@ -116,13 +116,9 @@ class TranscriptFolder:
 
     def _locked(self):
         file = open(self.path / ".lock", "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not take_lock(file):
             file.close()
-            raise WhisperATError(
-                f"another process is at work in {self.path}; wait for it, or choose another --out"
-            ) from error
+            raise WhisperATError(f"another process is at work in {self.path}; wait for it, or choose another --out")
         return file
 
     def _settle(self, settings: dict) -> None:

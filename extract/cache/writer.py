@@ -7,8 +7,6 @@ not at all, and status comes last, so a process killed anywhere leaves shards th
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -23,6 +21,7 @@ from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.errors import CacheError, UsageError
+from whisper_at_cli.extract.folders import take_lock
 
 
 @dataclass
@@ -285,7 +284,7 @@ def _lock_slot(path: Path, slot: tuple[int, int]):
     folder = lock_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "door", "w") as door:  # one process at a time looks at the other locks
-        _lock(door, wait=True)
+        take_lock(door, wait=True)
         for (other_index, other_of), file in lock_files(path).items():
             if other_of == of and other_index != index:
                 continue
@@ -295,7 +294,7 @@ def _lock_slot(path: Path, slot: tuple[int, int]):
                     "give every process its own --shard I/N with the same N"
                 )
         held = open(folder / f"{index}-of-{of}", "w")
-        _lock(held)
+        take_lock(held)
     return held
 
 
@@ -319,22 +318,10 @@ def running_slots(path: Path) -> set[tuple[int, int]]:
     if not files:
         return set()
     with open(lock_folder(path) / "door") as door:  # else a process that starts now would find its lock taken
-        _lock(door, wait=True)
+        take_lock(door, wait=True)
         return {slot for slot, file in files.items() if _is_held(file)}
 
 
 def _is_held(path: Path) -> bool:
     with open(path) as file:
-        return not _lock(file)
-
-
-def _lock(file, *, wait: bool = False) -> bool:
-    """Take a file's lock. False if another process has it; True also where the file system knows no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-            raise
-    return True
+        return not take_lock(file)

@@ -5,12 +5,13 @@ Drawn with matplotlib's objects alone, so it needs no display and no pyplot.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -80,28 +81,21 @@ def save(figure, numbers: dict, path: Path) -> dict:
     """
     numbers_path = path.with_suffix(".json")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda unfinished: _save_picture(figure, unfinished))
-        _replace(numbers_path, lambda unfinished: unfinished.write_text(json.dumps(numbers, indent=2) + "\n"))
+        store = LocalStore(path.parent)
+        store.write_whole(path.name, [_picture(figure, path.suffix[1:].lower())])
+        store.write_whole(numbers_path.name, [(json.dumps(numbers, indent=2) + "\n").encode()])
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
     return numbers
 
 
-def _save_picture(figure, path: Path) -> None:
+def _picture(figure, form: str) -> bytes:
+    """A figure as png, pdf or svg."""
     from matplotlib import rc_context
 
-    undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix.lower(), {})
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(form, {})
+    content = io.BytesIO()
     with _settings, rc_context(FONTS):
-        small = {"pil_kwargs": {"optimize": True}} if path.suffix.lower() == ".png" else {}
-        figure.savefig(path, format=path.suffix[1:].lower(), metadata=undated, **small)
-
-
-def _replace(path: Path, write) -> None:
-    """Write to a name beside `path`, then rename: the file is never half there."""
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        small = {"pil_kwargs": {"optimize": True}} if form == "png" else {}
+        figure.savefig(content, format=form, metadata=undated, **small)
+    return content.getvalue()
