@@ -194,7 +194,7 @@ def export_command(ctx, cache, out, format, as_json):
         whisper-at-cli export esc50.zarr esc50-npz
         whisper-at-cli export esc50.zarr esc50.h5
     """
-    from whisper_at_cli.extract.cache.exchange import export_hdf5, export_npz
+    from whisper_at_cli.extract.cache.export import export_hdf5, export_npz
 
     exporters = {"npz": export_npz, "hdf5": export_hdf5}
     format = format or ("hdf5" if out.suffix.lower() in (".h5", ".hdf5") else "npz")
@@ -232,7 +232,7 @@ def import_command(ctx, folder, cache, as_json, **options):
         whisper-at-cli import features as.zarr --labels clips.csv --backbone large-v1 --clip-seconds 10
         whisper-at-cli import esc50-npz copy.zarr
     """
-    from whisper_at_cli.extract.cache.exchange import import_npz
+    from whisper_at_cli.extract.cache.import_npz import import_npz
 
     with progress_on_stderr("import", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = import_npz(folder, cache, progress=progress, **options)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from whisper_at_cli.extract.ahead import in_order
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
@@ -142,14 +143,9 @@ def _pieces(cache: FeatureCache, rows: np.ndarray, reads: str) -> Iterator[Tenso
             return torch.from_numpy(cache.mean(rows=some)[:, :, None, :])
         return torch.from_numpy(cache.mean(layer=spec.layers, rows=some)[:, None, None, :])
 
+    parts = (rows[first : first + size] for first in range(0, len(rows), size))
     with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as reader:
-        parts = [rows[first : first + size] for first in range(0, len(rows), size)]
-        ahead = reader.submit(read, parts[0])
-        for following in [*parts[1:], None]:
-            piece = ahead.result()
-            if following is not None:
-                ahead = reader.submit(read, following)
-            yield piece
+        yield from in_order(reader, read, parts, ahead=1)
 
 
 def check_fits(description: HeadDescription, cache: FeatureCache) -> tuple[np.ndarray, list[str]]:

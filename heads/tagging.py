@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whisper_at_cli.extract.audio import SUFFIXES, decode
+from whisper_at_cli.extract.ahead import in_order
+from whisper_at_cli.extract.audio import decode
 from whisper_at_cli.extract.backbones import WhisperBackbone, load_backbone, load_whisper
+from whisper_at_cli.extract.datasets.scan import audio_files as audio_files_below
 from whisper_at_cli.extract.devices import (
     choose_device,
     cores,
@@ -33,20 +35,10 @@ from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.extract.weights import WhisperWeights
 from whisper_at_cli.heads.checkpoint import load_head
 from whisper_at_cli.heads.events import EventSettings, find_events
-from whisper_at_cli.heads.tag_windows import (
-    SAMPLES_PER_POSITION,
-    EncodedWindow,
-    ExactPlan,
-    FrameAssembler,
-    TagGrid,
-    clip_at,
-    plan_exact,
-    tag_grid,
-    within,
-)  # fmt: skip
+from whisper_at_cli.heads.tag_frames import ExactFile, SharedTags, Window
+from whisper_at_cli.heads.tag_windows import SAMPLES_PER_POSITION, TagGrid, tag_grid, within
 
 TAG_WINDOWS = ("shared", "exact")
-LABELLED_AT_ONCE = 32  # tag windows
 FILES_AHEAD = 4  # decoded before their turn
 NOT_RECORDED = ("", "unknown")  # checksums of a backbone in heads that were made elsewhere
 
@@ -180,7 +172,7 @@ class Tagger:
             for start, end in stretches(whisper_options.get("clip_timestamps", "0"), len(samples))
         ]
         windows = within(grid.windows(len(samples) // SAMPLES_PER_POSITION), parts)
-        shared = _SharedTags(self.label, n, windows) if settings.tag_window == "shared" else None
+        shared = SharedTags(self.label, n, windows) if settings.tag_window == "shared" else None
         with self._transcribing, _seeded(seed, self.device):
             done = transcribe_once(
                 model, samples, receiver=shared, frame_positions=n, progress=progress, **whisper_options
@@ -228,22 +220,22 @@ class Tagger:
                 told = self._told(file.windows, file.finish(), grid, settings, file.duration)
                 yield {"path": str(file.path), "duration": file.duration, **told}
 
-    def _open(self, path: Path, grid: TagGrid) -> _ExactFile:
+    def _open(self, path: Path, grid: TagGrid) -> ExactFile:
         try:
             samples = decode(path)
         except AudioError as error:
-            return _ExactFile(self.label, path, np.zeros(0, np.float32), [], grid, error=str(error))
-        return _ExactFile(self.label, path, samples, grid.windows(len(samples) // SAMPLES_PER_POSITION), grid)
+            return ExactFile(self.label, path, np.zeros(0, np.float32), [], grid, error=str(error))
+        return ExactFile(self.label, path, samples, grid.windows(len(samples) // SAMPLES_PER_POSITION), grid)
 
-    def _exact(self, samples: np.ndarray, windows, grid: TagGrid) -> tuple[list[tuple[int, int]], np.ndarray]:
+    def _exact(self, samples: np.ndarray, windows: list[Window], grid: TagGrid) -> tuple[list[Window], np.ndarray]:
         """The windows and their logits, each from clips of its own."""
-        file = _ExactFile(self.label, None, samples, windows, grid)
+        file = ExactFile(self.label, None, samples, windows, grid)
         list(self._encode_files(iter([file]), grid))
         return windows, file.finish()
 
-    def _encode_files(self, files: Iterator[_ExactFile], grid: TagGrid) -> Iterator[_ExactFile]:
+    def _encode_files(self, files: Iterator[ExactFile], grid: TagGrid) -> Iterator[ExactFile]:
         """Run the backbone over the clips of files, in batches that may hold clips of several; each file when done."""
-        coming: deque[_ExactFile] = deque()
+        coming: deque[ExactFile] = deque()
 
         def clips() -> Iterator[Tensor]:
             for file in files:
@@ -296,83 +288,6 @@ class Tagger:
         }  # fmt: skip
 
 
-class _SharedTags:
-    """Takes the windows of a transcription's encoder and labels each tag window as soon as no more can come for it."""
-
-    def __init__(self, label: Callable, frame_positions: int, windows: list[tuple[int, int]]):
-        self.label, self.frame_positions = label, frame_positions
-        self.waiting = deque(windows)
-        self.assembler = FrameAssembler(frame_positions)
-        self.tagged: list[tuple[int, int]] = []
-        self.logits: list[np.ndarray] = []
-
-    def begin(self, position: int) -> None:
-        self._label(lambda window: window[1] * self.frame_positions <= position)
-
-    def add(self, window: EncodedWindow) -> None:
-        self.assembler.add(window)
-
-    def finish(self) -> tuple[list[tuple[int, int]], np.ndarray]:
-        self._label(lambda window: True)
-        return self.tagged, np.concatenate(self.logits) if self.logits else np.zeros((0, 0), np.float32)
-
-    def _label(self, is_final: Callable[[tuple[int, int]], bool]) -> None:
-        ready = []
-        while self.waiting and is_final(self.waiting[0]):
-            window = self.waiting.popleft()
-            frames = self.assembler.take(*window)
-            if frames is not None:
-                self.tagged.append(window)
-                ready.append(frames)
-        if ready:
-            self.logits.append(self.label(ready))
-            self.assembler.drop_before(self.waiting[0][0] if self.waiting else self.tagged[-1][1])
-
-
-class _ExactFile:
-    """One file on its way through the backbone: its clips, and the tag windows that their features fill."""
-
-    def __init__(self, label, path: Path | None, samples: np.ndarray, windows, grid: TagGrid, *, error: str = ""):
-        self.label, self.path, self.error, self.windows = label, path, error, windows
-        self.duration = len(samples) / SAMPLE_RATE
-        self.samples, self.grid = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32)), grid
-        real = len(samples) // SAMPLES_PER_POSITION // grid.frame_positions  # frames without padding
-        self.plan: ExactPlan = plan_exact([(a, max(a + 1, min(b, real))) for a, b in windows], grid.clip_frames)
-        self.features: dict[int, Tensor] = {}
-        self.added, self.ready, self.logits = 0, [], []
-        self.parts = deque(self.plan.parts)
-
-    def clips(self) -> Iterator[Tensor]:
-        for start in self.plan.starts:
-            yield clip_at(self.samples, start, self.grid)
-
-    @property
-    def is_complete(self) -> bool:
-        return self.added == len(self.plan.starts)
-
-    def add(self, features_LTD: Tensor) -> None:
-        self.features[self.added] = features_LTD
-        self.added += 1
-        while self.parts and self.parts[0][-1][0] < self.added:
-            pieces = [self.features[clip][:, a:b] for clip, a, b in self.parts.popleft()]
-            self.ready.append(torch.cat(pieces, dim=1))
-        needed = self.parts[0][0][0] if self.parts else self.added
-        for clip in [clip for clip in self.features if clip < needed]:
-            del self.features[clip]
-        if len(self.ready) >= LABELLED_AT_ONCE:
-            self._label()
-
-    def _label(self) -> None:
-        if self.ready:
-            self.logits.append(self.label(self.ready))
-            self.ready = []
-
-    def finish(self) -> np.ndarray:
-        """Logits (W, C) of every window."""
-        self._label()
-        return np.concatenate(self.logits) if self.logits else np.zeros((0, 0), np.float32)
-
-
 def transcribe(
     audio: str | Path | np.ndarray, *, head: str | Path, model=None, device: str = "auto", seed: int | None = None,
     progress: Progress | None = None, **options,
@@ -402,28 +317,13 @@ def audio_files(paths: Iterable[str | Path]) -> list[Path]:
                 raise UsageError(f"{path} does not exist; give audio files or folders of them")
             found.append(path)
             continue
-        inside = sorted(
-            file for file in path.rglob("*")
-            if file.suffix.lower() in SUFFIXES and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )  # fmt: skip
+        inside = [path / name for name in audio_files_below(path)]
         if not inside:
             raise UsageError(f"{path} holds no audio files; give audio files or folders of them")
         found += inside
     if not found:
         raise UsageError("no audio was given; give audio files or folders of them")
     return found
-
-
-def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Results of `function` on items, in their order, at most `ahead` computed before they are asked for."""
-    waiting: deque = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _split_options(options: dict) -> tuple[TagSettings, dict]:

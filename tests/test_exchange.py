@@ -12,7 +12,8 @@ import pytest
 from planted import planted_cache
 from whisper_at_cli.cli import main
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
-from whisper_at_cli.extract.cache.exchange import export_hdf5, export_npz, import_npz
+from whisper_at_cli.extract.cache.export import export_hdf5, export_npz
+from whisper_at_cli.extract.cache.import_npz import import_npz
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
