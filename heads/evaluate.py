@@ -21,9 +21,9 @@ from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import UNKNOWN, HeadDescription, load_head
-from whisper_at_cli.heads.data import Clips
 from whisper_at_cli.heads.metrics import Metrics, evaluate_scores
 from whisper_at_cli.heads.seen import choose_rows
+from whisper_at_cli.heads.training.data import Clips
 
 BATCH_BYTES = 64 << 20  # of float32 features
 READ_BYTES = 256 << 20  # of features read at once; as much again is read ahead
@@ -131,7 +131,7 @@ def stream_logits(
 
 
 def _pieces(cache: FeatureCache, rows: np.ndarray, reads: str) -> Iterator[Tensor]:
-    """What a head reads of these rows (L and T may be 1, as in `heads.data`), piece by piece."""
+    """What a head reads of these rows (L and T may be 1, as in `heads.training.data`), piece by piece."""
     spec = cache.spec
     layers, frames = {"last mean": (1, 1), "mean": (spec.layers, 1), "features": (spec.layers, spec.frames)}[reads]
     size = max(1, READ_BYTES // (4 * layers * frames * spec.dim))
