@@ -71,17 +71,18 @@ class Frame:
         return "".join(parts)
 
 
-def line_chart(curves: list[Curve], *, x_ticks: Sequence[float], x_label: str, y_label: str, about: str) -> str:
-    """Curves with bands of their spread, in percent, with a legend."""
+def line_chart(
+    curves: list[Curve], *, x_ticks: Sequence[float], x_label: str, y_label: str, about: str, falling_x: bool = False
+) -> str:
+    """Curves with bands of their spread, in percent, with a legend. `falling_x`: the largest x is at the left."""
     low = min(value - spread for curve in curves for value, spread in zip(curve.y, curve.spread, strict=True))
     high = max(value + spread for curve in curves for value, spread in zip(curve.y, curve.spread, strict=True))
     levels = [curve.level for curve in curves if curve.level is not None]
     y_ticks = nice_ticks(min([low, *levels]), max([high, *levels]))
     every_x = [x for curve in curves for x in curve.x]
     margin = 0.04 * max(1.0, max(every_x) - min(every_x))
-    frame = Frame(
-        (min(every_x) - margin, max(every_x) + margin), (y_ticks[0], y_ticks[-1]), x_ticks, y_ticks, x_label, y_label
-    )
+    ends = (min(every_x) - margin, max(every_x) + margin)
+    frame = Frame(ends[::-1] if falling_x else ends, (y_ticks[0], y_ticks[-1]), x_ticks, y_ticks, x_label, y_label)
     drawn = "".join(_curve(frame, curve, number) for number, curve in enumerate(curves))
     return _svg(frame.draw() + drawn, about) + _legend([curve.name for curve in curves])
 
@@ -129,11 +130,17 @@ def bar_chart(counts: dict[int, int], *, x_label: str, y_label: str, about: str)
     return _svg(frame.draw() + "".join(parts), about)
 
 
-def scatter_chart(points: dict[str, tuple[float, float]], *, x_label: str, y_label: str, about: str) -> str:
-    """A dot per name, as many names beside their dots as find room, and the line of least squares over all."""
+def scatter_chart(
+    points: dict[str, tuple[float, float]], *, x_label: str, y_label: str, about: str, falling_y: bool = False
+) -> str:
+    """A dot per name, as many names beside their dots as find room, and the line of least squares over all.
+
+    `falling_y`: the smallest y is at the top.
+    """
     xs, ys = [x for x, _ in points.values()], [y for _, y in points.values()]
     x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), nice_ticks(min(ys), max(ys))
-    frame = Frame((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), x_ticks, y_ticks, x_label, y_label)
+    ends = (y_ticks[0], y_ticks[-1])
+    frame = Frame((x_ticks[0], x_ticks[-1]), ends[::-1] if falling_y else ends, x_ticks, y_ticks, x_label, y_label)
     parts = [frame.draw()]
     fitted = fit_line(xs, ys)
     if fitted:
@@ -168,7 +175,7 @@ def _overlap(a: tuple, b: tuple) -> bool:
 
 
 def _clipped(frame: Frame, x: float, slope: float, offset: float) -> tuple[float, float]:
-    return frame.at(x, min(max(slope * x + offset, frame.y[0]), frame.y[1]))
+    return frame.at(x, min(max(slope * x + offset, min(frame.y)), max(frame.y)))
 
 
 def fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float] | None:

@@ -154,7 +154,7 @@ def _wer_curves(robustness: Sequence[Source], key: str) -> str:
     ticks = sorted({snr for curve in curves for snr in curve.x})
     chart = line_chart(
         curves, x_ticks=ticks[:: -(-len(ticks) // 11)], x_label="SNR (dB)", y_label="WER (%)",
-        about="word error rate against signal-to-noise ratio",
+        about="word error rate against signal-to-noise ratio", falling_x=True,
     )  # fmt: skip
     return _chart(f"Word error rate, {SCORINGS[key]}", chart, _wer_numbers(robustness, key))
 
@@ -176,8 +176,8 @@ def _scatter(probe: Probe, noisy: Source) -> str:
         {name.replace("_", " "): point for name, point in points.items()},
         x_label=f"{probe.measure} of the class in layer {probe.layers[-1]} (%)",
         y_label=f"WER at {low:g} dB minus at {high:g} dB (%)".replace("-", "−"),
-        about=f"increase of the word error rate against class-wise {probe.measure}, a dot per class",
-    )
+        about=f"increase of the word error rate against class-wise {probe.measure}, a dot per class", falling_y=True,
+    )  # fmt: skip
     fitted = fit_line(*zip(*points.values(), strict=True))
     correlated = f", Pearson's r {fitted[2]:.2f}".replace("-", "−") if fitted else ""
     return _chart(f"{len(points)} classes and noise{correlated}: {probe.name}", chart)
