@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from whisper_at_cli.extract.ahead import in_order
 from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.cache.schema import in_short
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.progress import Progress
@@ -164,7 +165,7 @@ def check_fits(description: HeadDescription, cache: FeatureCache) -> tuple[np.nd
             )
         elif needed != found:
             raise UsageError(
-                f"the head was trained on features with {name} {_short(needed)} and {cache.path} has {_short(found)}: "
+                f"the head was trained on features with {name} {in_short(needed)} and {cache.path} has {in_short(found)}: "
                 "use a cache made like the one it was trained on"
             )
     columns, class_notes = class_columns(description, spec.class_names, str(cache.path))
@@ -199,8 +200,3 @@ def class_columns(description: HeadDescription, names: tuple[str, ...], where: s
 def _listed(names: list[str]) -> str:
     shown = ", ".join(map(repr, names[:NAMED]))
     return f"{len(names)} classes ({shown}{', ...' if len(names) > NAMED else ''})"
-
-
-def _short(value) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
