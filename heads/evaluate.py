@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from whisper_at_cli.extract.ahead import in_order
 from whisper_at_cli.extract.cache import FeatureCache
-from whisper_at_cli.extract.cache.schema import in_short
+from whisper_at_cli.extract.cache.schema import brief
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.progress import Progress
@@ -165,7 +165,7 @@ def check_fits(description: HeadDescription, cache: FeatureCache) -> tuple[np.nd
             )
         elif needed != found:
             raise UsageError(
-                f"the head was trained on features with {name} {in_short(needed)} and {cache.path} has {in_short(found)}: "
+                f"the head was trained on features with {name} {brief(needed)} and {cache.path} has {brief(found)}: "
                 "use a cache made like the one it was trained on"
             )
     columns, class_notes = class_columns(description, spec.class_names, str(cache.path))

@@ -97,6 +97,28 @@ def test_bad_clips_are_reported_and_the_good_ones_extracted(noise_folder, tmp_pa
     assert again.failures == report.failures
 
 
+def test_a_clip_beside_a_bad_one_is_stored_as_if_nothing_had_failed(noise_folder, tmp_path, random_backbone):
+    class SizeMatters:
+        """Adds to every number what depends on how many clips are encoded together."""
+
+        def __getattr__(self, name):
+            return getattr(random_backbone, name)
+
+        def encode(self, waveforms):
+            return random_backbone.encode(waveforms) + len(waveforms) / 8
+
+    options = dict(model=SizeMatters(), clip_seconds=1.0, batch_size=4)
+    extract(noise_folder, tmp_path / "whole.zarr", **options)
+    broken = sorted(noise_folder.rglob("*.wav"))[5]
+    broken.write_bytes(b"RIFF and nothing else")
+    assert extract(noise_folder, tmp_path / "holed.zarr", **options).failed == 1
+    whole, holed = FeatureCache.open(tmp_path / "whole.zarr"), FeatureCache.open(tmp_path / "holed.zarr")
+    rows = np.flatnonzero(holed.done)
+    assert len(rows) == 11
+    np.testing.assert_array_equal(holed.features(rows), whole.features(rows))
+    np.testing.assert_array_equal(holed.mean(rows=rows), whole.mean(rows=rows))
+
+
 def test_a_file_that_vanished_is_a_failed_clip(noise_folder, tmp_path, random_backbone):
     from whisper_at_cli.extract.datasets import open_dataset
 

@@ -88,11 +88,11 @@ class CacheSpec:
         ours, theirs = asdict(self), asdict(other)
         del ours["dataset"], theirs["dataset"]  # a moved folder is the same dataset: its clips are compared instead
         return [
-            f"{name}: {in_short(ours[name])}, not {in_short(theirs[name])}" for name in ours if ours[name] != theirs[name]
+            f"{name}: {brief(ours[name])}, not {brief(theirs[name])}" for name in ours if ours[name] != theirs[name]
         ]
 
 
-def in_short(value: object) -> str:
+def brief(value: object) -> str:
     """A setting in an error message."""
     if isinstance(value, tuple):
         return f"{len(value)} classes ({', '.join(value[:3])}{', ...' if len(value) > 3 else ''})"

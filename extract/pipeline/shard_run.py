@@ -141,22 +141,25 @@ class ShardRun:
         return self.decoders.submit(self.dataset.waveform, row, self.samples)
 
     def _encode(self, batch: _Batch) -> _Encoded:
-        """Encode the clips of a batch that could be decoded. Runs in an encoder thread."""
-        clips, encoded = [], _Encoded()
-        for slot, future in zip(batch.slots, batch.audio, strict=True):
+        """Encode the clips of a batch that could be decoded. Runs in an encoder thread.
+
+        Silence is encoded in the place of the others, and dropped: another batch size could change a clip's last bit.
+        """
+        waveforms, encoded, good = np.zeros((len(batch.audio), self.samples), dtype=np.float32), _Encoded(), []
+        for place, (slot, future) in enumerate(zip(batch.slots, batch.audio, strict=True)):
             try:
-                clip, real = future.result()
+                waveforms[place], real = future.result()
             except AudioError as error:
                 encoded.errors[slot] = str(error)
                 continue
-            clips.append(clip)
+            good.append(place)
             encoded.slots.append(slot)
             encoded.valid_frames.append(-(-real * FRAMES // self.samples))
         batch.audio.clear()
-        if clips:
-            waveforms = torch.from_numpy(np.stack(clips))
+        if good:
             started = time.perf_counter()
-            encoded.stored = encode_to_host(self.backbone, waveforms, self.writer.spec.dtype)
+            stored = encode_to_host(self.backbone, torch.from_numpy(waveforms), self.writer.spec.dtype)
+            encoded.stored = stored.map(lambda tensor: tensor[good]) if encoded.errors else stored
             encoded.seconds = time.perf_counter() - started
         return encoded
 
