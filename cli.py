@@ -13,6 +13,7 @@ import click
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract import commands as extract_commands
+from whisper_at_cli.extract import doctor_commands
 from whisper_at_cli.extract.errors import WhisperATError
 from whisper_at_cli.extract.options import command
 from whisper_at_cli.extract.output import print_json, print_table
@@ -104,6 +105,7 @@ COMMANDS_OF = (
     heads_commands,
     file_commands,
     tagging_commands,
+    doctor_commands,
 )
 for each in (*(one for module in COMMANDS_OF for one in module.COMMANDS), demo_command):
     cli.add_command(each)
