@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from whisper_at_cli import __version__
+from whisper_at_cli.completion import offer_values
 from whisper_at_cli.extract import commands as extract_commands
 from whisper_at_cli.extract import doctor_commands
 from whisper_at_cli.extract.errors import WhisperATError
@@ -109,6 +110,7 @@ COMMANDS_OF = (
 )
 for each in (*(one for module in COMMANDS_OF for one in module.COMMANDS), demo_command):
     cli.add_command(each)
+offer_values(cli)
 
 
 def main(arguments: list[str] | None = None) -> None:

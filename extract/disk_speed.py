@@ -29,6 +29,7 @@ class DiskSpeed:
     """Rates in one folder. `reads_from` is disk, or memory where the system's cache could not be emptied first."""
 
     write_mb_per_second: float
+    write_piece_bytes: int  # after each of which the disk was waited for
     read_mb_per_second: float
     random_chunk_bytes: int
     random_chunks_per_second: float
@@ -80,6 +81,7 @@ def measure_disk(folder: Path, *, seconds: float = SECONDS) -> DiskSpeed:
         chunks_per_second = _read_chunks(file.fileno(), written, seconds)
     return DiskSpeed(
         write_mb_per_second=write_rate / 1e6,
+        write_piece_bytes=PIECE_BYTES,
         read_mb_per_second=read_rate / 1e6,
         random_chunk_bytes=CHUNK_BYTES,
         random_chunks_per_second=chunks_per_second,

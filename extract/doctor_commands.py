@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from whisper_at_cli.extract.disk_speed import PIECE_BYTES
 from whisper_at_cli.extract.options import DEVICE, command
 from whisper_at_cli.extract.output import print_json
 from whisper_at_cli.extract.progress import progress_on_stderr
@@ -171,9 +170,8 @@ def _folder(found, disk) -> list[str]:
     lines += _row("file locks", "work" if found.locks else "DO NOT WORK")
     if disk:
         source = "" if disk.reads_from == "disk" else " (from memory: the system's cache cannot be emptied here)"
-        lines += _row(
-            "write", f"{disk.write_mb_per_second:,.0f} MB/s, each {PIECE_BYTES >> 20} MiB synchronised to disk"
-        )
+        piece = f"each {disk.write_piece_bytes >> 20} MiB synchronised to disk"
+        lines += _row("write", f"{disk.write_mb_per_second:,.0f} MB/s, {piece}")
         lines += _row("read", f"{disk.read_mb_per_second:,.0f} MB/s{source}")
         lines += _row(
             "at random",

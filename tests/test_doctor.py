@@ -192,7 +192,7 @@ def test_an_estimate_follows_from_the_rates(device, rates, rate, by):
     speed = doctor.Speed(device, {}, doctor.EncoderSpeed("tiny.en", 10.0, {"float32": encoder}, 1000))
     each = [decoding_check.Decoded(name, "ok", per_core) for name, per_core in (("wav", 40.0), ("mp3", 24.0))]
     containers = decoding_check.Decoding("", "", {}, 10.0, tuple(each))  # 30 clips/s a core, on two cores
-    found = doctor._estimate(speed, containers, DiskSpeed(disk / 1000, 1, 1, 1, 1, "disk", 1), 2)
+    found = doctor._estimate(speed, containers, DiskSpeed(disk / 1000, 1, 1, 1, 1, 1, "disk", 1), 2)
     assert found.clips_per_second == pytest.approx(rate) and found.held_back_by == by
 
 
