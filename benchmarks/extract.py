@@ -36,8 +36,8 @@ from whisper_at_cli import __version__
 from whisper_at_cli.extract.backbones import WhisperBackbone
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.datasets.base import Clip
-from whisper_at_cli.extract.device_speed import encoder_rate, matrix_rate
 from whisper_at_cli.extract.devices import choose_device, fitting_batch_size
+from whisper_at_cli.extract.doctor.device import encoder_rate, matrix_rate
 from whisper_at_cli.extract.encoder import PRECISIONS, PackedLinear, clip_samples
 from whisper_at_cli.extract.pipeline import extract
 from whisper_at_cli.extract.sizes import WHISPER_SIZES

@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 
 from whisper_at_cli.cli import main
-from whisper_at_cli.extract import decoding_check, disk_speed, doctor, installed
-from whisper_at_cli.extract.disk_speed import DiskSpeed, examine_folder, measure_disk
+from whisper_at_cli.extract.doctor import decoding as decoding_check
+from whisper_at_cli.extract.doctor import disk as disk_speed
+from whisper_at_cli.extract.doctor import examine as doctor
+from whisper_at_cli.extract.doctor import installed
+from whisper_at_cli.extract.doctor.disk import DiskSpeed, examine_folder, measure_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 

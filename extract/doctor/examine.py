@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from whisper_at_cli.extract.disk_speed import DiskSpeed, Folder, examine_folder, measure_disk
+from whisper_at_cli.extract.doctor.disk import DiskSpeed, Folder, examine_folder, measure_disk
+from whisper_at_cli.extract.doctor.installed import PACKAGE, Dependency, Installation, examine_installation, one_line
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.extract.installed import PACKAGE, Dependency, Installation, examine_installation, one_line
 from whisper_at_cli.extract.machine import cores, free_memory_bytes, processor
 from whisper_at_cli.extract.progress import Progress
 
 if TYPE_CHECKING:
-    from whisper_at_cli.extract.decoding_check import Decoding
-    from whisper_at_cli.extract.device_speed import TorchDevices
+    from whisper_at_cli.extract.doctor.decoding import Decoding
+    from whisper_at_cli.extract.doctor.device import TorchDevices
 
 CLIP_SECONDS = 10.0
 MEASURED_MODEL = "tiny.en"
@@ -211,7 +211,7 @@ def _fault(one: Dependency) -> str:
 
 
 def _devices() -> TorchDevices:
-    from whisper_at_cli.extract.device_speed import torch_devices
+    from whisper_at_cli.extract.doctor.device import torch_devices
 
     return torch_devices()
 
@@ -252,7 +252,7 @@ def _weights(seen: _Examination) -> Weights:
 
 
 def _decoding(seconds: float, seen: _Examination) -> Decoding:
-    from whisper_at_cli.extract.decoding_check import check_decoding
+    from whisper_at_cli.extract.doctor.decoding import check_decoding
 
     return check_decoding(seconds=seconds, progress=seen.say)
 
@@ -287,8 +287,8 @@ def _judge_folder(seen: _Examination, folder: Folder) -> None:
 
 def _matrix_rates(device: str) -> tuple[str, dict[str, float]]:
     """The device's name, and GFLOP/s by precision."""
-    from whisper_at_cli.extract.device_speed import fastest_matrix_rate
     from whisper_at_cli.extract.devices import choose_device
+    from whisper_at_cli.extract.doctor.device import fastest_matrix_rate
     from whisper_at_cli.extract.encoder import PRECISIONS
 
     chosen = choose_device(device)
@@ -303,8 +303,8 @@ def _encoder_speed(device: str, weights: Weights | None) -> EncoderSpeed | None:
         return None
     from whisper_at_cli.extract.backbones import WhisperBackbone
     from whisper_at_cli.extract.cache.schema import FRAMES
-    from whisper_at_cli.extract.device_speed import encoder_rate
     from whisper_at_cli.extract.devices import choose_device, fitting_batch_size
+    from whisper_at_cli.extract.doctor.device import encoder_rate
     from whisper_at_cli.extract.weights import read_weights
 
     chosen, read, rates = choose_device(device), read_weights(MEASURED_MODEL), {}

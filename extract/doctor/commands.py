@@ -36,7 +36,7 @@ def doctor_command(ctx, folder, quick, device, as_json):
         whisper-at-cli doctor
         whisper-at-cli doctor --folder /data --device cuda:1 --json
     """
-    from whisper_at_cli.extract.doctor import examine
+    from whisper_at_cli.extract.doctor.examine import examine
 
     with contextlib.ExitStack() as stack:
         progress = None
