@@ -24,6 +24,14 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def load() -> float | None:
+    """How many programs wanted a core, on average of the last minute; None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
+
+
 def free_memory_bytes() -> int | None:
     """Main memory that is free, None where the system does not say."""
     try:

@@ -231,6 +231,16 @@ def test_a_file_system_without_locks_is_noted(capsys, tmp_path, needs, monkeypat
     assert status == 0 and "DO NOT WORK" in out and "give each process its own --shard I/N" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("load, noted", [(0.1, False), (900.0, True)])
+def test_a_busy_machine_is_noted(capsys, tmp_path, needs, monkeypatch, load, noted):
+    needs("numpy>=1")
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
+    for name in ("measure_disk", "_matrix_rates"):
+        monkeypatch.setattr(doctor, name, lambda *_: None)
+    status, out, _ = run(capsys, "--folder", tmp_path)
+    assert status == 0 and ("note: this machine is busy with other work" in out) is noted
+
+
 @pytest.mark.parametrize("stopped_in", ["_write", "_read", "_read_chunks"])
 def test_an_interrupted_measurement_leaves_no_file(tmp_path, monkeypatch, stopped_in):
     seen = []

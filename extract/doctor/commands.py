@@ -169,7 +169,7 @@ def _folder(found, disk) -> list[str]:
         return lines + _row("NOT WRITABLE", found.error)
     lines += _row("file locks", "work" if found.locks else "DO NOT WORK")
     if disk:
-        source = "" if disk.reads_from == "disk" else " (from memory: the system's cache cannot be emptied here)"
+        source = "" if disk.reads_from == "disk" else " (from memory, not from a disk)"
         piece = f"each {disk.write_piece_bytes >> 20} MiB synchronised to disk"
         lines += _row("write", f"{disk.write_mb_per_second:,.0f} MB/s, {piece}")
         lines += _row("read", f"{disk.read_mb_per_second:,.0f} MB/s{source}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from whisper_at_cli.extract.doctor.disk import DiskSpeed, Folder, examine_folder, measure_disk
 from whisper_at_cli.extract.doctor.installed import PACKAGE, Dependency, Installation, examine_installation, one_line
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.extract.machine import cores, free_memory_bytes, processor
+from whisper_at_cli.extract.machine import cores, free_memory_bytes, load, processor
 from whisper_at_cli.extract.progress import Progress
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Report:
     installation: Installation | None
     processor: str
     cores: int
+    load: float | None
     free_memory_bytes: int | None
     devices: TorchDevices | None
     weights: Weights | None
@@ -150,7 +151,7 @@ def examine(
     folder = Path(folder).resolve()
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give one that exists, such as where caches shall go")
-    seen = _Examination(progress)
+    seen, busy = _Examination(progress), load()
     installation = seen.attempt(examine_installation, seen.say)
     _judge_installation(seen, installation)
     devices = seen.attempt(_devices)
@@ -162,6 +163,7 @@ def examine(
     _judge_folder(seen, found)
     disk = speed = estimate = None
     if not quick:
+        _judge_load(seen, busy)
         disk = seen.attempt(measure_disk, folder) if found.writable else None
         seen.step = STEPS.index("disk")
         rates = seen.attempt(_matrix_rates, device)
@@ -172,7 +174,7 @@ def examine(
         progress(len(STEPS), len(STEPS), "")
     return Report(
         ok=not any(problem.serious for problem in seen.problems), quick=quick, installation=installation,
-        processor=processor(), cores=cores(), free_memory_bytes=free_memory_bytes(), devices=devices,
+        processor=processor(), cores=cores(), load=busy, free_memory_bytes=free_memory_bytes(), devices=devices,
         weights=weights, decoding=decoding, folder=found, disk=disk, speed=speed, estimate=estimate,
         problems=tuple(seen.problems),
     )  # fmt: skip
@@ -208,6 +210,15 @@ def _fault(one: Dependency) -> str:
     if one.state == "out of bounds":
         return f"{one.name} {one.version} is out of bounds ({one.needs})"
     return f"{one.name} {one.version} cannot be imported: {one.error}"
+
+
+def _judge_load(seen: _Examination, busy: float | None) -> None:
+    if busy is not None and busy > cores():
+        seen.add(
+            f"this machine is busy with other work (load {busy:.1f} on {cores()} cores), so every rate is too low",
+            "run doctor again when it is idle",
+            serious=False,
+        )
 
 
 def _devices() -> TorchDevices:
