@@ -132,6 +132,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         _fail(f"the system refused: {what}; check permissions, free space and the path", 1, debug)
+    except ImportError as error:
+        _fail(f"{error}; something is missing or broken, see what with: whisper-at-cli doctor", 1, debug)
     except Exception as error:
         _fail(
             f"{type(error).__name__}: {error}; this should not happen: run again with --debug for the traceback",

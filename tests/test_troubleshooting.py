@@ -163,7 +163,7 @@ def provoke_options(capsys, tiny_en, monkeypatch) -> list[str]:
     with monkeypatch.context() as patch:
         patch.setattr("whisper_at_cli.extract.weights.DEMO_PACKAGE", "no_such_package")
         lines += said_by(capsys, "demo")
-    for error in (KeyboardInterrupt(), ZeroDivisionError("a bug")):
+    for error in (KeyboardInterrupt(), ZeroDivisionError("a bug"), ModuleNotFoundError("No module named 'jiwer'")):
         with monkeypatch.context() as patch:
             patch.setattr("whisper_at_cli.extract.cache.summary.summarise", lambda _, e=error: (_ for _ in ()).throw(e))
             lines += said_by(capsys, "info", "x.zarr")
