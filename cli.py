@@ -12,7 +12,9 @@ from pathlib import Path
 import click
 
 from whisper_at_cli import __version__
+from whisper_at_cli.completion import offer_values
 from whisper_at_cli.extract import commands as extract_commands
+from whisper_at_cli.extract.doctor import commands as doctor_commands
 from whisper_at_cli.extract.errors import WhisperATError
 from whisper_at_cli.extract.options import command
 from whisper_at_cli.extract.output import print_json, print_table
@@ -106,9 +108,11 @@ COMMANDS_OF = (
     heads_commands,
     file_commands,
     tagging_commands,
+    doctor_commands,
 )
 for each in (*(one for module in COMMANDS_OF for one in module.COMMANDS), demo_command):
     cli.add_command(each)
+offer_values(cli)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -130,6 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         _fail(f"the system refused: {what}; check permissions, free space and the path", 1, debug)
+    except ImportError as error:
+        _fail(f"{error}; something is missing or broken, see what with: whisper-at-cli doctor", 1, debug)
     except Exception as error:
         _fail(
             f"{type(error).__name__}: {error}; this should not happen: run again with --debug for the traceback",

@@ -23,7 +23,6 @@ import platform
 import shutil
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +39,8 @@ from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.datasets.base import Clip
-from whisper_at_cli.extract.devices import choose_device, cores, fitting_batch_size, one_thread_per_operation
+from whisper_at_cli.extract.devices import choose_device, fitting_batch_size
+from whisper_at_cli.extract.doctor.device import encoder_rate, matrix_rate
 from whisper_at_cli.extract.pipeline.local import extract
 from whisper_at_cli.heads.count import encoder_cost
 
@@ -140,70 +140,6 @@ def pipeline_seconds(dataset: Dataset, backbone: WhisperBackbone, out: Path, opt
     return (time.perf_counter() - started) / len(dataset)
 
 
-def encoder_seconds(backbone: WhisperBackbone, samples: int, batch_size: int, clips: int) -> float:
-    """Seconds per clip of mel and encoder, with as many batches side by side as the pipeline runs."""
-    device = backbone.device
-    waveforms = torch.randn(batch_size, samples, device=device) * 0.1
-    batches = max(2, clips // batch_size)
-    if device.type == "cpu":
-        threads = cores()
-        with one_thread_per_operation(True), ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
-            list(pool.map(backbone.encode, [waveforms[:1]] * threads))
-            started = time.perf_counter()
-            list(pool.map(backbone.encode, [waveforms] * batches))
-            return (time.perf_counter() - started) / (batches * batch_size)
-    backbone.encode(waveforms)
-    _synchronize(device)
-    started = time.perf_counter()
-    for _ in range(batches):
-        backbone.encode(waveforms)
-    _synchronize(device)
-    return (time.perf_counter() - started) / (batches * batch_size)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, dim: int, routine: str, seconds: float) -> float:
-    """FLOP/s of the four products of an encoder block, (rows, k) @ (k, n), on all cores; one multiply-add is two."""
-    cpu = device.type == "cpu"
-    rows = 1000 if cpu else 64000
-    shapes = [(dim, 3 * dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim)]
-    products = []
-    for k, n in shapes:
-        x, linear = torch.randn(rows, k, device=device, dtype=dtype), torch.nn.Linear(k, n, device=device, dtype=dtype)
-        if routine == "onednn":
-            packed = PackedLinear(linear)
-            products.append(lambda x=x, packed=packed: packed(x))
-        else:
-            weight = linear.weight.detach().t()
-            products.append(lambda x=x, weight=weight: torch.mm(x, weight))
-    flops = sum(2 * rows * k * n for k, n in shapes)
-
-    def loop(until: float) -> int:
-        count = 0
-        with torch.inference_mode():
-            while time.perf_counter() < until or not count:
-                for product in products:
-                    product()
-                count += 1
-                _synchronize(device)
-        return count
-
-    loop(0)
-    threads = cores() if cpu else 1
-    with one_thread_per_operation(cpu), ThreadPoolExecutor(threads, initializer=_one_thread if cpu else None) as pool:
-        started = time.perf_counter()
-        count = sum(pool.map(loop, [started + seconds] * threads))
-        return count * flops / (time.perf_counter() - started)
-
-
 def measure(options: argparse.Namespace, folder: Path) -> dict:
     device = choose_device(options.device)
     weights = random_weights(options.random_weights) if options.random_weights else read_weights(options.model)
@@ -242,7 +178,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
         if in_memory:
             memory = pipeline_seconds(in_memory, backbone, folder / f"memory{number}.zarr", extract_options)
             rounds["memory"].append(1 / memory)
-        rounds["encoder"].append(1 / encoder_seconds(backbone, samples, batch_size, min(len(dataset), 64)))
+        rounds["encoder"].append(encoder_rate(backbone, samples, batch_size, seconds=2.0))
         for routine in routines:
             rounds[routine].append(matrix_rate(device, dtype, backbone.dim, routine, seconds=2.0))
     cost = encoder_cost(mels=weights.dims["n_mels"], layers=backbone.layers, dim=backbone.dim, clip_seconds=seconds)

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 
-from whisper_at_cli.extract.devices import cores
+from whisper_at_cli.extract.machine import cores, processor
 
 
 def machine(gpu: str | None = None) -> dict:
     """Processor, cores and GPU, for the record."""
-    found = {"processor": platform.processor() or platform.machine(), "cores": cores()}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        found["processor"] = names[0] if names else found["processor"]
-    return found | ({"gpu": gpu} if gpu else {})
+    return {"processor": processor(), "cores": cores()} | ({"gpu": gpu} if gpu else {})
 
 
 def publish(result: dict, out: Path | None) -> None:

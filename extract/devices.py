@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 import torch
 
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.machine import cores
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -50,11 +50,6 @@ def fitting_batch_size(backbone, samples: int) -> int:
     per_clip = (torch.cuda.max_memory_allocated(backbone.device) - before) / probe
     free = torch.cuda.mem_get_info(backbone.device)[0] * SHARE_OF_FREE_MEMORY / GPU_STREAMS
     return next((size for size in GPU_BATCH_SIZES if size * per_clip <= free), probe)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

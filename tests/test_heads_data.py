@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from planted import planted_cache
+from whisper_at_cli.extract import machine
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.heads.training import data
 from whisper_at_cli.heads.training.data import every_clip_has_one_label, load_clips, why_not_accuracy
@@ -81,7 +82,7 @@ def test_the_accelerator_is_taken_first_then_main_memory(cache, monkeypatch):
 def test_a_limit_of_a_container_counts(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    monkeypatch.setattr(data, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
     assert data.free_bytes(CPU) in (2000, None)
     (tmp_path / "memory.max").write_text("max\n")
     assert data.free_bytes(CPU) is None or data.free_bytes(CPU) > 1 << 20

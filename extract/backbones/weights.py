@@ -194,9 +194,20 @@ def _published() -> dict[str, str]:
     return {url.split("/")[-2]: ALIASES.get(name, name) for name, url in _urls().items()}
 
 
+def downloads_folder() -> Path:
+    """Where openai-whisper keeps what it downloads."""
+    return (Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache")) / "whisper").resolve()
+
+
+def downloads() -> dict[str, Path]:
+    """The published models that are downloaded already, by name. Whether they are whole is checked when one is read."""
+    files = {name: _downloaded(name) for name in whisper_names() if name not in ALIASES}
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
 def _downloaded(name: str) -> Path:
     """Where openai-whisper keeps its download of a model."""
-    return (Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache")) / "whisper").resolve() / Path(_urls()[name]).name
+    return downloads_folder() / Path(_urls()[name]).name
 
 
 def _download(name: str, path: Path) -> Path:

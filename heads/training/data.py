@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +19,11 @@ from torch import Tensor
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.devices import cores
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.machine import free_memory_bytes
 from whisper_at_cli.heads.training.batches import decoded
 
 READ_BYTES = 64 << 20  # of features held twice, by each thread, while they are copied into place
 READERS = 4  # threads
-CONTROL_GROUP = Path("/sys/fs/cgroup")
 TIERS = ("device", "memory", "stream")
 SHARE_OF_FREE = {"device": 0.8, "memory": 0.5}  # that features may take; heads and batches need some too
 
@@ -197,23 +196,4 @@ def free_bytes(device: torch.device) -> int | None:
     """Free memory of a device, None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    return min([free, *_left_in_container()])
-
-
-def _left_in_container() -> list[int]:
-    """What a container's limit on memory leaves of it, where there is one (control groups, version 2 or 1)."""
-    version_2, version_1 = ("memory.max", "memory.current"), ("limit_in_bytes", "usage_in_bytes")
-    for names in (version_2, [f"memory/memory.{name}" for name in version_1]):
-        try:
-            limit, used = (int((CONTROL_GROUP / name).read_text()) for name in names)
-            return [limit - used]
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return []
+    return free_memory_bytes() if device.type == "cpu" else None
