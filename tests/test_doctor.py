@@ -132,6 +132,8 @@ def test_a_python_out_of_bounds_is_a_failure(capsys, tmp_path, needs):
 
 def test_a_report_comes_out_where_torch_itself_is_broken(tmp_path):
     """In a process of its own: torch, and all that is built on it, cannot be imported there."""
+    needs = [f"Requires-Dist: {name}" for name in ("torch>=2", "openai-whisper", "numpy>=1")]
+    plant(tmp_path, "whisper-at-cli", "0.1.0", metadata_lines=["Requires-Python: >=3.11", *needs])
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from whisper_at_cli.cli import main; main()"
     arguments = [sys.executable, "-c", code, "doctor", "--quick", "--folder", str(tmp_path)]
