@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 
 from whisper_at_cli import __version__
-from whisper_at_cli.completion import offer_values
 from whisper_at_cli.extract import commands as extract_commands
+from whisper_at_cli.extract.completion import offer_values
 from whisper_at_cli.extract.doctor import commands as doctor_commands
 from whisper_at_cli.extract.errors import WhisperATError
 from whisper_at_cli.extract.options import command

@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import pytest
 
-from whisper_at_cli import completion
 from whisper_at_cli.cli import cli
+from whisper_at_cli.extract import completion
 
 FREE_TEXT = {  # parameters for which there is nothing to suggest
     "time", "partition", "account", "name", "setup", "backbone", "parameters", "language", "title", "split",
