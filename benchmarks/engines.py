@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import Figure, Result, Row, arguments, at_least, describe, publish, settings
+from record import Figure, Result, Row, arguments, at_least, describe, gpu_name, publish, settings
 from synthetic import synthetic_dataset, write_model
 
 AUDIOSET_SHARDS = 32259  # two million clips of large-v1, 62 a shard
@@ -36,8 +36,13 @@ SIMULATED = ("all alike", "stragglers", "stragglers and losses")
 
 
 def run_engine(engine: str, workers: int, options: dict[str, Any], messages: Queue) -> None:
-    """In a process of its own, pinned to `workers` cores: seconds of the extraction, and when each shard was done."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
+    """In a process of its own, pinned to `workers` cores: seconds of the extraction, and when each shard was done.
+
+    With encoders on GPUs nothing is pinned: all cores decode for them.
+    """
+    on_gpu = options["device"].startswith("cuda")
+    if not on_gpu:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
     steps = []
 
     def progress(done: int, total: int, message: str = "") -> None:
@@ -48,7 +53,8 @@ def run_engine(engine: str, workers: int, options: dict[str, Any], messages: Que
 
         from whisper_at_cli.extract.ray_engine import extract_on_ray
 
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        found = {} if on_gpu else {"num_cpus": workers}  # Ray counts the rest by itself
+        ray.init(**found, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         extract_on_ray(progress=progress, encoders=workers, **options)
     else:
         from whisper_at_cli.extract import extract
@@ -70,6 +76,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
                 of_extract = {
                     "dataset": sounds, "cache": folder / f"{engine}{workers}-{number}.zarr", "model": model,
                     "clip_seconds": options.clip_seconds, "shard_mb": options.shard_mb,
+                    "device": options.device, "precision": options.precision,
                 }  # fmt: skip
                 process = context.Process(target=run_engine, args=(engine, workers, of_extract, messages))
                 process.start()
@@ -83,7 +90,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
         for engine in ENGINES
     }
     return {
-        "settings": settings(options, "shards", "shard_seconds") | {"precision": "float32"},
+        "settings": settings(options, "shards", "shard_seconds"),
         "clips_per_second_by_workers": rates,
         "ray / local": {
             workers: round(rates["ray"][workers] / rates["local"][workers], 3) for workers in options.workers
@@ -182,14 +189,15 @@ def simulated(options: argparse.Namespace, shard_times: np.ndarray) -> list[dict
 
 def rows(result: Result) -> list[Row]:
     rates, simulated_rows = result["measured"]["clips_per_second_by_workers"], result["simulated"]["rows"]
-    size = result["measured"]["settings"]["random_weights"]
+    used = result["measured"]["settings"]
+    of = f"`{used['random_weights']}` shapes, {used.get('device', 'cpu')}"
     alone = rates["local"].get("1")
     found = []
     for workers, rate in rates["ray"].items():
         limit = Figure(round(alone * int(workers), 2), "clips/s", f"{workers} x one local worker") if alone else None
         found.append(
             Row(
-                "engines", f"the Ray engine, {size} shapes, {workers} worker{'s' * (workers != '1')}",
+                "engines", f"the Ray engine, {of}, {workers} worker{'s' * (workers != '1')}",
                 Figure(rate, "clips/s"), Figure(rates["local"][workers], "clips/s", "the local engine"),
                 result["measured"]["ray / local"][workers], limit, round(rate / limit.value, 3) if limit else None,
                 (at_least("ratio", 0.9),),
@@ -236,6 +244,8 @@ def main() -> None:
     parser.add_argument("--random-weights", default="base", help="Whisper size whose shapes are used")
     parser.add_argument("--clip-seconds", type=float, default=5.0)
     parser.add_argument("--shard-mb", type=float, default=4.0)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: then a worker is a GPU and all cores decode")
     parser.add_argument("--workers", type=int, action="append", help="repeatable; 1 and 2 by default")
     parser.add_argument(
         "--shard-seconds", type=float, default=52.1, help="62 clips at 1.19 clips/s: measured, two cores"
@@ -249,8 +259,8 @@ def main() -> None:
     if options.figure:
         draw(found, options.figure)
     simulation = {"shards": options.shards, "shard_seconds": options.shard_seconds, "rows": found}
-    result = {"measured": measured, "simulated": simulation}
-    publish(describe("engines", result, rows, packages=["torch", "numpy", "ray"]), options.out)
+    result, gpu = {"measured": measured, "simulated": simulation}, gpu_name(options.device)
+    publish(describe("engines", result, rows, packages=["torch", "numpy", "ray"], gpu=gpu), options.out)
 
 
 if __name__ == "__main__":

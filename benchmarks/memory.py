@@ -62,10 +62,10 @@ def measure(options: argparse.Namespace) -> Result:
 
 def rows(result: Result) -> list[Row]:
     (few, less), (many, _) = result["clips"].items()
-    used = result["settings"]
+    of = f"`{result['settings']['random_weights']}` shapes, {result['settings']['precision']}"
     return [
         Row(
-            "memory", f"peak memory with {many} clips, above that with {few}; {used['random_weights']}, {used['precision']}",
+            "memory", f"peak memory with {many} clips, above that with {few}; {of}",
             Figure(result["growth_gb"], "GB"), Figure(less["peak_gb"], "GB", f"the peak with {few}"), result["ratio"],
             Figure(0, "GB", "no growth"), asked=(at_most("measured", 1.5),),
         )

@@ -195,3 +195,15 @@ def best_of(rounds: int, work: Mapping[Any, Callable[[], Any]], repeats: Mapping
 def rounded(value: float, digits: int = 4) -> float:
     """To so many significant digits."""
     return float(f"{value:.{digits}g}")
+
+
+def number(value: float) -> str:
+    """Three digits, or all of a whole number's."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
+        return f"{value:.1e}".replace("e-0", "e-")
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    text = f"{value:.{3 if abs(value) < 1 else 2 if abs(value) < 10 else 1}f}"
+    return text.rstrip("0").rstrip(".")
