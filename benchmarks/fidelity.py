@@ -36,7 +36,7 @@ ERRORS_ASKED = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 1.5e-2}
 WAYS = {  # name -> storage type, precision; the first is what the others are compared with
     "float32": ("float32", "float32"),
     "int8": ("int8", "float32"),
-    "bfloat16, stored in float16": ("float16", "bfloat16"),
+    "bfloat16 (stored in float16)": ("float16", "bfloat16"),
 }
 
 
@@ -110,7 +110,7 @@ def rows(result: Result) -> list[Row]:
     of = f"layers 1 to {len(result['errors']['float32'])} of `{used['model']}`, {used['error_clips']} clips"
     found = [
         Row(
-            group, f"error in {precision}, {of}", Figure(errors),
+            group, f"error in {precision}, {of}", Figure(None),
             Figure(None, "", "OpenAI's blocks in float32"), errors,
             Figure(result["one_rounding"][precision], "", "one rounding"),
             [rounded(error / result["one_rounding"][precision], 3) for error in errors],
@@ -129,7 +129,7 @@ def rows(result: Result) -> list[Row]:
     )  # fmt: skip
     found.append(
         Row(
-            group, "error of int8 features, the same layers", Figure(small["error"]),
+            group, "error of int8 features, the same layers", Figure(None),
             Figure(None, "", "features stored in float32"), small["error"], asked=(at_most("ratio", 0.01),),
         )
     )  # fmt: skip
@@ -138,9 +138,9 @@ def rows(result: Result) -> list[Row]:
             best = max(exact["accuracy"])
             found.append(
                 Row(
-                    group, f"the most that {name} moves any layer's probe", Figure(moved),
-                    Figure(best, "accuracy", "the best layer in float32"), rounded(moved / best, 3),
-                    Figure(0, "", "no change"), asked=(at_most("measured", 0.005),),
+                    group, f"the most that {name} moves any layer's probe", Figure(moved, "of accuracy"),
+                    Figure(best, "", "accuracy of the best layer in float32"), limit=Figure(0, "", "no change"),
+                    asked=(at_most("measured", 0.005),),
                 )
             )  # fmt: skip
     return found

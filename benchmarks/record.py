@@ -198,12 +198,14 @@ def rounded(value: float, digits: int = 4) -> float:
 
 
 def number(value: float) -> str:
-    """Three digits, or all of a whole number's."""
+    """About three digits, or all of a whole number's: what the tables show."""
     if value == 0:
         return "0"
     if abs(value) < 1e-3:
         return f"{value:.1e}".replace("e-0", "e-")
     if abs(value) >= 100:
         return f"{value:,.0f}"
+    if abs(value) < 0.1:
+        return f"{value:.3g}"
     text = f"{value:.{3 if abs(value) < 1 else 2 if abs(value) < 10 else 1}f}"
     return text.rstrip("0").rstrip(".")

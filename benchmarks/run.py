@@ -51,38 +51,38 @@ PLAN = (
     Step("the cache of ESC-10", f"-m whisper_at_cli.cli extract {ESC10} {CACHE} --model tiny.en", "", 0.3, makes=CACHE),
     Step(
         "a head", f"-m whisper_at_cli.cli train-head {CACHE} --head tl-tr --dim 128 --out {HEAD}",
-        "--head wa-mlp", 2.0, makes=HEAD,
+        "--head wa-mlp", 1.5, makes=HEAD,
     ),
     Step(
         "extract-tiny.en-esc10-cpu", f"extract.py --model tiny.en --dataset {ESC10} --clips 400",
-        "--clips 4 --baseline-clips 2 --rounds 1 --matrix-seconds 0.05", 1.0,
+        "--clips 4 --baseline-clips 2 --rounds 1 --matrix-seconds 0.05", 0.7,
     ),
-    Step("extract-base-float32-cpu", SYNTHETIC, TINY, 1.5),
+    Step("extract-base-float32-cpu", SYNTHETIC, TINY, 1.3),
     Step("extract-base-bfloat16-cpu", f"{SYNTHETIC} --precision bfloat16", TINY, 1.0),
     Step(
         "extract-large-v1-bfloat16-cpu",
-        "extract.py --random-weights large-v1 --precision bfloat16 --clips 24 --baseline-clips 8 --rounds 1", TINY, 3.0,
+        "extract.py --random-weights large-v1 --precision bfloat16 --clips 24 --baseline-clips 6 --rounds 1", TINY, 2.3,
     ),
-    Step("fidelity-tiny.en-esc10", f"fidelity.py --model tiny.en --dataset {ESC10}", "--clips 20 --error-clips 2", 1.5),
-    Step("cache-cpu", "cache.py", f"{SMALL_CACHE} --shard-mb 0.05", 1.0),
-    Step("cache-chunk-shapes", "chunks.py", f"{SMALL_CACHE} --per-shard 8", 1.0),
-    Step("memory-base-cpu", "memory.py", "--random-weights tiny --clips 2 4", 2.0),
+    Step("fidelity-tiny.en-esc10", f"fidelity.py --model tiny.en --dataset {ESC10}", "--clips 20 --error-clips 2", 0.8),
+    Step("cache-cpu", "cache.py", f"{SMALL_CACHE} --shard-mb 0.05", 0.5),
+    Step("cache-chunk-shapes", "chunks.py", f"{SMALL_CACHE} --per-shard 8", 0.5),
+    Step("memory-base-cpu", "memory.py", "--random-weights tiny --clips 2 4", 1.7),
     Step(
         "engines-cpu", "engines.py --clips 300 --rounds 2 --figure {out}/engines-simulation.png",
         "--random-weights tiny --clips 4 --clip-seconds 1 --shard-mb 0.1 --rounds 1 --shards 300", 4.0,
     ),
     Step(
         "heads-cpu", "heads.py",
-        "--clips 8 --layers 2 --channels 64 --classes 4 --dim 16 --batch 4 --rounds 1 --npz-clips 4", 1.5,
+        "--clips 8 --layers 2 --channels 64 --classes 4 --dim 16 --batch 4 --rounds 1 --npz-clips 4", 1.2,
     ),
-    Step("probe-esc10-tiny.en-cpu", f"probe.py --cache {CACHE}", "--one-blas-thread --rounds 1", 1.0),
-    Step("probe-large-cpu", "probe.py --large", "--clips 200 --rounds 1", 1.5),
-    Step("metrics-cpu", "metrics.py", "--clips 300 --classes 8", 0.6, threads=1),
+    Step("probe-esc10-tiny.en-cpu", f"probe.py --cache {CACHE}", "--one-blas-thread --rounds 1", 0.6),
+    Step("probe-large-cpu", "probe.py --large", "--clips 200 --rounds 1", 0.9),
+    Step("metrics-cpu", "metrics.py", "--clips 300 --classes 8", 0.5, threads=1),
     Step(
         "transcribe-time-tiny.en", f"{TRANSCRIBE} --parts time --cases greedy fallback",
-        "--repeats 1 --cases greedy --seconds 70", 2.5, threads=1,
+        "--repeats 1 --cases greedy --seconds 70", 2.2, threads=1,
     ),
-    Step("transcribe-tags-tiny.en", f"{TRANSCRIBE} --parts events windows", "--parts events --seconds 70", 3.0),
+    Step("transcribe-tags-tiny.en", f"{TRANSCRIBE} --parts events windows", "--parts events --seconds 70", 2.5),
 )  # fmt: skip
 
 

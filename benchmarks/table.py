@@ -47,7 +47,7 @@ def figure(given: Figure | None) -> str:
     if given is None:
         return "-"
     said = f"{numbers(given.value)} {given.unit}".strip()
-    return f"{given.of}: {said}" if given.of and said else given.of or said
+    return f"{given.of}: {said}" if given.of and said else given.of or said or "-"
 
 
 def holds(bound: Bound, row: Row) -> bool:
@@ -64,7 +64,7 @@ def asked(row: Row, *, judged: bool = True) -> str:
     """What was asked of a row, and whether it was reached."""
 
     def text(bound: Bound) -> str:
-        limit = f"at least {bound.at_least:g}" if bound.at_least is not None else f"at most {bound.at_most:g}"
+        limit = f"at least {number(bound.at_least)}" if bound.at_most is None else f"at most {number(bound.at_most)}"
         unit = f" {row.measured.unit}" if bound.column == "measured" and row.measured.unit else ""
         return f"{NAMES[bound.column]} {limit}{unit}"
 
@@ -89,10 +89,11 @@ def cells(values: Iterable[str]) -> str:
 
 
 def measured_line(row: Row, result: Result, name: str) -> str:
+    ratio = "-" if row.ratio is None else f"**{numbers(row.ratio)}**"
     return cells(
         (
-            row.what, figure(row.measured), figure(row.baseline), f"**{numbers(row.ratio)}**" if row.ratio else "-",
-            figure(row.limit), numbers(row.share) or "-", asked(row), hardware(result),
+            row.what, figure(row.measured), figure(row.baseline), ratio, figure(row.limit),
+            numbers(row.share) or "-", asked(row), hardware(result),
             f"[{name.removesuffix('.json')}](results/{name})",
         )
     )  # fmt: skip
