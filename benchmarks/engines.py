@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -53,8 +54,8 @@ def run_engine(engine: str, workers: int, options: dict[str, Any], messages: Que
 
         from whisper_at_cli.extract.ray_engine import extract_on_ray
 
-        found = {} if on_gpu else {"num_cpus": workers}  # Ray counts the rest by itself
-        ray.init(**found, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        cpus = None if on_gpu else workers  # without a number, Ray counts them itself
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         extract_on_ray(progress=progress, encoders=workers, **options)
     else:
         from whisper_at_cli.extract import extract

@@ -63,14 +63,20 @@ TIERS = {"device": "from the device's memory", "memory": "from main memory", "st
 
 def write_cache(path: Path, options: argparse.Namespace, clips: int, validation: int = 0) -> FeatureCache:
     """A cache of random features; every shard holds the same ones, in another order."""
+    names = tuple(f"c{c}" for c in range(options.classes))
     spec = CacheSpec(
-        "benchmark", "0", options.layers, options.channels, 10.0, class_names=[f"c{c}" for c in range(options.classes)]
+        "benchmark",
+        "0",
+        options.layers,
+        options.channels,
+        10.0,
+        class_names=names,
     )
     rng, total = np.random.default_rng(0), clips + validation
-    names = np.array([f"clip{i}" for i in range(total)])
+    ids = np.array([f"clip{i}" for i in range(total)])
     split = np.array(["train"] * clips + ["valid"] * validation) if validation else np.full(total, "")
     labels = (rng.random((total, options.classes)) < 2 / options.classes).astype(np.uint8)
-    table = ClipTable(names, names, np.zeros(total, np.int16), split, labels)
+    table = ClipTable(ids, ids, np.zeros(total, np.int16), split, labels)
     block = None
     with CacheWriter.create(path, spec, table) as writer:
         for shard in writer.pending_shards():

@@ -218,26 +218,28 @@ def large(options: argparse.Namespace) -> Result:
         cache, clear = planted_cache(Path(folder) / "large.zarr", options.clips)
         if options.device != "cpu" and torch.cuda.is_available():
             probe_layers(cache, layers=[1], device=options.device)  # the device wakes up
-        work = {"ours": functools.partial(probe_layers, cache, strength=options.strength, device=options.device)}
+        ours = functools.partial(probe_layers, cache, strength=options.strength, device=options.device)
+        work: dict[str, Callable[[], Any]] = {"ours": ours}
         on_cpu = gpu_name() is None or options.device == "cpu"
         if on_cpu:
             work["products alone"] = products_alone(Problems(cache, options.strength), MEASURED_LAYERS)
         best = best_of(options.rounds, work)
-    ours = best["ours"]
-    accuracy = {layer.layer: round(layer.accuracy, 4) for layer in ours.result.layers}
+    timing = best["ours"]
+    result = timing.result
+    accuracy = {layer.layer: round(layer.accuracy, 4) for layer in result.layers}
     others = [value for layer, value in accuracy.items() if layer not in clear]
     limit = {}
     if on_cpu:
         products = best["products alone"].seconds * LAYERS / MEASURED_LAYERS
         limit = {
-            "products_alone": {"seconds": round(products, 2), "ours / products": round(ours.seconds / products, 2)}
+            "products_alone": {"seconds": round(products, 2), "ours / products": round(timing.seconds / products, 2)}
         }
     return {
         "clips": options.clips, "layers": LAYERS, "dim": DIM, "classes": CLASSES, "folds": FOLDS,
-        "device": ours.result.device, "seconds": {"ours": round(ours.seconds, 2)},
-        "processor_seconds": {"ours": round(ours.processor_seconds, 2)}, **limit,
+        "device": result.device, "seconds": {"ours": round(timing.seconds, 2)},
+        "processor_seconds": {"ours": round(timing.processor_seconds, 2)}, **limit,
         "accuracy_of_planted_layers": [accuracy[layer] for layer in clear],
-        "highest_accuracy_elsewhere": max(others), "warnings": ours.result.warnings,
+        "highest_accuracy_elsewhere": max(others), "warnings": result.warnings,
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ NAMES = {"measured": "measured", "ratio": "ratio", "share": "of the limit"}
 
 
 def numbers(value: Number | None) -> str:
+    """One or several, in their order; nothing for None."""
     if value is None:
         return ""
     return " / ".join(map(number, value)) if isinstance(value, list) else number(value)
@@ -53,18 +55,18 @@ def figure(given: Figure | None) -> str:
 def holds(bound: Bound, row: Row) -> bool:
     """Whether a row keeps this bound, with all of its figures."""
     found = row.measured.value if bound.column == "measured" else getattr(row, bound.column)
-    values = found if isinstance(found, list) else [found]
-    return all(
-        (bound.at_least is None or value >= bound.at_least) and (bound.at_most is None or value <= bound.at_most)
-        for value in values
-    )
+    values: list[float] = found if isinstance(found, list) else [found]
+    lowest = -math.inf if bound.at_least is None else bound.at_least
+    highest = math.inf if bound.at_most is None else bound.at_most
+    return all(lowest <= value <= highest for value in values)
 
 
 def asked(row: Row, *, judged: bool = True) -> str:
     """What was asked of a row, and whether it was reached."""
 
     def text(bound: Bound) -> str:
-        limit = f"at least {number(bound.at_least)}" if bound.at_most is None else f"at most {number(bound.at_most)}"
+        least, most = bound.at_least, bound.at_most
+        limit = f"at least {number(least)}" if least is not None else f"at most {number(most or 0)}"
         unit = f" {row.measured.unit}" if bound.column == "measured" and row.measured.unit else ""
         return f"{NAMES[bound.column]} {limit}{unit}"
 

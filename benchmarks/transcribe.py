@@ -34,7 +34,7 @@ from whisper_at_cli.extract.mel import SAMPLE_RATE
 from whisper_at_cli.heads import Tagger, train_head
 from whisper_at_cli.heads.events import EventSettings
 
-CASES = {  # options of whisper.transcribe
+CASES: dict[str, dict[str, Any]] = {  # options of whisper.transcribe
     "greedy": {"temperature": 0.0},
     "default": {},
     "fallback": {"temperature": (0.0, 0.2, 0.4), "logprob_threshold": -0.2},
@@ -99,7 +99,7 @@ def f1(truth: np.ndarray, found: np.ndarray) -> float:
 
 def events_of_joined_files(head: Path, options: argparse.Namespace) -> dict[str, Any]:
     """F1 over seconds and labels for a joined file of each fold's clips, for both tag windows."""
-    ways = {"shared": [], "exact": []}
+    ways: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"shared": [], "exact": []}
     grid = {"resolution": options.resolution, "hop": options.hop, "events": EVENTS, "temperature": 0.0}
     model = None
     for fold in range(1, FOLDS + 1):
@@ -125,7 +125,7 @@ def timed(
     tagger: Tagger, samples: np.ndarray, options: dict[str, Any], repeats: int, ways: list[str]
 ) -> dict[str, Any]:
     """Seconds of whisper.transcribe and of text with tags, one after the other, and whether the texts are the same."""
-    seconds = {name: [] for name in ("whisper", *ways)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("whisper", *ways)}
     model = tagger.whisper  # loaded now: making it draws random numbers too
     for _ in range(repeats):
         for name in seconds:
