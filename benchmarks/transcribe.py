@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a folder with fold-1 to fold-5, in place of training")
     parser.add_argument("--head", default="wa-mlp")
     parser.add_argument("--dim", type=int)
+    parser.add_argument("--train-seed", type=int, help="of the head's training, in place of the recipe's")
     parser.add_argument("--parts", nargs="+", default=["time", "events", "windows"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--ways", nargs="+", default=["shared"], choices=["shared", "exact"], help="that are timed")
@@ -240,7 +241,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         head = options.checkpoint or Path(folder)
         if not options.checkpoint:
-            train_head(FeatureCache.open(options.cache), head=options.head, width=options.dim, out=head)
+            cache = FeatureCache.open(options.cache)
+            train_head(cache, head=options.head, width=options.dim, out=head, seed=options.train_seed)
         found = measure(options, head)
     publish(describe("transcribe", found, rows, packages=["torch", "openai-whisper"]), options.out)
 
