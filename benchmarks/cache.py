@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from record import Figure, Result, Row, arguments, at_least, at_most, best_of, describe, publish, settings
+from record import Figure, Result, Row, arguments, at_least, at_most, best_of, describe, in_folder, publish, settings
 
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
 
@@ -213,8 +212,7 @@ def main() -> None:
     parser.add_argument("--shard-mb", type=float, default=128)
     parser.add_argument("--folder", help="where to write; a temporary folder without it")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = measure(options, Path(folder))
+    found = in_folder(measure, options)
     publish(describe("cache", found, rows, packages=["numpy"]), options.out)
 
 

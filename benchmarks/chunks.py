@@ -19,12 +19,11 @@ Prints JSON: useful GB/s, and how many bytes are read for each useful one.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from record import Figure, Result, Row, arguments, best_of, describe, publish, settings
+from record import Figure, Result, Row, arguments, best_of, describe, in_folder, publish, settings
 
 from whisper_at_cli.extract.cache.shards import ShardFile, shard_buffers
 from whisper_at_cli.extract.cache.store import LocalStore
@@ -160,8 +159,7 @@ def main() -> None:
     parser = arguments(__doc__, clips=256, layers=32, channels=1280, batch=48, per_shard=64, rounds=5, repeats=2)
     parser.add_argument("--folder", help="where to write; a temporary folder without it")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = measure(options, Path(folder))
+    found = in_folder(measure, options)
     publish(describe("chunks", found, rows, packages=["numpy"]), options.out)
 
 

@@ -18,7 +18,6 @@ ever slows a round down. Prints JSON.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from baseline import Baseline, ffmpeg_in_path
-from record import Figure, Result, Row, arguments, at_least, describe, gpu_name, publish
+from record import Figure, Result, Row, arguments, at_least, describe, gpu_name, in_folder, publish
 from synthetic import random_weights, synthetic_dataset
 
 from whisper_at_cli.extract.backbones import WhisperBackbone
@@ -283,8 +282,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.dataset and not options.clip_seconds:
         options.clip_seconds = 10.0
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(options, Path(folder))
+    found = in_folder(measure, options)
     gpu = gpu_name(found["settings"]["device"])
     publish(describe("extract", found, rows, packages=["torch", "numpy"], gpu=gpu), options.out)
 

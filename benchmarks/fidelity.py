@@ -13,13 +13,12 @@ No times are measured: the machine may do other work. Prints JSON.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from baseline import Baseline
-from record import Figure, Result, Row, arguments, at_most, describe, gpu_name, publish, rounded, settings
+from record import Figure, Result, Row, arguments, at_most, describe, gpu_name, in_folder, publish, rounded, settings
 
 from extract import chosen_clips
 from whisper_at_cli.extract import FeatureCache
@@ -152,8 +151,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="folder, as for `extract`, with labels and folds")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(options, Path(folder))
+    found = in_folder(measure, options)
     gpu = gpu_name(found["settings"]["device"])
     publish(describe("fidelity", found, rows, packages=["torch", "numpy", "scikit-learn"], gpu=gpu), options.out)
 

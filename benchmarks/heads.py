@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
 import time
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from record import (
     at_most,
     describe,
     gpu_name,
+    in_folder,
     publish,
     rounded,
     settings,
@@ -305,8 +305,7 @@ def main() -> None:
     parser.add_argument("--tier", default="auto", help="of --as20k, instead of the one that training chooses")
     parser.add_argument("--folder", help="where to write; a temporary folder without it")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = (measure_as20k if options.as20k else measure)(options, Path(folder))
+    found = in_folder(measure_as20k if options.as20k else measure, options)
     name, its_rows = ("heads as20k", as20k_rows) if options.as20k else ("heads", rows)
     gpu = gpu_name(choose_device(options.device))
     found = {"settings": settings(options), **found}

@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -166,6 +167,12 @@ def arguments(description: str | None, **numbers: int) -> argparse.ArgumentParse
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     return parser
+
+
+def in_folder(measure: Callable[[argparse.Namespace, Path], Result], options: argparse.Namespace) -> Result:
+    """What `measure` finds in a temporary folder, in `--folder` where the program has that option."""
+    with tempfile.TemporaryDirectory(dir=getattr(options, "folder", None)) as folder:
+        return measure(options, Path(folder))
 
 
 @dataclass(frozen=True)
