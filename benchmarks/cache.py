@@ -56,7 +56,7 @@ def write_plain(folder: Path, features: np.ndarray, per_file: int) -> float:
         data = features[start : start + per_file]
         started = time.perf_counter()
         with open(folder / str(start), "wb") as file:
-            file.write(memoryview(data).cast("B"))
+            file.write(data.data.cast("B"))
             file.flush()
             os.fsync(file.fileno())
         seconds += time.perf_counter() - started

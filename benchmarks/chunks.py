@@ -19,6 +19,7 @@ Prints JSON: useful GB/s, and how many bytes are read for each useful one.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -88,6 +89,11 @@ def draw(task: str, options: argparse.Namespace, rng: np.random.Generator) -> tu
     return rng.permutation(N)[:B], range(options.layers) if task == "random batches" else one
 
 
+def bytes_of_reading(form: ChunkedFeatures, task: str, options: argparse.Namespace, rng: np.random.Generator) -> int:
+    """Read what a task wants, and say how many bytes that took."""
+    return form.read(*draw(task, options, rng))[1]
+
+
 def laid_out(options: argparse.Namespace, folder: Path) -> dict[tuple[int, int], ChunkedFeatures]:
     """Shape of a chunk -> the same random features in such chunks, checked."""
     N, L, S = options.clips, options.layers, options.per_shard
@@ -105,7 +111,7 @@ def laid_out(options: argparse.Namespace, folder: Path) -> dict[tuple[int, int],
 def measure(options: argparse.Namespace, folder: Path) -> Result:
     forms, rng = laid_out(options, folder), np.random.default_rng(1)
     work: dict[tuple[str, tuple[int, int]], Callable[[], int]] = {
-        (task, shape): lambda task=task, form=form: form.read(*draw(task, options, rng))[1]
+        (task, shape): functools.partial(bytes_of_reading, form, task, options, rng)
         for task in TASKS
         for shape, form in forms.items()
     }

@@ -123,7 +123,8 @@ def train_on_one_tensor(fleet: Fleet, options: argparse.Namespace, steps: int) -
     inputs = torch.randn(1, options.batch, options.layers, FRAMES, options.channels, generator=generator)
     targets = torch.rand(1, options.batch, options.classes, generator=generator)
     weight = torch.full((1, options.batch), 1 / options.batch)
-    batch = Batch(*(tensor.to(fleet.device) for tensor in (inputs, targets, weight)), np.ones(1, dtype=bool))
+    inputs, targets, weight = (tensor.to(fleet.device) for tensor in (inputs, targets, weight))
+    batch = Batch(inputs, targets, weight, np.ones(1, dtype=bool))
     started = synchronised(fleet.device, options.clock)
     for _ in range(steps):
         fleet.step(batch, np.array([1e-4]), Ranks())

@@ -218,7 +218,9 @@ def large(options: argparse.Namespace) -> Result:
         cache, clear = planted_cache(Path(folder) / "large.zarr", options.clips)
         if options.device != "cpu" and torch.cuda.is_available():
             probe_layers(cache, layers=[1], device=options.device)  # the device wakes up
-        ours = functools.partial(probe_layers, cache, strength=options.strength, device=options.device)
+        ours: Callable[[], Any] = functools.partial(
+            probe_layers, cache, strength=options.strength, device=options.device
+        )
         work: dict[str, Callable[[], Any]] = {"ours": ours}
         on_cpu = gpu_name() is None or options.device == "cpu"
         if on_cpu:

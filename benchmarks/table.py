@@ -55,7 +55,7 @@ def figure(given: Figure | None) -> str:
 def holds(bound: Bound, row: Row) -> bool:
     """Whether a row keeps this bound, with all of its figures."""
     found = row.measured.value if bound.column == "measured" else getattr(row, bound.column)
-    values: list[float] = found if isinstance(found, list) else [found]
+    values: list[Any] = found if isinstance(found, list) else [found]
     lowest = -math.inf if bound.at_least is None else bound.at_least
     highest = math.inf if bound.at_most is None else bound.at_most
     return all(lowest <= value <= highest for value in values)

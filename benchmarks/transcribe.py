@@ -68,7 +68,7 @@ def joined(speech: Path, sounds: Path, fold: int, seconds: float, seed: int) -> 
     rng = np.random.default_rng(seed)
     utterances = [decode(speech / row["audio"]) for row in csv.DictReader(open(speech / "manifest.csv"))]
     rows = [row for row in esc_rows(sounds) if int(row["fold"]) == fold]
-    by_class = {name: rng.permutation([row for row in rows if row["category"] == name]) for name in
+    by_class = {name: rng.permutation(np.asarray([row for row in rows if row["category"] == name])) for name in
                 sorted({row["category"] for row in rows})}  # fmt: skip
     count = round((seconds - sum(map(len, utterances)) / SAMPLE_RATE) / 5)
     names = list(by_class)
@@ -97,6 +97,11 @@ def f1(truth: np.ndarray, found: np.ndarray) -> float:
     return round(2 * float((truth & found).sum()) / max(1, int(truth.sum() + found.sum())), 4)
 
 
+def share(part: np.ndarray, whole: np.ndarray) -> float | None:
+    """How much of the whole the part is; None where there is nothing."""
+    return round(float(part.sum() / whole.sum()), 4) if whole.any() else None
+
+
 def events_of_joined_files(head: Path, options: argparse.Namespace) -> dict[str, Any]:
     """F1 over seconds and labels for a joined file of each fold's clips, for both tag windows."""
     ways: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"shared": [], "exact": []}
@@ -115,7 +120,7 @@ def events_of_joined_files(head: Path, options: argparse.Namespace) -> dict[str,
         t, f = (np.concatenate(parts) for parts in zip(*found, strict=True))
         result[way] = {
             "f1": f1(t, f), "fold_f1": [f1(*pair) for pair in found],
-            "precision": round(float((t & f).sum() / f.sum()), 4), "recall": round(float((t & f).sum() / t.sum()), 4),
+            "precision": share(t & f, f), "recall": share(t & f, t),
             "class_f1": {name: f1(t[:, i], f[:, i]) for i, name in enumerate(names)},
         }  # fmt: skip
     return result
@@ -158,7 +163,7 @@ def accuracy_of_windows(head: Path, sounds: Path) -> dict[str, Any]:
         silent.__class__ = EncodesOnly
         tagger._whisper = silent
         rows = [row for row in esc_rows(sounds) if int(row["fold"]) == fold]
-        rows = list(np.random.default_rng(fold).permutation(rows))
+        rows = list(np.random.default_rng(fold).permutation(np.asarray(rows)))
         clips = [sound(sounds, row) for row in rows]
         together = tagger.transcribe(np.concatenate(clips), all_labels=True)["tags"]
         exact = tagger.transcribe(np.concatenate(clips), all_labels=True, tag_window="exact")["tags"]
@@ -202,11 +207,12 @@ def rows(result: Result) -> list[Row]:
             found.append(Row("text and tags", what, Figure(timing["seconds"][way], "s"), alone, ratio, asked=asked))
     events = result.get("events", {})
     for way, measured in events.items():
-        exact = Figure(events["exact"]["f1"], "F1", "exact windows") if way == "shared" else None
-        share = round(measured["f1"] / events["exact"]["f1"], 3) if way == "shared" else None
+        best = events["exact"]["f1"]
+        exact = Figure(best, "F1", "exact windows") if way == "shared" else None
+        of_exact = round(measured["f1"] / best, 3) if way == "shared" and best else None
         what = f"F1 of events at 1 s, five files, {way} windows; {of}, {result['head']['value']:g} on its folds"
         asked = (at_least("measured", 0.6),)
-        found.append(Row("text and tags", what, Figure(measured["f1"], "F1"), limit=exact, share=share, asked=asked))
+        found.append(Row("text and tags", what, Figure(measured["f1"], "F1"), limit=exact, share=of_exact, asked=asked))
     if "windows" in result:
         accuracy = result["windows"]["accuracy"]
         for way, name in (("joined", "six clips to a 30 s window"), ("padded", "one clip to a padded 30 s window")):
