@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whisper_at_cli.extract.backbones.weights import WhisperWeights
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.datasets import Dataset
-from whisper_at_cli.extract.weights import WhisperWeights
 
 
 def ffmpeg_in_path(folder: Path) -> str:

@@ -52,7 +52,7 @@ def run_engine(engine: str, workers: int, options: dict[str, Any], messages: Que
     if engine == "ray":
         import ray
 
-        from whisper_at_cli.extract.ray_engine import extract_on_ray
+        from whisper_at_cli.extract.pipeline.ray_engine import extract_on_ray
 
         cpus = None if on_gpu else workers  # without a number, Ray counts them itself
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -22,13 +22,13 @@ from record import Figure, Result, Row, arguments, at_most, describe, gpu_name, 
 
 from extract import chosen_clips
 from whisper_at_cli.extract import FeatureCache
-from whisper_at_cli.extract.audio import load_clip
-from whisper_at_cli.extract.backbones import WhisperBackbone
+from whisper_at_cli.extract.audio.decode import load_clip
+from whisper_at_cli.extract.backbones.encoder import PRECISIONS, clip_samples
+from whisper_at_cli.extract.backbones.load import WhisperBackbone
+from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights
 from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.devices import choose_device
-from whisper_at_cli.extract.encoder import PRECISIONS, clip_samples
-from whisper_at_cli.extract.pipeline import extract
-from whisper_at_cli.extract.weights import WhisperWeights, read_weights
+from whisper_at_cli.extract.pipeline.local import extract
 from whisper_at_cli.probe import probe_layers
 
 ERRORS_ASKED = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 1.5e-2}

@@ -20,10 +20,10 @@ from pathlib import Path
 from record import Figure, Result, Row, arguments, at_most, describe, gpu_name, publish, settings
 from synthetic import random_weights, synthetic_dataset
 
-from whisper_at_cli.extract.backbones import WhisperBackbone
+from whisper_at_cli.extract.backbones.load import WhisperBackbone
+from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 from whisper_at_cli.extract.devices import choose_device
-from whisper_at_cli.extract.pipeline import extract
-from whisper_at_cli.extract.sizes import WHISPER_SIZES
+from whisper_at_cli.extract.pipeline.local import extract
 
 
 def peak(connection: Connection, options: argparse.Namespace, clips: int) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from whisper_at_cli.extract.backbones.encoder import clip_samples
+from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
+from whisper_at_cli.extract.backbones.weights import WhisperWeights
 from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.datasets.base import Clip
-from whisper_at_cli.extract.encoder import clip_samples
-from whisper_at_cli.extract.sizes import WHISPER_SIZES
-from whisper_at_cli.extract.weights import WhisperWeights
 
 
 def random_weights(name: str) -> WhisperWeights:

@@ -20,9 +20,9 @@ from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import UNKNOWN, HeadDescription, load_head
-from whisper_at_cli.heads.data import Clips
 from whisper_at_cli.heads.metrics import Metrics, evaluate_scores
 from whisper_at_cli.heads.seen import choose_rows
+from whisper_at_cli.heads.training.data import Clips
 
 BATCH_BYTES = 64 << 20  # of float32 features
 READ_BYTES = 256 << 20  # of features read at once; as much again is read ahead

@@ -42,7 +42,7 @@ def uninterrupted(sounds):
 def forkserver():
     """Children that start at once: torch is imported before they are forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "whisper_at_cli.extract.pipeline", "whisper_at_cli.extract.cache.reader"])
+    context.set_forkserver_preload(["torch", "whisper_at_cli.extract.pipeline.local", "whisper_at_cli.extract.cache.reader"])
     return context
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import noise, write_wav
 from pages import HOSTILE, Elements, assert_nothing_got_out
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.page import clock, render_page, timeline_data, write_page
+from whisper_at_cli.heads.tagging.page import clock, render_page, timeline_data, write_page
 
 
 def label(name, probability):

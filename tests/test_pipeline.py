@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from conftest import array_bytes, make_backbone, noise, write_wav
-from whisper_at_cli.extract import FeatureCache, extract, extract_on_devices, pipeline
-from whisper_at_cli.extract.audio import load_clip
+from whisper_at_cli.extract import FeatureCache, extract, extract_on_devices
+from whisper_at_cli.extract.audio.decode import load_clip
 from whisper_at_cli.extract.cache import Status
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
-from whisper_at_cli.extract.parallel import slots_of
+from whisper_at_cli.extract.pipeline import local as pipeline
+from whisper_at_cli.extract.pipeline.several_devices import slots_of
 
 SHARD_MB = 5 * 3 * 25 * 64 * 2 / 1e6  # at most five clips of the random backbone in float16
 

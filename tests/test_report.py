@@ -11,9 +11,9 @@ from pages import HOSTILE, Elements, assert_nothing_got_out
 from planted import planted_cache
 from results import CLASSES, HEAD, noise_result, probe_result
 from whisper_at_cli.cli import main
-from whisper_at_cli.probe.report import Source, render_report, report_numbers
-from whisper_at_cli.probe.report_charts import fit_line, nice_ticks, whole_ticks
-from whisper_at_cli.probe.report_results import name_probes, scored_in_noise, wer_increase
+from whisper_at_cli.probe.report.charts import fit_line, nice_ticks, whole_ticks
+from whisper_at_cli.probe.report.page import Source, render_report, report_numbers
+from whisper_at_cli.probe.report.results import name_probes, scored_in_noise, wer_increase
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:

@@ -462,7 +462,7 @@ def _fill(block: ShardBlock, slot: int, features: np.ndarray | str, shape: tuple
     """Put one clip into its shard; returns what is wrong with it, or nothing."""
     import torch
 
-    from whisper_at_cli.extract.storage import to_storage
+    from whisper_at_cli.extract.cache.storage import to_storage
 
     if isinstance(features, str):
         return features
