@@ -6,7 +6,10 @@ INSTALLED = $(VENV)/.installed
 # Tests work on little data: more threads in one operation gain nothing, and on busy machines they wait for each other.
 TEST_THREADS ?= 1
 
-.PHONY: demo test test-slow lint clean
+# ESC-10 and speech for the benchmarks that read them; without this folder those are left out.
+BENCH_DATA ?= ../shared/data
+
+.PHONY: demo test test-slow lint bench bench-table clean
 
 demo: $(INSTALLED)
 	$(BIN)/whisper-at-cli demo
@@ -20,6 +23,12 @@ test-slow: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py $(if $(wildcard $(BENCH_DATA)/esc10),--data $(BENCH_DATA))
+
+bench-table: $(INSTALLED)
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

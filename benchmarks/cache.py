@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from machine import machine, publish
+from record import Figure, Result, Row, arguments, at_least, at_most, best_of, describe, in_folder, publish, settings
 
-from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
 
 
@@ -57,7 +56,7 @@ def write_plain(folder: Path, features: np.ndarray, per_file: int) -> float:
         data = features[start : start + per_file]
         started = time.perf_counter()
         with open(folder / str(start), "wb") as file:
-            file.write(memoryview(data).cast("B"))
+            file.write(data.data.cast("B"))
             file.flush()
             os.fsync(file.fileno())
         seconds += time.perf_counter() - started
@@ -70,124 +69,151 @@ def bytes_read() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
-def timed(function, repeats: int) -> float:
-    """Seconds per call."""
-    started = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - started) / repeats
+class Forms:
+    """The same features (N, L, T, D) as a cache, as a memory map and, of the first clips, as npz files."""
+
+    NPZ_CLIPS = 64
+
+    def __init__(self, folder: Path, cache: Path, features: np.ndarray, batch: int):
+        self.rng, self.batch, self.folder = np.random.default_rng(1), batch, folder
+        self.clips, self.layers = features.shape[:2]
+        self.cache = FeatureCache.open(cache)
+        np.save(folder / "map.npy", features)
+        self.map = np.load(folder / "map.npy", mmap_mode="r")
+        self.npz_clips = min(self.clips, self.NPZ_CLIPS)
+        for clip in range(self.npz_clips):
+            np.savez_compressed(folder / f"{clip}.npz", features[clip])
+        assert (self.cache.features([3, 1]) == self.map[[3, 1]]).all()
+        assert (self.cache.layer(2, [5])[0] == self.map[5, 1]).all()
+
+    def readers(self) -> dict[tuple[str, str], Callable[[], np.ndarray]]:
+        """(task, form) -> what reads that much from it."""
+        layer = self.layers // 2
+        return {
+            ("random batches", "cache"): lambda: self.cache.features(self._drawn()),
+            ("random batches", "memory map"): lambda: self.map[self._drawn()],
+            ("random batches", "npz"): self._npz,
+            ("contiguous", "cache"): lambda: self.cache.features(self._run()),
+            ("contiguous", "memory map"): self._run_of_map,
+            ("one layer", "cache"): lambda: self.cache.layer(layer + 1, dtype="float16"),
+            ("one layer", "memory map"): lambda: np.array(self.map[:, layer]),
+        }
+
+    def _drawn(self) -> np.ndarray:
+        return self.rng.integers(0, self.clips, self.batch)
+
+    def _run(self) -> range:
+        start = int(self.rng.integers(0, self.clips - self.batch + 1))
+        return range(start, start + self.batch)
+
+    def _run_of_map(self) -> np.ndarray:
+        rows = self._run()
+        return np.array(self.map[rows.start : rows.stop])
+
+    def _npz(self) -> np.ndarray:
+        drawn = self.rng.integers(0, self.npz_clips, self.batch)
+        return np.stack([np.load(self.folder / f"{clip}.npz")["arr_0"] for clip in drawn])
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict:
+def layer_bytes_read_per_byte(path: Path, layer: int) -> float:
+    """What a fresh reader asks the system for to read one layer, for each byte of that layer."""
+    cache = FeatureCache.open(path)
+    before = bytes_read()
+    found = cache.layer(layer, dtype="float16")
+    return (bytes_read() - before) / found.nbytes
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Result:
     N, L, T, D, B = options.clips, options.layers, 25, options.channels, options.batch
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(N, L, T, D)).astype(np.float16)
-    clip_bytes = features[0].nbytes
+    features = np.random.default_rng(0).normal(size=(N, L, T, D)).astype(np.float16)
     per_shard = CacheSpec("benchmark", "0", L, D, 10.0).clips_per_shard(options.shard_mb, N)
     writing: dict[str, list[float]] = {"cache": [], "plain write": []}
     for number in range(options.rounds):
         writing["plain write"].append(write_plain(folder / f"plain{number}", features, per_shard))
         writing["cache"].append(write_cache(folder / f"{number}.zarr", features, "float16", options.shard_mb))
-    cache = FeatureCache.open(folder / "0.zarr")
-    np.save(folder / "map.npy", features)
-    mapped = np.load(folder / "map.npy", mmap_mode="r")
-    few = range(min(N, 64))
-    for clip in few:
-        np.savez_compressed(folder / f"{clip}.npz", features[clip])
+    clip_bytes = features[0].nbytes
+    forms = Forms(folder, folder / "0.zarr", features, B)
     del features
-
-    def batch() -> np.ndarray:
-        return rng.integers(0, N, B)
-
-    def run() -> range:
-        start = int(rng.integers(0, N - B + 1))
-        return range(start, start + B)
-
-    def npz_batch() -> np.ndarray:
-        return np.stack([np.load(folder / f"{clip}.npz")["arr_0"] for clip in rng.integers(0, len(few), B)])
-
-    def contiguous_of_map() -> np.ndarray:
-        rows = run()
-        return np.array(mapped[rows.start : rows.stop])
-
-    layer = L // 2
-    readers = {
-        "random batches": {
-            "cache": lambda: cache.features(batch()), "memory map": lambda: mapped[batch()], "npz": npz_batch,
-        },
-        "contiguous": {"cache": lambda: cache.features(run()), "memory map": contiguous_of_map},
-        "one layer": {
-            "cache": lambda: cache.layer(layer + 1, dtype="float16"),
-            "memory map": lambda: np.array(mapped[:, layer]),
-        },
-    }  # fmt: skip
-    assert (cache.features([3, 1]) == mapped[[3, 1]]).all() and (cache.layer(2, [5])[0] == mapped[5, 1]).all()
-    seconds = {(task, name): [] for task, of in readers.items() for name in of}
-    for _ in range(options.rounds):
-        for task, of in readers.items():
-            for name, read in of.items():
-                seconds[task, name].append(timed(read, 1 if name == "npz" else options.repeats))
-    fresh = FeatureCache.open(folder / "0.zarr")
-    before = bytes_read()
-    layer_array = fresh.layer(layer + 1, dtype="float16")
-    layer_bytes_read = bytes_read() - before
-    best = {key: min(values) for key, values in seconds.items()}
+    readers = forms.readers()
+    repeats = {key: 1 if key[1] == "npz" else options.repeats for key in readers}
+    seconds = {key: best.seconds for key, best in best_of(options.rounds, readers, repeats).items()}
     clips = {"random batches": B, "contiguous": B, "one layer": N}
-    rates = {
-        task: {
-            name: {
-                "clips/s": round(clips[task] / best[task, name]),
-                "GB/s": round(clips[task] * clip_bytes / (L if task == "one layer" else 1) / best[task, name] / 1e9, 3),
-            }
-            for name in of
-        }
-        for task, of in readers.items()
-    }
-    wrote = {name: N * clip_bytes / min(values) / 1e9 for name, values in writing.items()}
-    rates["writing"] = {name: {"GB/s": round(rate, 3)} for name, rate in wrote.items()}
+    rates: dict[str, dict] = {task: {} for task in (*clips, "writing")}
+    for (task, form), took in seconds.items():
+        rate = clips[task] * clip_bytes / (L if task == "one layer" else 1) / took / 1e9
+        rates[task][form] = {"clips/s": round(clips[task] / took), "GB/s": round(rate, 3)}
+    best_writing = {form: min(values) for form, values in writing.items()}
+    for form, took in best_writing.items():
+        rates["writing"][form] = {"GB/s": round(N * clip_bytes / took / 1e9, 3)}
 
     def ratio(task: str, other: str) -> float:
-        return round(best[task, other] / best[task, "cache"], 3)
+        return round(seconds[task, other] / seconds[task, "cache"], 3)
 
     return {
-        "benchmark": "cache",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(),
-        "versions": {"whisper-at-cli": __version__, "numpy": np.__version__},
-        "settings": {
-            "shape": [N, L, T, D], "dtype": "float16", "batch": B, "clips_per_shard": per_shard,
-            "rounds": options.rounds, "repeats": options.repeats,
-        },
+        "settings": settings(options) | {"shape": [N, L, T, D], "dtype": "float16", "clips_per_shard": per_shard},
         "rates": rates,
         "ratios": {
             "random batches, cache / memory map": ratio("random batches", "memory map"),
             "random batches, cache / npz": ratio("random batches", "npz"),
             "contiguous, cache / memory map": ratio("contiguous", "memory map"),
             "one layer, cache / memory map": ratio("one layer", "memory map"),
-            "one layer, bytes read / bytes of the layer": round(layer_bytes_read / layer_array.nbytes, 4),
-            "writing, cache / plain write": round(wrote["cache"] / wrote["plain write"], 3),
+            "one layer, bytes read / bytes of the layer": round(
+                layer_bytes_read_per_byte(folder / "0.zarr", L // 2 + 1), 4
+            ),
+            "writing, cache / plain write": round(best_writing["plain write"] / best_writing["cache"], 3),
         },
-    }  # fmt: skip
+    }
+
+
+def rows(result: Result) -> list[Row]:
+    rates, ratios = result["rates"], result["ratios"]
+    batch, (clips, layers, _, channels) = result["settings"]["batch"], result["settings"]["shape"]
+
+    def figure(task: str, form: str, unit: str, of: str = "") -> Figure:
+        return Figure(rates[task][form][unit], unit, of)
+
+    mapped = "memory map"
+    return [
+        Row(
+            "cache", f"random batches of {batch} clips, {layers} layers of {channels} channels, float16",
+            figure("random batches", "cache", "clips/s"),
+            figure("random batches", "npz", "clips/s", "one compressed npz a clip"),
+            ratios["random batches, cache / npz"],
+            figure("random batches", mapped, "clips/s", "memory map"),
+            ratios["random batches, cache / memory map"],
+            (at_least("ratio", 20), at_least("share", 0.4)),
+        ),
+        Row(
+            "cache", f"{batch} clips side by side", figure("contiguous", "cache", "clips/s"),
+            limit=figure("contiguous", mapped, "clips/s", "memory map"),
+            share=ratios["contiguous, cache / memory map"], asked=(at_least("share", 0.6),),
+        ),
+        Row(
+            "cache", f"one layer of {clips} clips", figure("one layer", "cache", "GB/s"),
+            limit=figure("one layer", mapped, "GB/s", "memory map"), share=ratios["one layer, cache / memory map"],
+            asked=(at_least("measured", 2) + at_least("share", 0.5),),
+        ),
+        Row(
+            "cache", "bytes read for one layer",
+            Figure(ratios["one layer, bytes read / bytes of the layer"], "for each of the layer's"),
+            limit=Figure(1, "", "no byte of another layer"), share=ratios["one layer, bytes read / bytes of the layer"],
+            asked=(at_most("share", 1.1),),
+        ),
+        Row(
+            "cache", "writing, each shard on disk before the next", figure("writing", "cache", "GB/s"),
+            limit=figure("writing", "plain write", "GB/s", "plain `write` and fsync"),
+            share=ratios["writing, cache / plain write"], asked=(at_least("share", 0.6),),
+        ),
+    ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("clips", 256),
-        ("layers", 32),
-        ("channels", 1280),
-        ("batch", 48),
-        ("rounds", 5),
-        ("repeats", 3),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = arguments(__doc__, clips=256, layers=32, channels=1280, batch=48, rounds=5, repeats=3)
     parser.add_argument("--shard-mb", type=float, default=128)
     parser.add_argument("--folder", help="where to write; a temporary folder without it")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        result = measure(options, Path(folder))
-    publish(result, options.out)
+    found = in_folder(measure, options)
+    publish(describe("cache", found, rows, packages=["numpy"]), options.out)
 
 
 if __name__ == "__main__":

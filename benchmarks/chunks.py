@@ -19,19 +19,18 @@ Prints JSON: useful GB/s, and how many bytes are read for each useful one.
 from __future__ import annotations
 
 import argparse
-import tempfile
-import time
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from machine import machine, publish
+from record import Figure, Result, Row, arguments, best_of, describe, in_folder, publish, settings
 
-from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache.shards import ShardFile, shard_buffers
 from whisper_at_cli.extract.cache.store import LocalStore
 
 CHOSEN = (1, 1)
+TASKS = ("random batches", "contiguous", "one layer", "one layer, random")
 
 
 class ChunkedFeatures:
@@ -80,84 +79,94 @@ class ChunkedFeatures:
         return out, read
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict:
-    N, L, T, D, B = options.clips, options.layers, 25, options.channels, options.batch
+def draw(task: str, options: argparse.Namespace, rng: np.random.Generator) -> tuple[np.ndarray, Sequence[int]]:
+    """The clips and layers that one reading of a task wants."""
+    N, B, one = options.clips, options.batch, [options.layers // 2]
+    if task == "contiguous":
+        return np.arange(B) + int(rng.integers(0, N - B + 1)), range(options.layers)
+    if task == "one layer":
+        return np.arange(N), one
+    return rng.permutation(N)[:B], range(options.layers) if task == "random batches" else one
+
+
+def bytes_of_reading(form: ChunkedFeatures, task: str, options: argparse.Namespace, rng: np.random.Generator) -> int:
+    """Read what a task wants, and say how many bytes that took."""
+    return form.read(*draw(task, options, rng))[1]
+
+
+def laid_out(options: argparse.Namespace, folder: Path) -> dict[tuple[int, int], ChunkedFeatures]:
+    """Shape of a chunk -> the same random features in such chunks, checked."""
+    N, L, S = options.clips, options.layers, options.per_shard
     rng = np.random.default_rng(0)
-    features = rng.integers(0, 2**14, size=(N, L, T, D), dtype=np.uint16).view(np.float16)
-    S = options.per_shard
-    shapes = list(dict.fromkeys([CHOSEN, (1, L), (1, 4), (4, 1), (S, 1), (S, L)]))
-    laid_out = {shape: ChunkedFeatures(folder / f"{shape[0]}x{shape[1]}", features, shape, S) for shape in shapes}
-    every = range(L)
-    tasks = {
-        "random batches": lambda: (rng.permutation(N)[:B], every),
-        "contiguous": lambda: (np.arange(B) + int(rng.integers(0, N - B + 1)), every),
-        "one layer": lambda: (np.arange(N), [L // 2]),
-        "one layer, random": lambda: (rng.permutation(N)[:B], [L // 2]),
+    features = rng.integers(0, 2**14, size=(N, L, 25, options.channels), dtype=np.uint16).view(np.float16)
+    shapes = list(dict.fromkeys([CHOSEN, (1, 4), (1, L), (4, 1), (S, 1), (S, L)]))
+    forms = {shape: ChunkedFeatures(folder / f"{shape[0]}x{shape[1]}", features, shape, S) for shape in shapes}
+    some = rng.permutation(N)[:7]
+    for form in forms.values():
+        got, _ = form.read(some, [0, L - 1])
+        assert (got.view(np.uint16) == features[some][:, [0, L - 1]].view(np.uint16)).all()
+    return forms
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Result:
+    forms, rng = laid_out(options, folder), np.random.default_rng(1)
+    work: dict[tuple[str, tuple[int, int]], Callable[[], int]] = {
+        (task, shape): functools.partial(bytes_of_reading, form, task, options, rng)
+        for task in TASKS
+        for shape, form in forms.items()
     }
-    rows = rng.permutation(N)[:7]
-    for data in laid_out.values():
-        got, _ = data.read(rows, [0, L - 1])
-        assert (got.view(np.uint16) == features[rows][:, [0, L - 1]].view(np.uint16)).all()
-    clip_bytes = features[0].nbytes
-    del features
-    seconds = {(shape, task): [] for shape in shapes for task in tasks}
-    reads: dict = {}
-    for _ in range(options.rounds):
-        for task, draw in tasks.items():
-            for shape, data in laid_out.items():
-                wanted = [draw() for _ in range(options.repeats)]
-                started = time.perf_counter()
-                reads[shape, task] = [data.read(*each)[1] for each in wanted][0]
-                seconds[shape, task].append((time.perf_counter() - started) / options.repeats)
+    best = best_of(options.rounds, work, dict.fromkeys(work, options.repeats))
+    layer_bytes = 25 * options.channels * 2
     useful = {
-        "random batches": B * clip_bytes, "contiguous": B * clip_bytes,
-        "one layer": N * clip_bytes / L, "one layer, random": B * clip_bytes / L,
-    }  # fmt: skip
+        "random batches": options.batch * options.layers * layer_bytes,
+        "contiguous": options.batch * options.layers * layer_bytes,
+        "one layer": options.clips * layer_bytes,
+        "one layer, random": options.batch * layer_bytes,
+    }
+
+    def of_task(task: str, shape: tuple[int, int]) -> dict[str, float]:
+        found = best[task, shape]
+        return {
+            "useful GB/s": round(useful[task] / found.seconds / 1e9, 3),
+            "time / time of (1, 1)": round(found.seconds / best[task, CHOSEN].seconds, 2),
+            "bytes read / useful": round(found.result / useful[task], 2),
+        }
+
     return {
-        "benchmark": "chunks",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(),
-        "versions": {"whisper-at-cli": __version__, "numpy": np.__version__},
-        "settings": {
-            "shape": [N, L, T, D], "dtype": "float16", "batch": B, "clips_per_shard": S,
-            "rounds": options.rounds, "repeats": options.repeats,
-        },
+        "settings": settings(options) | {"dtype": "float16"},
         "shapes": [
-            {
-                "clips": shape[0],
-                "layers": shape[1],
-                **{
-                    task: {
-                        "useful GB/s": round(useful[task] / min(seconds[shape, task]) / 1e9, 3),
-                        "time / time of (1, 1)": round(min(seconds[shape, task]) / min(seconds[CHOSEN, task]), 2),
-                        "bytes read / useful": round(reads[shape, task] / useful[task], 2),
-                    }
-                    for task in tasks
-                },
-            }
-            for shape in shapes
+            {"clips": shape[0], "layers": shape[1], **{task: of_task(task, shape) for task in TASKS}} for shape in forms
         ],
-    }  # fmt: skip
+    }
+
+
+def rows(result: Result) -> list[Row]:
+    def row(shape: dict) -> Row:
+        chosen = (shape["clips"], shape["layers"]) == CHOSEN
+        of = {
+            key: [shape[task][key] for task in TASKS]
+            for key in ("useful GB/s", "time / time of (1, 1)", "bytes read / useful")
+        }
+        name = (
+            f"{shape['clips']} clip{'s' * (shape['clips'] > 1)} x {shape['layers']} layer{'s' * (shape['layers'] > 1)}"
+        )
+        return Row(
+            "chunks", f"chunks of {name}: random batches / contiguous / one layer / one layer of random clips",
+            Figure(of["useful GB/s"], "GB/s"),
+            None if chosen else Figure(None, "", "time of chunks of 1 clip x 1 layer"),
+            None if chosen else of["time / time of (1, 1)"],
+            Figure(1, "", "bytes read for each useful one"), of["bytes read / useful"],
+        )  # fmt: skip
+
+    return [row(shape) for shape in result["shapes"]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("clips", 256),
-        ("layers", 32),
-        ("channels", 1280),
-        ("batch", 48),
-        ("per-shard", 64),
-        ("rounds", 5),
-        ("repeats", 2),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = arguments(__doc__, clips=256, layers=32, channels=1280, batch=48, per_shard=64, rounds=5, repeats=2)
     parser.add_argument("--folder", help="where to write; a temporary folder without it")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        result = measure(options, Path(folder))
-    publish(result, options.out)
+    found = in_folder(measure, options)
+    publish(describe("chunks", found, rows, packages=["numpy"]), options.out)
 
 
 if __name__ == "__main__":

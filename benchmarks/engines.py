@@ -18,54 +18,32 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import logging
 import multiprocessing
 import os
 import tempfile
 import time
+from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from machine import machine, publish
-
-from whisper_at_cli import __version__
+from record import Figure, Result, Row, arguments, at_least, describe, gpu_name, publish, settings
+from synthetic import synthetic_dataset, write_model
 
 AUDIOSET_SHARDS = 32259  # two million clips of large-v1, 62 a shard
+ENGINES = ("local", "ray")
+SIMULATED = ("all alike", "stragglers", "stragglers and losses")
 
 
-def write_model(folder: Path, size: str) -> Path:
-    """A `.pt` file of random weights in the shapes of one Whisper size."""
-    import torch
-    from whisper.model import ModelDimensions, Whisper
+def run_engine(engine: str, workers: int, options: dict[str, Any], messages: Queue) -> None:
+    """In a process of its own, pinned to `workers` cores: seconds of the extraction, and when each shard was done.
 
-    from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
-
-    sizes = WHISPER_SIZES[size]
-    dims = dict(
-        n_mels=sizes.mels, n_audio_ctx=1500, n_audio_state=sizes.dim, n_audio_head=sizes.heads,
-        n_audio_layer=sizes.layers, n_vocab=51865, n_text_ctx=8, n_text_state=sizes.dim, n_text_head=sizes.heads,
-        n_text_layer=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Whisper(ModelDimensions(**dims))
-    torch.save({"dims": dims, "model_state_dict": model.state_dict()}, folder / f"{size}.pt")
-    return folder / f"{size}.pt"
-
-
-def write_sounds(folder: Path, clips: int, seconds: float) -> Path:
-    import wave
-
-    rng = np.random.default_rng(0)
-    (folder / "sounds" / "noise").mkdir(parents=True)
-    for number in range(clips):
-        with wave.open(str(folder / "sounds" / "noise" / f"{number:05d}.wav"), "wb") as file:
-            file.setparams((1, 2, 16000, 0, "NONE", ""))
-            file.writeframes(rng.integers(-9000, 9000, round(seconds * 16000), dtype=np.int16).tobytes())
-    return folder / "sounds"
-
-
-def run_engine(engine: str, workers: int, arguments: dict, messages) -> None:
-    """In a process of its own, pinned to `workers` cores: seconds of the extraction, and when each shard was done."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
+    With encoders on GPUs nothing is pinned: all cores decode for them.
+    """
+    on_gpu = options["device"].startswith("cuda")
+    if not on_gpu:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
     steps = []
 
     def progress(done: int, total: int, message: str = "") -> None:
@@ -76,28 +54,32 @@ def run_engine(engine: str, workers: int, arguments: dict, messages) -> None:
 
         from whisper_at_cli.extract.pipeline.ray_engine import extract_on_ray
 
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        extract_on_ray(progress=progress, encoders=workers, **arguments)
+        cpus = None if on_gpu else workers  # without a number, Ray counts them itself
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        extract_on_ray(progress=progress, encoders=workers, **options)
     else:
         from whisper_at_cli.extract import extract
 
-        extract(progress=progress, **arguments)
+        extract(progress=progress, **options)
     messages.put((steps[-1][0] - steps[0][0], steps))
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict:
+def measure(options: argparse.Namespace, folder: Path) -> Result:
     model = write_model(folder, options.random_weights)
-    sounds = write_sounds(folder, options.clips, options.clip_seconds)
-    context, seconds, shard_times = multiprocessing.get_context("spawn"), {}, []
+    sounds = synthetic_dataset(folder / "sounds", options.clips, options.clip_seconds)
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[tuple[str, int], list[float]] = {}
+    shard_times: list[float] = []
     for number in range(options.rounds):
         for workers in options.workers:
-            for engine in ("local", "ray"):
+            for engine in ENGINES:
                 messages = context.Queue()
-                arguments = dict(
-                    dataset=sounds, cache=folder / f"{engine}{workers}-{number}.zarr", model=model,
-                    clip_seconds=options.clip_seconds, shard_mb=options.shard_mb,
-                )  # fmt: skip
-                process = context.Process(target=run_engine, args=(engine, workers, arguments, messages))
+                of_extract = {
+                    "dataset": sounds, "cache": folder / f"{engine}{workers}-{number}.zarr", "model": model,
+                    "clip_seconds": options.clip_seconds, "shard_mb": options.shard_mb,
+                    "device": options.device, "precision": options.precision,
+                }  # fmt: skip
+                process = context.Process(target=run_engine, args=(engine, workers, of_extract, messages))
                 process.start()
                 took, steps = messages.get(timeout=600)
                 process.join()
@@ -106,25 +88,25 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
                     shard_times += np.diff([at for at, _ in steps]).tolist()
     rates = {
         engine: {workers: round(options.clips / min(seconds[engine, workers]), 2) for workers in options.workers}
-        for engine in ("local", "ray")
+        for engine in ENGINES
     }
     return {
-        "settings": {
-            "weights": f"random, shapes of {options.random_weights}", "clips": options.clips,
-            "clip_seconds": options.clip_seconds, "shard_mb": options.shard_mb, "rounds": options.rounds,
-        },
+        "settings": settings(options, "shards", "shard_seconds"),
         "clips_per_second_by_workers": rates,
         "ray / local": {
             workers: round(rates["ray"][workers] / rates["local"][workers], 3) for workers in options.workers
         },
         "shard_seconds": [round(value, 3) for value in shard_times],
-    }  # fmt: skip
+    }
 
 
 class Simulation:
     """A cluster at work, event by event. Each worker holds up to `each` shards and works on one."""
 
-    def __init__(self, workers, shards, shard_times, rng, *, slow_share, slow_factor, losses_per_hour, away_seconds):
+    def __init__(
+        self, workers: int, shards: int, shard_times: np.ndarray, rng: np.random.Generator, *, slow_share: float,
+        slow_factor: float, losses_per_hour: float, away_seconds: float,
+    ) -> None:  # fmt: skip
         self.rng, self.shard_times, self.each = rng, shard_times, 2
         self.slowness = np.where(rng.random(workers) < slow_share, slow_factor, 1.0)
         self.losses_per_hour, self.away_seconds = losses_per_hour, away_seconds
@@ -182,40 +164,68 @@ class Simulation:
         self._at(self.rng.choice(self.shard_times) * self.slowness[worker], worker, "done")
 
 
-def simulated(options: argparse.Namespace, shard_times: np.ndarray) -> list[dict]:
+def simulated(options: argparse.Namespace, shard_times: np.ndarray) -> list[dict[str, Any]]:
     """Hours and efficiency for each number of workers: smooth, and with slow and lost ones."""
     times = shard_times / shard_times.mean() * options.shard_seconds
-    kinds = {
-        "all alike": dict(slow_share=0.0, slow_factor=1.0, losses_per_hour=0.0, away_seconds=0.0),
-        "stragglers": dict(slow_share=0.05, slow_factor=3.0, losses_per_hour=0.0, away_seconds=0.0),
-        "stragglers and losses": dict(slow_share=0.05, slow_factor=3.0, losses_per_hour=0.5, away_seconds=300.0),
-    }
-    rows = []
+    smooth = {"slow_share": 0.0, "slow_factor": 1.0, "losses_per_hour": 0.0, "away_seconds": 0.0}
+    stragglers = smooth | {"slow_share": 0.05, "slow_factor": 3.0}
+    losses = stragglers | {"losses_per_hour": 0.5, "away_seconds": 300.0}
+    found = []
     for workers in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        row = {"workers": workers, "ideal_hours": round(options.shards * times.mean() / workers / 3600, 3)}
-        for name, kind in kinds.items():
+        ideal = round(options.shards * times.mean() / workers / 3600, 3)
+        row: dict[str, Any] = {"workers": workers, "ideal_hours": ideal}
+        for name, kind in zip(SIMULATED, (smooth, stragglers, losses), strict=True):
             runs = [
                 Simulation(workers, options.shards, times, np.random.default_rng(i), **kind).run() for i in range(3)
             ]
             hours = float(np.median([seconds for seconds, _ in runs])) / 3600
             row[name] = {
                 "hours": round(hours, 3),
-                "efficiency": round(row["ideal_hours"] / hours, 3),
+                "efficiency": round(ideal / hours, 3),
                 "shards_done_again": int(np.median([redone for _, redone in runs])),
             }
-        rows.append(row)
-    return rows
+        found.append(row)
+    return found
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def rows(result: Result) -> list[Row]:
+    rates, simulated_rows = result["measured"]["clips_per_second_by_workers"], result["simulated"]["rows"]
+    used = result["measured"]["settings"]
+    of = f"`{used['random_weights']}` shapes, {used.get('device', 'cpu')}"
+    alone = rates["local"].get("1")
+    found = []
+    for workers, rate in rates["ray"].items():
+        limit = Figure(round(alone * int(workers), 2), "clips/s", f"{workers} x one local worker") if alone else None
+        found.append(
+            Row(
+                "engines", f"the Ray engine, {of}, {workers} worker{'s' * (workers != '1')}",
+                Figure(rate, "clips/s"), Figure(rates["local"][workers], "clips/s", "the local engine"),
+                result["measured"]["ray / local"][workers], limit, round(rate / limit.value, 3) if limit else None,
+                (at_least("ratio", 0.9),),
+            )
+        )  # fmt: skip
+    shown = [row for row in simulated_rows if row["workers"] in (1, 8, 64, 256)]
+    counts = " / ".join(str(row["workers"]) for row in shown)
+    for kind in SIMULATED:
+        found.append(
+            Row(
+                "engines", f"simulated, not measured: AudioSet-2M on {counts} workers, {kind}",
+                Figure([row[kind]["hours"] for row in shown], "hours"),
+                limit=Figure([row["ideal_hours"] for row in shown], "hours", "all alike and none lost"),
+                share=[row[kind]["efficiency"] for row in shown],
+            )
+        )  # fmt: skip
+    return found
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4, 2.5), layout="constrained")
     axes = figure.add_subplot()
     workers = [row["workers"] for row in rows]
-    styles = {"all alike": ("#0072B2", "o"), "stragglers": ("#D55E00", "s"), "stragglers and losses": ("#009E73", "^")}
-    styles = {"all alike": ("#0072B2", "o"), "stragglers": ("#D55E00", "s"), "stragglers and losses": ("#009E73", "^")}
-    for name, (colour, marker) in styles.items():
+    styles = zip(SIMULATED, ("#0072B2", "#D55E00", "#009E73"), "os^", strict=True)
+    for name, colour, marker in styles:
         share = [100 * row[name]["efficiency"] for row in rows]
         axes.plot(workers, share, color=colour, marker=marker, markersize=3, linewidth=1.2, label=name)
     axes.set_xscale("log", base=2)
@@ -231,35 +241,27 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, clips=400, rounds=3, shards=AUDIOSET_SHARDS)
     parser.add_argument("--random-weights", default="base", help="Whisper size whose shapes are used")
-    parser.add_argument("--clips", type=int, default=400)
     parser.add_argument("--clip-seconds", type=float, default=5.0)
     parser.add_argument("--shard-mb", type=float, default=4.0)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: then a worker is a GPU and all cores decode")
     parser.add_argument("--workers", type=int, action="append", help="repeatable; 1 and 2 by default")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shards", type=int, default=AUDIOSET_SHARDS, help="of the simulated job")
     parser.add_argument(
         "--shard-seconds", type=float, default=52.1, help="62 clips at 1.19 clips/s: measured, two cores"
     )
     parser.add_argument("--figure", type=Path, help="draw the simulation here")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     options.workers = options.workers or [1, 2]
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(options, Path(folder))
-    rows = simulated(options, np.array(measured["shard_seconds"]))
-    result = {
-        "benchmark": "engines",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(),
-        "versions": {"whisper-at-cli": __version__, "numpy": np.__version__},
-        "measured": measured,
-        "simulated": {"shards": options.shards, "shard_seconds": options.shard_seconds, "rows": rows},
-    }
+    found = simulated(options, np.array(measured["shard_seconds"]))
     if options.figure:
-        draw(rows, options.figure)
-    publish(result, options.out)
+        draw(found, options.figure)
+    simulation = {"shards": options.shards, "shard_seconds": options.shard_seconds, "rows": found}
+    result, gpu = {"measured": measured, "simulated": simulation}, gpu_name(options.device)
+    publish(describe("engines", result, rows, packages=["torch", "numpy", "ray"], gpu=gpu), options.out)
 
 
 if __name__ == "__main__":

@@ -18,60 +18,29 @@ ever slows a round down. Prints JSON.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import shutil
-import tempfile
 import time
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from machine import machine, publish
+from baseline import Baseline, ffmpeg_in_path
+from record import Figure, Result, Row, arguments, at_least, describe, gpu_name, in_folder, publish
+from synthetic import random_weights, synthetic_dataset
 
-from whisper_at_cli import __version__
 from whisper_at_cli.extract.backbones.encoder import PRECISIONS, PackedLinear, clip_samples
 from whisper_at_cli.extract.backbones.load import WhisperBackbone
 from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
-from whisper_at_cli.extract.datasets.base import Clip
 from whisper_at_cli.extract.devices import choose_device, fitting_batch_size
 from whisper_at_cli.extract.doctor.device import encoder_rate, matrix_rate
 from whisper_at_cli.extract.pipeline.local import extract
 from whisper_at_cli.heads.count import encoder_cost
 
-
-def random_weights(name: str) -> WhisperWeights:
-    """A Whisper of this size with random weights: as fast as a real one."""
-    from whisper.model import ModelDimensions, Whisper
-
-    size = WHISPER_SIZES[name]
-    dims = {
-        "n_mels": size.mels, "n_audio_ctx": 1500, "n_audio_state": size.dim, "n_audio_head": size.heads,
-        "n_audio_layer": size.layers, "n_vocab": 51864, "n_text_ctx": 448, "n_text_state": size.dim,
-        "n_text_head": size.heads, "n_text_layer": 1,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    return WhisperWeights(f"random {name}", "random", dims, Whisper(ModelDimensions(**dims)).state_dict())
-
-
-def synthetic_dataset(folder: Path, clips: int, seconds: float) -> Dataset:
-    """16-bit WAV files at 16 kHz, noise of a spectrum of their own."""
-    import wave
-
-    (folder / "audio").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for index in range(clips):
-        samples = np.convolve(rng.normal(size=clip_samples(seconds)), rng.normal(size=32), mode="same")
-        with wave.open(str(folder / "audio" / f"{index}.wav"), "wb") as file:
-            file.setparams((1, 2, 16000, 0, "NONE", ""))
-            file.writeframes((samples / np.abs(samples).max() * 20000).astype("<i2").tobytes())
-    names = tuple(Clip(id=str(index), path=f"audio/{index}.wav") for index in range(clips))
-    return Dataset("synthetic", folder, names, clip_seconds=seconds)
+ROUTINES = {"torch.mm": "`torch.mm`", "onednn": "oneDNN with packed weights"}  # the last that there is is the limit
+GPU_CLIPS_PER_SECOND, GPU_SHARE_OF_MATRIX_LIMIT = 400, 0.6  # asked of large-v1 in bfloat16 on one GPU
 
 
 class InMemory(Dataset):
@@ -88,51 +57,7 @@ def _noise(samples: int) -> np.ndarray:
     return np.random.default_rng(0).integers(-8192, 8192, size=(InMemory.WAVEFORMS, samples), dtype=np.int16)
 
 
-def ffmpeg_in_path(folder: Path) -> str:
-    """`ffmpeg` as Whisper's loader calls it: the system's, else the one that a test dependency carries."""
-    found = shutil.which("ffmpeg")
-    if not found:
-        import imageio_ffmpeg
-
-        found = imageio_ffmpeg.get_ffmpeg_exe()
-        (folder / "bin").mkdir()
-        (folder / "bin" / "ffmpeg").symlink_to(found)
-        os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return found
-
-
-class Baseline:
-    """What people do today."""
-
-    def __init__(self, weights: WhisperWeights, device: torch.device, samples: int):
-        from whisper.model import ModelDimensions, Whisper
-
-        model = Whisper(ModelDimensions(**weights.dims))
-        model.load_state_dict(weights.state, strict=False)
-        self.encoder, self.mels = model.encoder.to(device).eval(), weights.dims["n_mels"]
-        self.device, self.samples = device, samples
-
-    @torch.no_grad()
-    def run(self, dataset: Dataset, clips: int, out: Path) -> float:
-        """Seconds per clip."""
-        import whisper
-
-        out.mkdir()
-        started = time.perf_counter()
-        for clip in dataset.clips[:clips]:
-            audio = whisper.pad_or_trim(whisper.load_audio(str(dataset.audio_path(clip))), self.samples)
-            x = whisper.log_mel_spectrogram(torch.from_numpy(audio), self.mels).to(self.device)[None]
-            x = F.gelu(self.encoder.conv2(F.gelu(self.encoder.conv1(x)))).permute(0, 2, 1)
-            x = x + self.encoder.positional_embedding[: x.shape[1]]
-            pooled = []
-            for block in self.encoder.blocks:
-                x = block(x)
-                pooled.append(x[0].unflatten(0, (25, -1)).mean(dim=1))
-            np.savez_compressed(out / f"{clip.id}.npz", torch.stack(pooled).half().cpu().numpy())
-        return (time.perf_counter() - started) / min(clips, len(dataset))
-
-
-def pipeline_seconds(dataset: Dataset, backbone: WhisperBackbone, out: Path, options: dict) -> float:
+def pipeline_seconds(dataset: Dataset, backbone: WhisperBackbone, out: Path, options: dict[str, Any]) -> float:
     """Seconds per clip of `extract`, from files to shards on disk."""
     started = time.perf_counter()
     report = extract(dataset, out, model=backbone, **options)
@@ -140,96 +65,166 @@ def pipeline_seconds(dataset: Dataset, backbone: WhisperBackbone, out: Path, opt
     return (time.perf_counter() - started) / len(dataset)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict:
-    device = choose_device(options.device)
-    weights = random_weights(options.random_weights) if options.random_weights else read_weights(options.model)
-    dataset = (
-        open_dataset(options.dataset)
-        if options.dataset
-        else synthetic_dataset(folder / "data", options.clips, options.clip_seconds)
-    )
-    if options.dataset and options.clips < len(dataset):
-        step = len(dataset) // options.clips
-        dataset = Dataset(
-            dataset.name,
-            dataset.root,
-            dataset.clips[::step][: options.clips],
-            dataset.class_names,
-            dataset.clip_seconds,
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What is measured, and on what."""
+
+    weights: WhisperWeights
+    dataset: Dataset
+    in_memory: Dataset | None  # synthetic clips without files
+    backbone: WhisperBackbone
+    clip_seconds: float
+    samples: int
+    batch_size: int
+    routines: tuple[str, ...]  # matrix products whose rate is a limit
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, folder: Path) -> Setup:
+        device, dtype = choose_device(options.device), PRECISIONS[options.precision]
+        weights = random_weights(options.random_weights) if options.random_weights else read_weights(options.model)
+        dataset = chosen_clips(options, folder)
+        seconds = options.clip_seconds or dataset.clip_seconds
+        samples = clip_samples(seconds)
+        in_memory = None
+        if not options.dataset:
+            in_memory = InMemory("in memory", folder, dataset.clips)
+            _noise(samples)
+        backbone = WhisperBackbone.from_weights(weights, device=device, precision=options.precision)
+        packed = ("onednn",) if device.type == "cpu" and PackedLinear.works_for(dtype) else ()
+        batch_size = options.batch_size or fitting_batch_size(backbone, samples)
+        return cls(weights, dataset, in_memory, backbone, seconds, samples, batch_size, ("torch.mm", *packed))
+
+    def flops(self) -> int:
+        """Of the encoder's own products, for one clip; one multiply-add is two."""
+        backbone = self.backbone
+        cost = encoder_cost(
+            mels=self.weights.dims["n_mels"], layers=backbone.layers, dim=backbone.dim, clip_seconds=self.clip_seconds
         )
-    seconds = options.clip_seconds or dataset.clip_seconds
-    samples, dtype = clip_samples(seconds), PRECISIONS[options.precision]
-    backbone = WhisperBackbone.from_weights(weights, device=device, precision=options.precision)
-    batch_size = options.batch_size or fitting_batch_size(backbone, samples)
-    ffmpeg = ffmpeg_in_path(folder)
-    baseline = Baseline(weights, device, samples)
-    routines = ["torch.mm"] + (["onednn"] if device.type == "cpu" and PackedLinear.works_for(dtype) else [])
-    measured = ["baseline", "pipeline", "encoder"]
-    in_memory = None
+        return 2 * cost.multiply_adds
+
+
+def chosen_clips(options: argparse.Namespace, folder: Path) -> Dataset:
+    """Synthetic clips, or of the given dataset as many as asked for, evenly chosen."""
     if not options.dataset:
-        measured.append("memory")
-        in_memory = InMemory("in memory", folder, dataset.clips)
-        _noise(samples)
-    rounds: dict[str, list[float]] = {name: [] for name in (*measured, *routines)}
-    extract_options = {"clip_seconds": seconds, "batch_size": batch_size}
+        return synthetic_dataset(folder / "data", options.clips, options.clip_seconds)
+    dataset = open_dataset(options.dataset)
+    if options.clips >= len(dataset):
+        return dataset
+    some = dataset.clips[:: len(dataset) // options.clips][: options.clips]
+    return Dataset(dataset.name, dataset.root, some, dataset.class_names, dataset.clip_seconds)
+
+
+def measured_rounds(setup: Setup, options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+    """Clips/s of each thing in every round, and FLOP/s of matrix products."""
+    backbone, dataset = setup.backbone, setup.dataset
+    baseline = Baseline(setup.weights, backbone.device, setup.samples)
+    extract_options = {"clip_seconds": setup.clip_seconds, "batch_size": setup.batch_size}
+    names = ["baseline", "pipeline", "encoder", *(["memory"] if setup.in_memory else []), *setup.routines]
+    rounds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(options.rounds):
         rounds["baseline"].append(1 / baseline.run(dataset, options.baseline_clips, folder / f"npz{number}"))
         rounds["pipeline"].append(1 / pipeline_seconds(dataset, backbone, folder / f"{number}.zarr", extract_options))
-        if in_memory:
-            memory = pipeline_seconds(in_memory, backbone, folder / f"memory{number}.zarr", extract_options)
+        if setup.in_memory:
+            memory = pipeline_seconds(setup.in_memory, backbone, folder / f"memory{number}.zarr", extract_options)
             rounds["memory"].append(1 / memory)
-        rounds["encoder"].append(encoder_rate(backbone, samples, batch_size, seconds=2.0))
-        for routine in routines:
-            rounds[routine].append(matrix_rate(device, dtype, backbone.dim, routine, seconds=2.0))
-    cost = encoder_cost(mels=weights.dims["n_mels"], layers=backbone.layers, dim=backbone.dim, clip_seconds=seconds)
-    flops = 2 * cost.multiply_adds
+        alone = encoder_rate(backbone, setup.samples, setup.batch_size, seconds=options.matrix_seconds)
+        rounds["encoder"].append(alone)
+        for routine in setup.routines:
+            dtype = PRECISIONS[options.precision]
+            rate = matrix_rate(backbone.device, dtype, backbone.dim, routine, seconds=options.matrix_seconds)
+            rounds[routine].append(rate)
+    return rounds
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Result:
+    ffmpeg, setup = ffmpeg_in_path(folder), Setup.of(options, folder)
+    rounds, flops = measured_rounds(setup, options, folder), setup.flops()
     best = {name: max(values) for name, values in rounds.items()}
-    limit = {routine: best[routine] / flops for routine in routines}
+    limits = {f"limit by {routine}": best.pop(routine) / flops for routine in setup.routines}
+    ratios = {
+        "pipeline / baseline": round(best["pipeline"] / best["baseline"], 2),
+        "pipeline / encoder": round(best["pipeline"] / best["encoder"], 3),
+    }
+    if setup.in_memory:
+        ratios["memory / encoder"] = round(best["memory"] / best["encoder"], 3)
     return {
-        "benchmark": "extract",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(torch.cuda.get_device_name(device) if device.type == "cuda" else None),
-        "versions": {"whisper-at-cli": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "settings": {
-            "model": weights.name, "dataset": dataset.name, "clips": len(dataset), "clip_seconds": seconds,
-            "precision": options.precision, "batch_size": batch_size, "device": str(device), "rounds": options.rounds,
-            "ffmpeg": Path(ffmpeg).name, "gflops_per_clip": round(flops / 1e9, 3),
+            "model": setup.weights.name, "dataset": setup.dataset.name, "clips": len(setup.dataset),
+            "baseline_clips": min(options.baseline_clips, len(setup.dataset)), "clip_seconds": setup.clip_seconds,
+            "precision": options.precision, "batch_size": setup.batch_size, "device": str(setup.backbone.device),
+            "rounds": options.rounds, "ffmpeg": Path(ffmpeg).name, "gflops_per_clip": round(flops / 1e9, 3),
         },
-        "clips_per_second": {name: round(best[name], 2) for name in measured}
-        | {f"limit by {routine}": round(value, 2) for routine, value in limit.items()},
-        "matrix_gflops": {routine: round(best[routine] / 1e9, 1) for routine in routines},
-        "ratios": {
-            "pipeline / baseline": round(best["pipeline"] / best["baseline"], 2),
-            "pipeline / encoder": round(best["pipeline"] / best["encoder"], 3),
-        }
-        | ({"memory / encoder": round(best["memory"] / best["encoder"], 3)} if in_memory else {})
-        | {f"encoder / limit by {routine}": round(best["encoder"] / value, 3) for routine, value in limit.items()},
+        "clips_per_second": {name: round(value, 2) for name, value in (best | limits).items()},
+        "matrix_gflops": {routine: round(max(rounds[routine]) / 1e9, 1) for routine in setup.routines},
+        "ratios": ratios | {f"encoder / {name}": round(best["encoder"] / limit, 3) for name, limit in limits.items()},
         "rounds": {name: [float(f"{value:.4g}") for value in values] for name, values in rounds.items()},
     }  # fmt: skip
 
 
+def rows(result: Result) -> list[Row]:
+    used, rates, ratios = result["settings"], result["clips_per_second"], result["ratios"]
+    once = ", one round" if used["rounds"] == 1 else ""
+    data = "ESC-10" if used["dataset"] == "esc50" and used["clips"] == 400 else used["dataset"]
+    model = f"`{used['model'].removeprefix('random ')}`" + " shapes" * used["model"].startswith("random ")
+    what = f"{model}, {used['precision']}, {used['clips']} clips of {used['clip_seconds']:g} s ({data}){once}"
+
+    def figure(name: str, of: str = "") -> Figure:
+        return Figure(rates[name], "clips/s", of)
+
+    alone = figure("encoder", "the encoder alone")
+    found = [
+        Row(
+            "extraction", f"files to shards, {what}", figure("pipeline"),
+            figure("baseline", "one ffmpeg process, one clip, one npz at a time, float32"),
+            ratios["pipeline / baseline"], alone, ratios["pipeline / encoder"],
+        )
+    ]  # fmt: skip
+    on_gpu = used["device"].startswith("cuda")
+    goal = on_gpu and "large-v1" in used["model"] and used["precision"] == "bfloat16"
+    if "memory" in rates:
+        asked = (at_least("measured", GPU_CLIPS_PER_SECOND),) if goal else ()
+        measured, share = figure("memory"), ratios["memory / encoder"]
+        found.append(
+            Row("extraction", f"audio in memory to shards, {what}", measured, limit=alone, share=share, asked=asked)
+        )
+    fastest = next(name for name in reversed(ROUTINES) if f"limit by {name}" in rates)
+    other = "torch.mm" if fastest != "torch.mm" else None
+    found.append(
+        Row(
+            "encoder", f"the encoder alone, {what}", figure("encoder"),
+            figure(f"limit by {other}", f"its products by {ROUTINES[other]}") if other else None,
+            ratios[f"encoder / limit by {other}"] if other else None,
+            figure(f"limit by {fastest}", f"its products by {ROUTINES[fastest]}"),
+            ratios[f"encoder / limit by {fastest}"], (at_least("share", GPU_SHARE_OF_MATRIX_LIMIT),) if goal else (),
+        )
+    )  # fmt: skip
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, clips=128, baseline_clips=32, rounds=3)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="weights, as for `extract`")
     source.add_argument(
         "--random-weights", choices=sorted(WHISPER_SIZES), metavar="SIZE", help="such as base or large-v1"
     )
     parser.add_argument("--dataset", help="folder, as for `extract`; synthetic clips without it")
-    parser.add_argument("--clips", type=int, default=128)
-    parser.add_argument("--baseline-clips", type=int, default=32)
     parser.add_argument("--clip-seconds", type=float)
     parser.add_argument("--precision", default="float32", choices=sorted(PRECISIONS))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument(
+        "--matrix-seconds",
+        type=float,
+        default=2.0,
+        help="for which the encoder alone runs in a round, and matrices are multiplied",
+    )
     options = parser.parse_args()
     if not options.dataset and not options.clip_seconds:
         options.clip_seconds = 10.0
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(options, Path(folder))
-    publish(result, options.out)
+    found = in_folder(measure, options)
+    gpu = gpu_name(found["settings"]["device"])
+    publish(describe("extract", found, rows, packages=["torch", "numpy"], gpu=gpu), options.out)
 
 
 if __name__ == "__main__":

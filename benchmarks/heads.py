@@ -23,15 +23,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from machine import machine, publish
+from record import (
+    Figure,
+    Result,
+    Row,
+    arguments,
+    at_least,
+    at_most,
+    describe,
+    gpu_name,
+    in_folder,
+    publish,
+    rounded,
+    settings,
+)  # fmt: skip
 
-from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.heads import build_head, train_head
@@ -45,18 +56,27 @@ from whisper_at_cli.heads.training.recipe import Recipe, named_recipe
 
 FRAMES = 25
 AS20K_CLIPS, VALIDATION_CLIPS = 20_550, 512
+EPOCHS = 4  # of one measurement; a recipe has thirty
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+TIERS = {"device": "from the device's memory", "memory": "from main memory", "stream": "streaming"}
 
 
 def write_cache(path: Path, options: argparse.Namespace, clips: int, validation: int = 0) -> FeatureCache:
     """A cache of random features; every shard holds the same ones, in another order."""
+    names = tuple(f"c{c}" for c in range(options.classes))
     spec = CacheSpec(
-        "benchmark", "0", options.layers, options.channels, 10.0, class_names=[f"c{c}" for c in range(options.classes)]
+        "benchmark",
+        "0",
+        options.layers,
+        options.channels,
+        10.0,
+        class_names=names,
     )
     rng, total = np.random.default_rng(0), clips + validation
-    names = np.array([f"clip{i}" for i in range(total)])
+    ids = np.array([f"clip{i}" for i in range(total)])
     split = np.array(["train"] * clips + ["valid"] * validation) if validation else np.full(total, "")
     labels = (rng.random((total, options.classes)) < 2 / options.classes).astype(np.uint8)
-    table = ClipTable(names, names, np.zeros(total, np.int16), split, labels)
+    table = ClipTable(ids, ids, np.zeros(total, np.int16), split, labels)
     block = None
     with CacheWriter.create(path, spec, table) as writer:
         for shard in writer.pending_shards():
@@ -70,10 +90,6 @@ def write_cache(path: Path, options: argparse.Namespace, clips: int, validation:
     return FeatureCache.open(path)
 
 
-EPOCHS = 4  # of one measurement; a recipe has thirty
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
 def synchronised(device: torch.device, clock: str = "wall") -> float:
     """The time, once the device has done all it was given."""
     if device.type == "cuda":
@@ -81,21 +97,21 @@ def synchronised(device: torch.device, clock: str = "wall") -> float:
     return CLOCKS[clock]()
 
 
-def train_epochs(clips: Clips, fleet: Fleet, recipe: Recipe, round: int, clock: str) -> tuple[float, float]:
+def train_epochs(clips: Clips, fleet: Fleet, recipe: Recipe, number: int, clock: str) -> tuple[float, float]:
     """Clips per second of EPOCHS epochs, the first from a standing start, and the share of their time that steps waited
     for clips."""
     epochs, waited = Epochs(clips, recipe, Ranks(), CLOCKS[clock]), 0.0
     positions = np.arange(len(clips.rows))
     draws = [
-        draw_epoch(positions, recipe, np.random.default_rng([round, n]), frames=clips.frames, layers=clips.layers)
+        draw_epoch(positions, recipe, np.random.default_rng([number, n]), frames=clips.frames, layers=clips.layers)
         for n in range(EPOCHS)
     ]
     started = synchronised(clips.device, clock)
-    for number, draw in enumerate(draws):
-        for step, batch in enumerate(epochs.batches([draw], (round, number))):
+    for epoch, draw in enumerate(draws):
+        for step, batch in enumerate(epochs.batches([draw], (number, epoch))):
             waited += batch.waited
-            if step == len(draw) // recipe.batch_size // 2 and number + 1 < EPOCHS:
-                epochs.read_ahead([draws[number + 1]], (round, number + 1))
+            if step == len(draw) // recipe.batch_size // 2 and epoch + 1 < EPOCHS:
+                epochs.read_ahead([draws[epoch + 1]], (number, epoch + 1))
             fleet.step(batch, np.array([recipe.lr]), Ranks())
     seconds = synchronised(clips.device, clock) - started
     return EPOCHS * len(positions) / seconds, waited / seconds
@@ -107,7 +123,8 @@ def train_on_one_tensor(fleet: Fleet, options: argparse.Namespace, steps: int) -
     inputs = torch.randn(1, options.batch, options.layers, FRAMES, options.channels, generator=generator)
     targets = torch.rand(1, options.batch, options.classes, generator=generator)
     weight = torch.full((1, options.batch), 1 / options.batch)
-    batch = Batch(*(tensor.to(fleet.device) for tensor in (inputs, targets, weight)), np.ones(1, dtype=bool))
+    inputs, targets, weight = (tensor.to(fleet.device) for tensor in (inputs, targets, weight))
+    batch = Batch(inputs, targets, weight, np.ones(1, dtype=bool))
     started = synchronised(fleet.device, options.clock)
     for _ in range(steps):
         fleet.step(batch, np.array([1e-4]), Ranks())
@@ -155,48 +172,68 @@ def train_from_npz(dataset: NpzClips, fleet: Fleet, batch_size: int) -> tuple[fl
     return done / seconds, waited / seconds
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict:
-    device = choose_device(options.device)
-    cache, rows = write_cache(folder / "a.zarr", options, options.clips), np.arange(options.clips)
-    shape = {"layers": options.layers, "dim": options.channels, "classes": options.classes}
-    recipe = dataclasses.replace(
-        named_recipe("as20k", "tl-tr", dim=options.channels, width=options.dim), batch_size=options.batch,
-        precision=fastest_precision("tl-tr", device),
-    )  # fmt: skip
-    of_mlp = named_recipe("as20k", "wa-mlp", dim=options.channels).with_changes(precision="float32")
-    of_mlp = dataclasses.replace(of_mlp, batch_size=options.batch)
-    fleet = Fleet([build_head("tl-tr", width=options.dim, **shape)], recipe, device)
-    mlp = Fleet([build_head("wa-mlp", **shape)], of_mlp, device)
-    tiers = ["device"] * (device.type != "cpu") + ["memory", "stream"]
-    clips = {tier: load_clips(cache, rows, "features", device, tier) for tier in tiers}
-    means = load_clips(cache, rows, "mean", device)
-    npz = NpzClips(folder, cache, min(options.clips, options.npz_clips))
-    rates, waits = {}, {}
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """One cache in each tier, and the two heads that train from it."""
+
+    device: torch.device
+    clips: dict[str, Clips]  # by tier
+    means: Clips
+    npz: NpzClips
+    recipe: Recipe
+    fleet: Fleet
+    mlp_recipe: Recipe
+    mlp: Fleet
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, folder: Path) -> Setup:
+        device = choose_device(options.device)
+        cache, rows = write_cache(folder / "a.zarr", options, options.clips), np.arange(options.clips)
+        shape = {"layers": options.layers, "dim": options.channels, "classes": options.classes}
+        recipe = dataclasses.replace(
+            named_recipe("as20k", "tl-tr", dim=options.channels, width=options.dim), batch_size=options.batch,
+            precision=fastest_precision("tl-tr", device),
+        )  # fmt: skip
+        of_mlp = named_recipe("as20k", "wa-mlp", dim=options.channels).with_changes(precision="float32")
+        of_mlp = dataclasses.replace(of_mlp, batch_size=options.batch)
+        tiers = ["device"] * (device.type != "cpu") + ["memory", "stream"]
+        return cls(
+            device, {tier: load_clips(cache, rows, "features", device, tier) for tier in tiers},
+            load_clips(cache, rows, "mean", device), NpzClips(folder, cache, min(options.clips, options.npz_clips)),
+            recipe, Fleet([build_head("tl-tr", width=options.dim, **shape)], recipe, device),
+            of_mlp, Fleet([build_head("wa-mlp", **shape)], of_mlp, device),
+        )  # fmt: skip
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Result:
+    setup = Setup.of(options, folder)
+    rates: dict[str, float] = {}
+    waits: dict[str, float] = {}
 
     def keep(name: str, rate: float, waited: float = 0.0) -> None:
         if rate > rates.get(name, 0):
             rates[name], waits[name] = rate, waited
 
-    train_on_one_tensor(fleet, options, 1)  # what is set up once is not measured
-    for round in range(options.rounds):
-        keep("one tensor", train_on_one_tensor(fleet, options, max(1, options.clips // options.batch)))
-        for tier in tiers:
-            keep(tier, *train_epochs(clips[tier], fleet, recipe, round, options.clock))
+    train_on_one_tensor(setup.fleet, options, 1)  # what is set up once is not measured
+    for number in range(options.rounds):
+        keep("one tensor", train_on_one_tensor(setup.fleet, options, max(1, options.clips // options.batch)))
+        for tier, clips in setup.clips.items():
+            keep(tier, *train_epochs(clips, setup.fleet, setup.recipe, number, options.clock))
         for _ in range(5):
-            keep("mlp", *train_epochs(means, mlp, of_mlp, round, "wall"))
-        keep("npz", *train_from_npz(npz, mlp, options.batch))
-    ratios = {f"{tier} / one tensor": round_to(rates[tier] / rates["one tensor"]) for tier in tiers}
+            keep("mlp", *train_epochs(setup.means, setup.mlp, setup.mlp_recipe, number, "wall"))
+        keep("npz", *train_from_npz(setup.npz, setup.mlp, options.batch))
+    ratios = {f"{tier} / one tensor": rounded(rates[tier] / rates["one tensor"]) for tier in setup.clips}
     return {
-        "precision": recipe.precision,
-        "rates": {name: {"clips/s": round_to(rates[name]), "waiting": round_to(waits[name])} for name in rates},
+        "precision": setup.recipe.precision,
+        "rates": {name: {"clips/s": rounded(rates[name]), "waiting": rounded(waits[name])} for name in rates},
         "epochs": EPOCHS,
         "ratios": ratios | {
-            "mlp / npz": round_to(rates["mlp"] / rates["npz"]), "waiting, stream": round_to(waits["stream"])
+            "mlp / npz": rounded(rates["mlp"] / rates["npz"]), "waiting, stream": rounded(waits["stream"])
         },
     }  # fmt: skip
 
 
-def measure_as20k(options: argparse.Namespace, folder: Path) -> dict:
+def measure_as20k(options: argparse.Namespace, folder: Path) -> Result:
     clips, validation = (max(8, round(options.scale * count)) for count in (AS20K_CLIPS, VALIDATION_CLIPS))
     started = time.perf_counter()
     cache = write_cache(folder / "a.zarr", options, clips, validation)
@@ -206,24 +243,59 @@ def measure_as20k(options: argparse.Namespace, folder: Path) -> dict:
         cache, head="tl-tr", width=options.dim, recipe="as20k", changes=changes, device=options.device,
         tier=options.tier,
     )  # fmt: skip
-    kept = ("seconds", "samples_per_second", "tier", "waiting_share", "device", "params")
+    kept = {name: getattr(result, name) for name in ("tier", "device", "params")}
+    measured = {name: rounded(getattr(result, name)) for name in ("seconds", "samples_per_second", "waiting_share")}
     return {
         "clips": clips, "validation_clips": validation, "epochs": result.recipe["epochs"],
         "precision": result.recipe["precision"], "batch": result.recipe["batch_size"],
-        "seconds_to_write_the_cache": round_to(written), **{name: round_to(getattr(result, name)) for name in kept},
-        "minutes": round_to(result.seconds / 60),
+        "seconds_to_write_the_cache": rounded(written), **kept, **measured, "minutes": rounded(result.seconds / 60),
     }  # fmt: skip
 
 
-def round_to(value):
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def rows(result: Result) -> list[Row]:
+    rates, ratios, used = result["rates"], result["ratios"], result["settings"]
+    of = f"TL-Tr-{used['dim']} on {used['layers']} layers of {used['channels']} channels, {used['classes']} classes"
+    tensor = Figure(rates["one tensor"]["clips/s"], "clips/s", "one tensor that lies on the device")
+    found = []
+    for tier, name in TIERS.items():
+        if tier in rates:
+            asked = (at_least("share", 0.9),) if tier == "memory" else ()
+            measured, share = Figure(rates[tier]["clips/s"], "clips/s"), ratios[f"{tier} / one tensor"]
+            found.append(Row("heads", f"training {of}, {name}", measured, limit=tensor, share=share, asked=asked))
+    found.append(
+        Row(
+            "heads", f"waiting for clips, share of the time; {of}, streaming", Figure(ratios["waiting, stream"]),
+            limit=Figure(0, "", "no waiting"), asked=(at_most("measured", 0.05),),
+        )
+    )  # fmt: skip
+    mlp, waiting = rates["mlp"]["clips/s"], rates["mlp"]["waiting"]
+    found.append(
+        Row(
+            "heads", "training WA-MLP from the cache's means", Figure(mlp, "clips/s"),
+            Figure(rates["npz"]["clips/s"], "clips/s", "one npz a clip, mixup, two loader workers"),
+            ratios["mlp / npz"], Figure(rounded(mlp / (1 - waiting)), "clips/s", "its own steps without waiting"),
+            rounded(1 - waiting, 3), (at_least("ratio", 10),),
+        )
+    )  # fmt: skip
+    return found
+
+
+def as20k_rows(result: Result) -> list[Row]:
+    waiting = result["waiting_share"]
+    return [
+        Row(
+            "heads", f"TL-Tr, {result['epochs']} epochs of {result['clips']} clips, {result['tier']} tier",
+            Figure(result["minutes"], "minutes"),
+            limit=Figure(rounded(result["minutes"] * (1 - waiting)), "minutes", "its own steps without waiting"),
+            share=rounded(1 / (1 - waiting), 3),
+        )
+    ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = {"clips": 64, "layers": 32, "channels": 1280, "classes": 527, "dim": 512, "batch": 16, "rounds": 2}
-    for name, default in (numbers | {"npz-clips": 48}).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = arguments(
+        __doc__, clips=64, layers=32, channels=1280, classes=527, dim=512, batch=16, rounds=2, npz_clips=48
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="of TL-Tr; cpu: processor time, for a CPU that others use too"
@@ -233,19 +305,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of --as20k, instead of the recipe's 30")
     parser.add_argument("--tier", default="auto", help="of --as20k, instead of the one that training chooses")
     parser.add_argument("--folder", help="where to write; a temporary folder without it")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = (measure_as20k if options.as20k else measure)(options, Path(folder))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "folder")}
-    result = {
-        "benchmark": "heads as20k" if options.as20k else "heads", "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(gpu), "threads": torch.get_num_threads(),
-        "versions": {"whisper-at-cli": __version__, "torch": torch.__version__, "numpy": np.__version__},
-        "settings": settings, **found,
-    }  # fmt: skip
-    publish(result, options.out)
+    found = in_folder(measure_as20k if options.as20k else measure, options)
+    name, its_rows = ("heads as20k", as20k_rows) if options.as20k else ("heads", rows)
+    gpu = gpu_name(choose_device(options.device))
+    found = {"settings": settings(options), **found}
+    publish(describe(name, found, its_rows, packages=["torch", "numpy"], gpu=gpu), options.out)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,19 @@ import platform
 import resource
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-from machine import machine, publish
+from record import Figure, Result, Row, arguments, at_most, describe, gpu_name, publish, settings
+from synthetic import random_weights, synthetic_dataset
 
-from extract import random_weights, synthetic_dataset
-from whisper_at_cli import __version__
 from whisper_at_cli.extract.backbones.load import WhisperBackbone
 from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.pipeline.local import extract
 
 
-def peak(connection, options: argparse.Namespace, clips: int) -> None:
+def peak(connection: Connection, options: argparse.Namespace, clips: int) -> None:
     """Extract `clips` clips and send the peak memory in bytes and the seconds it took."""
     backbone = WhisperBackbone.from_weights(
         random_weights(options.random_weights), device=choose_device(options.device), precision=options.precision
@@ -42,37 +41,48 @@ def peak(connection, options: argparse.Namespace, clips: int) -> None:
     connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, seconds))
 
 
+def measure(options: argparse.Namespace) -> Result:
+    context, peaks = multiprocessing.get_context("spawn"), {}
+    for clips in options.clips:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=peak, args=(theirs, options, clips))
+        process.start()
+        theirs.close()
+        size, seconds = ours.recv()
+        process.join()
+        peaks[clips] = {"peak_gb": round(size / 1e9, 3), "clips_per_second": round(clips / seconds, 2)}
+    few, many = (peaks[clips]["peak_gb"] for clips in options.clips)
+    return {
+        "settings": settings(options, "clips"),
+        "clips": peaks,
+        "growth_gb": round(many - few, 3),
+        "ratio": round(many / few, 3),
+    }
+
+
+def rows(result: Result) -> list[Row]:
+    (few, less), (many, _) = result["clips"].items()
+    of = f"`{result['settings']['random_weights']}` shapes, {result['settings']['precision']}"
+    return [
+        Row(
+            "memory", f"peak memory with {many} clips, above that with {few}; {of}",
+            Figure(result["growth_gb"], "GB"), Figure(less["peak_gb"], "GB", f"the peak with {few}"), result["ratio"],
+            Figure(0, "GB", "no growth"), asked=(at_most("measured", 1.5),),
+        )
+    ]  # fmt: skip
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--random-weights", default="base", choices=sorted(WHISPER_SIZES), metavar="SIZE")
     parser.add_argument("--clips", type=int, nargs=2, default=(200, 2000))
     parser.add_argument("--clip-seconds", type=float, default=5.0)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--shard-mb", type=float, default=128)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    peaks = {}
-    for clips in options.clips:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=peak, args=(theirs, options, clips))
-        process.start()
-        size, seconds = ours.recv()
-        process.join()
-        peaks[clips] = {"peak_gb": round(size / 1e9, 3), "clips_per_second": round(clips / seconds, 2)}
-    few, many = (peaks[clips]["peak_gb"] for clips in options.clips)
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "clips")}
-    result = {
-        "benchmark": "memory",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(),
-        "versions": {"whisper-at-cli": __version__, "torch": torch.__version__},
-        "settings": settings,
-        "clips": peaks,
-        "growth_gb": round(many - few, 3),
-    }
-    publish(result, options.out)
+    found, gpu = measure(options), gpu_name(choose_device(options.device))
+    publish(describe("memory", found, rows, packages=["torch"], gpu=gpu), options.out)
 
 
 if __name__ == "__main__":

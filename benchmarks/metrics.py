@@ -1,53 +1,79 @@
-"""Time of this project's metrics beside scikit-learn's, on scores of AudioSet's shape.
+"""Time of this project's metrics beside scikit-learn's and beside sorting alone, on scores of AudioSet's shape.
 
-python benchmarks/metrics.py --clips 20000 --classes 527 > benchmarks/results/metrics-cpu.json
+    python benchmarks/metrics.py
+    python benchmarks/metrics.py --device cuda
+
+Average precision and AUC of every class. Sorting alone is NumPy's sort of each class's scores, which no exact way to
+either can do without. Measured in turn, several rounds, best round counts. Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
 
 import numpy as np
-import sklearn
 import torch
-from machine import machine
+from record import Figure, Result, Row, arguments, best_of, describe, gpu_name, publish, rounded, settings
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from whisper_at_cli.heads.metrics import evaluate_scores
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=20000)
-    parser.add_argument("--classes", type=int, default=527)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+def measure(options: argparse.Namespace) -> Result:
     rng = np.random.default_rng(0)
-    shape = (arguments.clips, arguments.classes)
-    labels = rng.random(shape) < 0.4 / np.arange(1, arguments.classes + 1)  # as unequal as AudioSet: 2.7 labels a clip
+    shape = (options.clips, options.classes)
+    labels = rng.random(shape) < 0.4 / np.arange(1, options.classes + 1)  # as unequal as AudioSet: 2.7 labels a clip
     scores = (rng.normal(size=shape) + labels).astype(np.float32)
     labels[0], labels[1] = True, False  # so that every class has both, which scikit-learn needs
-    given = torch.from_numpy(scores).to(arguments.device), torch.from_numpy(labels).to(arguments.device)
-    ours, theirs = [], []
-    for _ in range(arguments.rounds):
-        started = time.perf_counter()
-        found = evaluate_scores(*given)
-        ours.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        ap = average_precision_score(labels, scores, average=None)
-        auc = roc_auc_score(labels, scores, average=None)
-        theirs.append(time.perf_counter() - started)
-    largest = max(np.abs(found.class_ap - ap).max(), np.abs(found.class_auc - auc).max())
-    report = {
-        "clips": arguments.clips, "classes": arguments.classes, "labels_per_clip": float(labels.sum(axis=1).mean()),
-        "seconds": min(ours), "scikit_learn_seconds": min(theirs), "ratio": min(theirs) / min(ours),
-        "largest_difference": float(largest), "device": arguments.device, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "scikit_learn": sklearn.__version__, **machine(),
-    }  # fmt: skip
-    print(json.dumps(report, indent=1))
+    given = torch.from_numpy(scores).to(options.device), torch.from_numpy(labels).to(options.device)
+    best = best_of(
+        options.rounds,
+        {
+            "ours": lambda: evaluate_scores(*given),
+            "scikit-learn": lambda: [
+                score(labels, scores, average=None) for score in (average_precision_score, roc_auc_score)
+            ],
+            "sorting": lambda: np.sort(np.ascontiguousarray(scores.T), axis=1),
+        },
+    )
+    ours, (ap, auc) = best["ours"].result, best["scikit-learn"].result
+    seconds = {name: rounded(timing.seconds) for name, timing in best.items()}
+    return {
+        "settings": settings(options),
+        "labels_per_clip": rounded(float(labels.sum(axis=1).mean())),
+        "seconds": seconds,
+        "ratios": {
+            "scikit-learn / ours": rounded(best["scikit-learn"].seconds / best["ours"].seconds),
+            "ours / sorting": rounded(best["ours"].seconds / best["sorting"].seconds),
+        },
+        "largest_difference": float(max(np.abs(ours.class_ap - ap).max(), np.abs(ours.class_auc - auc).max())),
+    }
+
+
+def rows(result: Result) -> list[Row]:
+    seconds, ratios, used = result["seconds"], result["ratios"], result["settings"]
+    sorting = "sorting" in seconds
+    return [
+        Row(
+            "metrics",
+            f"average precision and AUC of {used['classes']} classes, {used['clips']} clips, {used['device']}",
+            Figure(seconds["ours"], "s"),
+            Figure(seconds["scikit-learn"], "s", "scikit-learn"),
+            ratios["scikit-learn / ours"],
+            Figure(seconds["sorting"], "s", "sorting the scores alone") if sorting else None,
+            ratios["ours / sorting"] if sorting else None,
+        )
+    ]
+
+
+def main() -> None:
+    parser = arguments(__doc__, clips=20000, classes=527, rounds=3)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    gpu = gpu_name(options.device)
+    publish(
+        describe("metrics", measure(options), rows, packages=["torch", "numpy", "scikit-learn"], gpu=gpu), options.out
+    )
 
 
 if __name__ == "__main__":

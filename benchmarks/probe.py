@@ -8,6 +8,7 @@ ours               `probe_layers` from the cache on disk: reading, standardising
 scikit-learn       StandardScaler and LogisticRegression, one layer and fold after another, features in memory: with its
                    own number of BLAS threads and with one, at its default tolerance and at 1e-5
 original           StandardScaler and MLPClassifier without a hidden layer, with the published script's settings
+products alone     the limit: the matrix products of as many iterations of the solver and nothing else, a layer a core
 
 What each reaches is measured too: how far its objective lies above the minimum, as a share of it. Loops are measured in
 turn, several rounds, and each one's best round counts: other work on a shared machine only ever slows a round down.
@@ -20,28 +21,42 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
-import time
-from datetime import UTC, datetime
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import sklearn
 import torch
-from machine import machine, publish
+from record import (
+    Bound,
+    Figure,
+    Result,
+    Row,
+    arguments,
+    at_least,
+    at_most,
+    best_of,
+    describe,
+    gpu_name,
+    publish,
+    settings,
+)  # fmt: skip
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from whisper_at_cli import __version__
 from whisper_at_cli.extract import FeatureCache
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, ShardBlock, Status
+from whisper_at_cli.extract.devices import cores
 from whisper_at_cli.probe import probe_layers
 from whisper_at_cli.probe.faithful import fit
 from whisper_at_cli.probe.job import Job
-from whisper_at_cli.probe.solver import solve
+from whisper_at_cli.probe.solver import PRECONDITION_AT, solve
 
 CLIPS, LAYERS, DIM, CLASSES, FOLDS = 2000, 32, 1280, 50, 5
+MEASURED_LAYERS = 2  # of the large shapes, for the time of their products alone
 
 
 class Problems:
@@ -53,7 +68,7 @@ class Problems:
         self.layers = np.stack([self.job.mean(layer) for layer in range(1, cache.spec.layers + 1)])
         self.truth = self.job.labels.argmax(axis=1)
 
-    def loop(self, train) -> list[float]:
+    def loop(self, train: Callable[[np.ndarray, np.ndarray], Any]) -> list[float]:
         """Accuracy of each layer; `train(features, truth)` gives a fitted model."""
         accuracy = []
         for features in self.layers:
@@ -64,11 +79,11 @@ class Problems:
             accuracy.append(float(np.mean(right)))
         return accuracy
 
-    def regression(self, tolerance: float):
+    def regression(self, tolerance: float) -> Callable[[np.ndarray, np.ndarray], Any]:
         model = LogisticRegression(C=self.strength, tol=tolerance, max_iter=10_000)
         return lambda features, truth: make_pipeline(StandardScaler(), model).fit(features, truth)
 
-    def original(self, features, truth):
+    def original(self, features: np.ndarray, truth: np.ndarray) -> Any:
         return fit(features.astype(np.float64), truth)[0]
 
     def excess(self, tolerance: float | None) -> float:
@@ -87,62 +102,86 @@ class Problems:
         return float((found / least - 1).mean())
 
 
-def best_of(rounds: int, work: dict) -> dict:
-    """Name -> (seconds and processor seconds of the best round, what it returned). Rounds do all of them in turn."""
-    best: dict[str, tuple[float, float, object]] = {}
-    for _ in range(rounds):
-        for name, do in work.items():
-            started, used = time.perf_counter(), time.process_time()
-            result = do()
-            seconds, used = time.perf_counter() - started, time.process_time() - used
-            if name not in best or seconds < best[name][0]:
-                best[name] = (seconds, used, result)
-    return best
+def products_alone(problems: Problems, layers: int) -> Callable[[], None]:
+    """The products of the solver's iterations for the first `layers` layers, without what it does between them."""
+    x, y = torch.from_numpy(problems.layers[:layers]), torch.from_numpy(problems.job.labels)
+    train = torch.from_numpy(problems.job.train)
+    solved = solve(x, y, train, strength=problems.strength)
+    iterations = solved.iterations_GF.amax(dim=1).tolist()
+    clips, dim = x.shape[1], x.shape[2] + 1  # the last is the bias
+    x, inverse = torch.randn(clips, dim), torch.randn(dim, dim)
+    weights, logits = (torch.randn(rows, train.shape[1] * y.shape[1]) for rows in (dim, clips))
+
+    def layer(count: int) -> None:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            for iteration in range(count):
+                torch.mm(x, weights)
+                torch.mm(x.mT, logits)
+                if iteration >= PRECONDITION_AT:
+                    torch.mm(inverse, weights)
+
+    def run() -> None:
+        with ThreadPoolExecutor(cores()) as pool:
+            list(pool.map(layer, iterations))
+
+    return run
 
 
-def one_blas_thread(do):
-    def limited():
+def one_blas_thread(do: Callable[[], Any]) -> Callable[[], Any]:
+    def limited() -> Any:
         with threadpool_limits(1):
             return do()
 
     return limited
 
 
-def compare(options: argparse.Namespace) -> dict:
-    cache = FeatureCache.open(options.cache)
-    problems = Problems(cache, options.strength)
-    default, tight = (
-        lambda tolerance=tolerance: problems.loop(problems.regression(tolerance)) for tolerance in (1e-4, 1e-5)
-    )
+def loops(options: argparse.Namespace, cache: FeatureCache, problems: Problems) -> dict[str, Callable[[], Any]]:
+    """What is compared, by name; all but `products alone` return the accuracy of each layer."""
+
+    def ours() -> list[float]:
+        found = probe_layers(cache, strength=options.strength, device=options.device)
+        return [layer.accuracy for layer in found.layers]
+
+    default, tight = (functools.partial(problems.loop, problems.regression(tolerance)) for tolerance in (1e-4, 1e-5))
+    original = functools.partial(problems.loop, problems.original)
     work = {
-        "ours": lambda: [
-            layer.accuracy for layer in probe_layers(cache, strength=options.strength, device=options.device).layers
-        ],
+        "ours": ours,
+        "products alone": products_alone(problems, len(problems.layers)),
         "scikit-learn, one BLAS thread": one_blas_thread(default),
         "scikit-learn at 1e-5, one BLAS thread": one_blas_thread(tight),
-        "original, one BLAS thread": one_blas_thread(lambda: problems.loop(problems.original)),
+        "original, one BLAS thread": one_blas_thread(original),
     }
-    if not options.one_blas_thread:
-        work |= {"scikit-learn": default, "original": lambda: problems.loop(problems.original)}
+    return work if options.one_blas_thread else work | {"scikit-learn": default, "original": original}
+
+
+def compare(options: argparse.Namespace) -> Result:
+    cache = FeatureCache.open(options.cache)
+    problems = Problems(cache, options.strength)
+    work = loops(options, cache, problems)
     work["ours"]()
     best = best_of(options.rounds, work)
-    ours, processor, accuracy = best["ours"]
+    ours, products = best["ours"], best.pop("products alone")
     optimum = one_blas_thread(lambda: problems.loop(problems.regression(1e-8)))()
+    others = {name: timing for name, timing in best.items() if name != "ours"}
+    tolerances = {"ours": None, "scikit-learn": 1e-4, "scikit-learn at 1e-5": 1e-5}
     return {
         "clips": len(cache), "layers": cache.spec.layers, "dim": cache.spec.dim, "folds": problems.job.train.shape[1],
-        "seconds": {name: round(seconds, 3) for name, (seconds, _, _) in best.items()},
-        "processor_seconds": {name: round(used, 3) for name, (_, used, _) in best.items()},
-        "times_as_fast": {name: round(seconds / ours, 1) for name, (seconds, _, _) in best.items() if name != "ours"},
-        "times_less_processor_time": {
-            name: round(used / processor, 1) for name, (_, used, _) in best.items() if name != "ours"
+        "seconds": {name: round(timing.seconds, 3) for name, timing in best.items()},
+        "processor_seconds": {name: round(timing.processor_seconds, 3) for name, timing in best.items()},
+        "products_alone": {
+            "seconds": round(products.seconds, 3), "ours / products": round(ours.seconds / products.seconds, 2)
         },
-        "accuracy": {name: np.round(found, 4).tolist() for name, (_, _, found) in best.items()}
+        "times_as_fast": {name: round(timing.seconds / ours.seconds, 1) for name, timing in others.items()},
+        "times_less_processor_time": {
+            name: round(timing.processor_seconds / ours.processor_seconds, 1) for name, timing in others.items()
+        },
+        "accuracy": {name: np.round(timing.result, 4).tolist() for name, timing in best.items()}
         | {"scikit-learn at its optimum": np.round(optimum, 4).tolist()},
-        "largest_difference_from_the_optimum": round(float(np.abs(np.subtract(accuracy, optimum)).max()), 4),
+        "largest_difference_from_the_optimum": round(float(np.abs(np.subtract(ours.result, optimum)).max()), 4),
         "objective_above_minimum": {
-            "ours": one_blas_thread(lambda: problems.excess(None))(),
-            "scikit-learn": one_blas_thread(lambda: problems.excess(1e-4))(),
-            "scikit-learn at 1e-5": one_blas_thread(lambda: problems.excess(1e-5))(),
+            name: one_blas_thread(functools.partial(problems.excess, tolerance))()
+            for name, tolerance in tolerances.items()
         },
     }  # fmt: skip
 
@@ -174,50 +213,86 @@ def planted_cache(path: Path, clips: int) -> tuple[FeatureCache, list[int]]:
     return FeatureCache.open(path), clear
 
 
-def large(options: argparse.Namespace) -> dict:
+def large(options: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         cache, clear = planted_cache(Path(folder) / "large.zarr", options.clips)
         if options.device != "cpu" and torch.cuda.is_available():
             probe_layers(cache, layers=[1], device=options.device)  # the device wakes up
-        ours = functools.partial(probe_layers, cache, strength=options.strength, device=options.device)
-        seconds, processor, result = best_of(options.rounds, {"ours": ours})["ours"]
+        ours: Callable[[], Any] = functools.partial(
+            probe_layers, cache, strength=options.strength, device=options.device
+        )
+        work: dict[str, Callable[[], Any]] = {"ours": ours}
+        on_cpu = gpu_name() is None or options.device == "cpu"
+        if on_cpu:
+            work["products alone"] = products_alone(Problems(cache, options.strength), MEASURED_LAYERS)
+        best = best_of(options.rounds, work)
+    timing = best["ours"]
+    result = timing.result
     accuracy = {layer.layer: round(layer.accuracy, 4) for layer in result.layers}
     others = [value for layer, value in accuracy.items() if layer not in clear]
+    limit = {}
+    if on_cpu:
+        products = best["products alone"].seconds * LAYERS / MEASURED_LAYERS
+        limit = {
+            "products_alone": {"seconds": round(products, 2), "ours / products": round(timing.seconds / products, 2)}
+        }
     return {
         "clips": options.clips, "layers": LAYERS, "dim": DIM, "classes": CLASSES, "folds": FOLDS,
-        "device": result.device, "seconds": {"ours": round(seconds, 2)},
-        "processor_seconds": {"ours": round(processor, 2)},
+        "device": result.device, "seconds": {"ours": round(timing.seconds, 2)},
+        "processor_seconds": {"ours": round(timing.processor_seconds, 2)}, **limit,
         "accuracy_of_planted_layers": [accuracy[layer] for layer in clear],
         "highest_accuracy_elsewhere": max(others), "warnings": result.warnings,
     }  # fmt: skip
 
 
+def rows(result: Result) -> list[Row]:
+    limit, share = None, None
+    if "products_alone" in result:
+        limit = Figure(result["products_alone"]["seconds"], "s", "the iterations' matrix products alone")
+        share = result["products_alone"]["ours / products"]
+    shape = f"{result['layers']} layers of {result['dim']} channels, {result['folds']} folds, {result['clips']} clips"
+    ours = Figure(result["seconds"]["ours"], "s")
+    if "times_as_fast" not in result:
+        on_gpu = str(result["device"]).startswith("cuda")
+        asked = at_most("measured", 5 if on_gpu else 90)
+        return [Row("probes", f"probes of {shape}", ours, limit=limit, share=share, asked=(asked,))]
+    asked_of: dict[str, tuple[tuple[Bound, ...], ...]] = {
+        "original": (at_least("ratio", 6),), "scikit-learn": (at_least("ratio", 10),),
+    }  # fmt: skip
+    loops = {
+        "original": "a loop of the original's `MLPClassifier`",
+        "original, one BLAS thread": "`MLPClassifier` with one BLAS thread",
+        "scikit-learn": "a loop of `LogisticRegression` as it comes",
+        "scikit-learn, one BLAS thread": "`LogisticRegression` with one BLAS thread",
+        "scikit-learn at 1e-5, one BLAS thread": "`LogisticRegression` with one BLAS thread, tolerance 1e-5",
+    }
+    found = []
+    for name, of in loops.items():
+        if name in result["times_as_fast"]:
+            baseline, ratio = Figure(result["seconds"][name], "s", of), result["times_as_fast"][name]
+            found.append(
+                Row("probes", f"probes of {shape}", ours, baseline, ratio, limit, share, asked_of.get(name, ()))
+            )
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, clips=CLIPS, rounds=2)
     parser.add_argument("--cache", type=Path, help="a cache with one label a clip and official folds, such as ESC-10's")
-    parser.add_argument("--large", action="store_true")
-    parser.add_argument("--clips", type=int, default=CLIPS, help="with --large")
+    parser.add_argument("--large", action="store_true", help="plant --clips clips of large-model shapes instead")
     parser.add_argument("--strength", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--one-blas-thread", action="store_true", help="leave out the loops with scikit-learn's own number of threads"
     )
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     if not options.large and not options.cache:
         parser.error("give --cache or --large")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     blas = sorted({f"{pool['internal_api']} {pool['num_threads']}" for pool in threadpool_info()})
-    versions = {"whisper-at-cli": __version__, "torch": torch.__version__, "scikit-learn": sklearn.__version__}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    settings = {name: value for name, value in settings.items() if name not in ("out", "cache")}
-    result = {
-        "benchmark": "probe", "date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": machine(gpu),
-        "versions": versions, "threads": {"torch": torch.get_num_threads(), "pools": blas}, "settings": settings,
-        **(large(options) if options.large else compare(options)),
-    }  # fmt: skip
-    publish(result, options.out)
+    used = settings(options, *([] if options.large else ["clips"]))
+    found = {"pools": blas, "settings": used, **(large(options) if options.large else compare(options))}
+    gpu = gpu_name() if options.device != "cpu" else None
+    publish(describe("probe", found, rows, packages=["torch", "numpy", "scikit-learn"], gpu=gpu), options.out)
 
 
 if __name__ == "__main__":
