@@ -214,7 +214,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument(
-        "--matrix-seconds",
+    parser.add_argument(
+        "--matrix-seconds", type=float, default=2.0, help="for which matrices, and the encoder alone, run in a round"
+    )
         type=float,
         default=2.0,
         help="for which the encoder alone runs in a round, and matrices are multiplied",
