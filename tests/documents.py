@@ -96,8 +96,9 @@ def run(command: str) -> Outcome:
     words, target = split(command)
     if words is None:
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True, timeout=COMMAND_SECONDS
-        )
+            ["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True, timeout=COMMAND_SECONDS,
+            env=os.environ | {"HOME": os.getcwd()},
+        )  # fmt: skip
         return Outcome(done.returncode, done.stdout, done.stderr)
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

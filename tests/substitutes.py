@@ -17,13 +17,26 @@ class Substitute:
 
 _LARGE = ("--model large-v1", "--model tiny.en", "the weights are 3 GB and from the network")
 _PIP = ("pip install", "pip install --dry-run --no-index", "the network; so run, pip still refuses an unknown extra")
+_LONG = "thirty epochs of each training take minutes"
 
 SUBSTITUTES = (
-    Substitute("README.md", "make demo", "make -n demo", "it installs a second environment; .ci/run runs it whole"),
-    Substitute("README.md", "make test", "make -n test", "it would run these tests"),
+    Substitute(
+        "README.md", "make demo", "make -C $PROJECT -n demo", "it installs a second environment; .ci/run runs it whole"
+    ),
+    Substitute("README.md", "make test", "make -C $PROJECT -n test", "it would run these tests"),
     Substitute("docs/backbones.md", *_PIP),
     Substitute("docs/clusters.md", *_PIP),
     Substitute("docs/clusters.md", *_LARGE),
+    Substitute(
+        "docs/clusters.md",
+        "sbatch job.sh",
+        "SLURM_ARRAY_TASK_ID=1 SLURM_ARRAY_TASK_MIN=1 SLURM_ARRAY_TASK_STEP=1 SLURM_ARRAY_TASK_COUNT=16 bash job.sh",
+        "a SLURM cluster, which test_slurm.py starts; here the script is run as the first task of its array",
+    ),  # fmt: skip
+    Substitute("docs/clusters.md", "HEAD:6379", "$RAY_HEAD", "the address of a cluster that the test starts"),
+    Substitute("docs/heads.md", "--search --lr 2e-4 --lr 5e-4", "--search --epochs 2 --lr 2e-4 --lr 5e-4", _LONG),
+    Substitute("docs/heads.md", "--unfreeze --model tiny.en", "--unfreeze --epochs 1 --model tiny.en", _LONG),
+    Substitute("docs/heads.md", "--nproc-per-node 8", "--nproc-per-node 2", "eight GPUs"),
     Substitute("docs/datasets.md", *_LARGE),
 )
 

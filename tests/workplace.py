@@ -26,7 +26,7 @@ from whisper_at_cli.extract.audio import decode
 
 CLASSES = {"dog": "0", "rooster": "1", "rain": "10", "helicopter": "40"}  # of ESC-10, with ESC-50's numbers
 MIDS = {"dog": "/m/0bt9lr", "rooster": "/m/07qn5dc", "rain": "/m/06mb1", "helicopter": "/m/09ct_"}
-FOLDS = 5
+HUB = ("openai/whisper-small", "facebook/hubert-xlarge-ll60k")  # these lie in `store / "hub"` and are not copied
 RATE = 16000
 MAKERS: dict[str, Callable[[Workplace, Path], None]] = {}
 
@@ -59,7 +59,10 @@ class Workplace:
         """Copy everything that the document takes for granted into `folder`; returns its names."""
         names = taken_for_granted(document)
         for name in names:
-            source, target = self[name], folder / name
+            if name in HUB:
+                self[name]
+                continue
+            source, target = self[name], folder / name.removeprefix("~/")
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
                 shutil.copytree(source, target, symlinks=True)
@@ -100,7 +103,9 @@ def taken_for_granted(document: Document) -> list[str]:
                 continue
             makes = outputs(text, block)
             for name in MAKERS:
-                if name not in (*made, *makes, *needed) and re.search(rf"(?<![\w./-]){re.escape(name)}(?![\w.-])", text):
+                if name not in (*made, *makes, *needed) and re.search(
+                    rf"(?<![\w./-]){re.escape(name)}(?![\w.-])", text
+                ):
                     needed.append(name)
             made |= makes
     return needed
@@ -168,7 +173,9 @@ def _urbansound8k(here: Workplace, path: Path) -> None:
 @thing("speech_commands_v0.02")
 def _speech_commands(here: Workplace, path: Path) -> None:
     for index in range(6):
-        write_wav(path / ("yes", "no")[index % 2] / f"0a7c2a8{index}_nohash_0.wav", here.speech()[index * 2000 :][:RATE])
+        write_wav(
+            path / ("yes", "no")[index % 2] / f"0a7c2a8{index}_nohash_0.wav", here.speech()[index * 2000 :][:RATE]
+        )
     write(path / "validation_list.txt", "yes/0a7c2a82_nohash_0.wav\n")
     write(path / "testing_list.txt", "no/0a7c2a83_nohash_0.wav\n")
     write_wav(path / "_background_noise_" / "rain.wav", here.sound(2, 3))
@@ -234,7 +241,7 @@ def _classes(here: Workplace, path: Path) -> None:
 
 @thing("talk.wav", "speech.wav", "meeting.m4a")
 def _talk(here: Workplace, path: Path) -> None:
-    """"In being comparatively modern", and a dog."""
+    """ "In being comparatively modern", and a dog."""
     samples = np.concatenate([here.speech(), here.sound(0, 5)])
     write_audio(path, samples, "aac") if path.suffix == ".m4a" else write_wav(path, samples)
 
@@ -255,7 +262,13 @@ def _librispeech(here: Workplace, path: Path) -> None:
     (chapter / "61-70968-0000.flac").symlink_to(here.data / "speech14" / "audio" / "LJ001-0008.flac")
 
 
-# weights
+# programs and weights
+
+
+@thing("~/whisper/.venv/bin/activate")
+def _environment(here: Workplace, path: Path) -> None:
+    """Of an installation in the home folder, which shells here have in the folder that they work in."""
+    write(path, "activated=yes\n")
 
 
 @thing("large-v2.pt")
@@ -287,7 +300,7 @@ def _wavlm_folder(here: Workplace, path: Path) -> None:
     save(make_model("wavlm"), path)
 
 
-@thing("openai/whisper-small", "facebook/hubert-xlarge-ll60k")
+@thing(*HUB)
 def _hub(here: Workplace, path: Path) -> None:
     """An earlier download from the hub: a small model of random weights."""
     from test_backbones_speech import make_model, save
@@ -354,7 +367,9 @@ def _robustness_result(here: Workplace, path: Path) -> None:
     """Of tiny.en; the other says that it is of base."""
     if path.name == "base.json":
         return renamed(here["tiny.json"], path, model="base", parameters=71825920)
-    line = f"--speech {here['speech']} --noise {here['ESC-50']} --model tiny.en --out {here.store / 'robustness'} --json"
+    line = (
+        f"--speech {here['speech']} --noise {here['ESC-50']} --model tiny.en --out {here.store / 'robustness'} --json"
+    )
     snrs = "--snr 20 --snr 15 --snr -5 --snr -10"
     here.command(f"whisper-at-cli robustness {line} {snrs}", out=path)
 
