@@ -21,7 +21,7 @@ from whisper_at_cli.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")], key=str)
 PROGRAM = "whisper-at-cli"
-LANGUAGES = ("sh", "python", "json", "csv", "toml", "text", "")
+LANGUAGES = ("sh", "python", "json", "csv", "toml", "bibtex", "text", "")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 MULTI_LINE = re.compile(r"^\s*(for|while|if|case|export|cd|function)\b|<<", re.M)  # lines that need one shell
 SHELL_CHARACTERS = set("|&;()<`$*")
@@ -71,6 +71,17 @@ class Document:
     def commands(self) -> list[Command]:
         return [command for block in self.blocks if block.language == "sh" for command in commands_of(block.text)]
 
+    @property
+    def prose(self) -> str:
+        """All but the fenced blocks."""
+        return FENCE.sub("", self.text)
+
+    @property
+    def anchors(self) -> list[str]:
+        """What links to a heading name it, as GitHub makes it."""
+        headings = re.findall(r"^#+ (.*)$", self.prose, re.M)
+        return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
 
 DOCUMENTS = [Document.read(path) for path in PATHS]
 
@@ -80,6 +91,18 @@ def commands_of(text: str) -> list[Command]:
         return [Command(text)]
     lines = text.replace("\\\n", " ").splitlines()
     return [Command(" ".join(line.split())) for line in lines if line.split("#")[0].strip()]
+
+
+def calls(command: Command) -> list[list[str]]:
+    """The arguments of every `whisper-at-cli ...` in a command, however a shell or torchrun starts it."""
+    found = []
+    for line in command.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.replace("-m whisper_at_cli.cli", PROGRAM), comments=True)
+        while PROGRAM in words:
+            words = words[words.index(PROGRAM) + 1 :]
+            end = next((at for at, word in enumerate(words) if word in (">", "|", ">>", ";", "&&")), len(words))
+            found.append(words[:end])
+    return found
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from whisper_forms import random_whisper, write_form
 from conftest import write_wav
 from planted import planted_cache
 from whisper_at_cli.extract import load_whisper
-from whisper_at_cli.extract.audio import decode
+from whisper_at_cli.extract.datasets import open_dataset
 
 CLASSES = {"dog": "0", "rooster": "1", "rain": "10", "helicopter": "40"}  # of ESC-10, with ESC-50's numbers
 MIDS = {"dog": "/m/0bt9lr", "rooster": "/m/07qn5dc", "rain": "/m/06mb1", "helicopter": "/m/09ct_"}
@@ -78,10 +78,13 @@ class Workplace:
 
     def sound(self, index: int, seconds: float) -> np.ndarray:
         """The beginning of a clip, 16 kHz."""
-        return decode(self.data / "esc10" / "audio" / self.clips()[index]["filename"])[: round(seconds * RATE)]
+        return open_dataset(self["ESC-50"]).waveform(index, round(seconds * RATE))[0]
 
-    def speech(self, name: str = "LJ001-0002") -> np.ndarray:
-        return decode(self.data / "speech14" / "audio" / f"{name}.flac")
+    def speech(self) -> np.ndarray:
+        """1.9 seconds: "in being comparatively modern"."""
+        speech = open_dataset(self.data / "speech14")
+        (row,) = (row for row, clip in enumerate(speech.clips) if clip.id == "LJ001-0002")
+        return speech.waveform(row, round(1.9 * RATE))[0]
 
     def command(self, line: str, *, out: Path | None = None) -> str:
         """What a command prints, also written to `out`."""
@@ -346,6 +349,18 @@ def _large_cache(here: Workplace, path: Path) -> None:
 def _tagger(here: Workplace, path: Path) -> None:
     line = f"whisper-at-cli train-head {here['esc10.zarr']} --head tl-tr --dim 128 --epochs 4 --out {path} --json"
     here.command(line, out=here.store / "tiny-head.json")
+
+
+@thing("talk.json")
+def _transcription(here: Workplace, path: Path) -> None:
+    here.command(f"whisper-at-cli transcribe {here['talk.wav']} --head {here['tagger']} --events --json", out=path)
+
+
+@thing("report.json")
+def _report(here: Workplace, path: Path) -> None:
+    """What `report --json` prints of a page with everything on it."""
+    results = f"{here['base-probe.json']} --robustness {here['base.json']} --head {here['tiny-head.json']}"
+    here.command(f"whisper-at-cli report {results} --out {here.store / 'report.html'} --json", out=path)
 
 
 @thing("evaluated.json")
