@@ -40,6 +40,11 @@ SUBSTITUTES = (
     Substitute("docs/datasets.md", *_LARGE),
 )
 
+# Documents that show commands of other programs outside of sh blocks, which nothing here runs, and why.
+SHOWN_ONLY = {
+    "docs/install.md": "they make environments from package indexes; .ci/run does it by make, test_packaging.py by pip",
+}
+
 
 def substituted(document: str, command: str) -> str:
     for entry in SUBSTITUTES:
