@@ -11,7 +11,7 @@ from test_cli import run
 from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.figures import draw_figure_1, draw_figure_2, draw_figure_3, draw_figure_5
-from whisper_at_cli.probe.figures.inputs import as_result
+from whisper_at_cli.probe.figures.inputs import as_result, load_results
 from whisper_at_cli.probe.figures.labels import label_points
 from whisper_at_cli.probe.figures.sizes import whisper_parameters
 
@@ -261,3 +261,11 @@ def test_a_figure_does_not_replace_the_result_it_is_drawn_from(capsys, tmp_path)
 def test_results_without_a_wer_of_clean_speech_need_an_snr(tmp_path):
     with pytest.raises(UsageError, match="has no WER of clean speech; give --snr"):
         draw_figure_5([as_result("tiny.en", robustness(clean=None))], tmp_path / "5.png")
+
+
+@pytest.mark.parametrize(("field", "name"), [("backbone", "base.en"), ("model", "base.en"), ("other", "head")])
+def test_a_result_of_train_head_is_called_by_what_it_was_trained_on(tmp_path, field, name):
+    path = tmp_path / "head.json"
+    path.write_text(json.dumps({"head": "wa-mlp", "metric": "accuracy", "value": 0.9, field: "base.en"}))
+    (result,) = load_results([path], probe=None)
+    assert (result.kind, result.name) == ("train-head", name)

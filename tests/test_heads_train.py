@@ -100,7 +100,7 @@ def test_a_result_has_what_its_json_promises(cache):
     result = train_head(cache, head="wa-mlp", recipe=FAST, device="cpu", progress=lambda *now: told.append(now))
     values = [fold["value"] for fold in result.folds]
     assert (result.value, result.std) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values)))
-    assert result.params == L + 2 * D + (D + 1) * C
+    assert result.params == L + 2 * D + (D + 1) * C and result.backbone == cache.spec.backbone
     assert result.seconds > 0 and result.samples_per_second > 0 and result.warnings == []
     assert (result.recipe["lr"], result.recipe["precision"], result.device) == (FAST.lr, "float32", "cpu")
     assert [now[:2] for now in told] == [(epoch, 18) for epoch in range(3, 19, 3)]  # three folds side by side

@@ -53,6 +53,7 @@ class TrainResult:
     processes: int = 1
     metrics_file: str | None = None
     curve: str | None = None
+    backbone: str = ""  # whose features it was trained on; `figure` and `report` call the result by it
 
 
 def train_head(
@@ -243,7 +244,7 @@ def _result(job: Job, done: list[Trained], runner: Runner, together: str, out, s
         waiting_share=waited / trained_seconds,
         heads_side_by_side=min(job.heads_side_by_side(together), len(validated)),
         processes=runner.ranks.world, metrics_file=str(Path(out) / "metrics.jsonl") if out else None,
-        curve=str(Path(out) / "curve.png") if out else None,
+        curve=str(Path(out) / "curve.png") if out else None, backbone=job.cache.spec.backbone,
     )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def _rows(content: dict, field: str, column: str) -> bool:
 
 def _name_of(kind: str, content: dict, path: str) -> str:
     """The backbone's or model's name. An older result of train-head names none: then the file's own."""
-    name = content.get("model") if kind == ROBUSTNESS else content.get("backbone")
+    name = content.get("model") if kind == ROBUSTNESS else content.get("backbone") or content.get("model")
     return str(name) if name else Path(path).stem
 
 
