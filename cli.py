@@ -26,7 +26,7 @@ from whisper_at_cli.probe import report_commands, robustness_commands
 class _Commands(click.Group):
     """Lists commands in the order in which a user meets them."""
 
-    def list_commands(self, ctx):
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
 
@@ -35,7 +35,7 @@ class _Commands(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.pass_context
-def cli(ctx, debug, quiet):
+def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
     """Every layer of Whisper's frozen encoder, extracted once; probes and taggers trained from them many times.
 
     \b
@@ -54,7 +54,7 @@ def cli(ctx, debug, quiet):
     "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Where all of it goes."
 )
 @click.pass_context
-def demo_command(ctx, out, as_json):
+def demo_command(ctx: click.Context, out: Path, as_json: bool) -> None:
     """The whole job on sounds that the project makes itself, with real tiny.en weights: two minutes on two cores.
 
     \b

@@ -1,7 +1,15 @@
 """Stage 1: audio through a frozen encoder into a feature cache."""
 
+from typing import TYPE_CHECKING
+
 from whisper_at_cli.extract.lazy import lazy_names
 
+if TYPE_CHECKING:
+    from whisper_at_cli.extract.backbones import load_backbone as load_backbone
+    from whisper_at_cli.extract.backbones import load_whisper as load_whisper
+    from whisper_at_cli.extract.cache import FeatureCache as FeatureCache
+    from whisper_at_cli.extract.parallel import extract_on_devices as extract_on_devices
+    from whisper_at_cli.extract.pipeline import extract as extract
 _NAMES = {
     "FeatureCache": "cache",
     "extract": "pipeline",

@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from whisper_at_cli.extract.lengths import refuse_truncated, seconds_of
 from whisper_at_cli.extract.mel import SAMPLE_RATE
 from whisper_at_cli.extract.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
 from whisper_at_cli.extract.segments import decode_span
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
 
 SUFFIXES = frozenset(  # of files that a folder is searched for
     ".wav .flac .ogg .oga .opus .mp3 .m4a .aac .mp4 .webm .mka .mkv .aif .aiff .aifc .au .wma .amr .caf .w64".split()
@@ -123,7 +127,7 @@ def _head(source: Source) -> bytes:
         with open(source, "rb", buffering=0) as file:
             return file.read(HEAD_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingAudioError(error.strerror) from error
+        raise MissingAudioError(error.strerror or str(error)) from error
     except OSError as error:
         raise AudioError(f"it cannot be read: {error.strerror}") from error
     except ValueError as error:  # a NUL or half a character
@@ -139,18 +143,18 @@ def _options(source: Source, head: bytes) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _opened(source: Source, options: dict[str, str]) -> Iterator:
+def _opened(source: Source, options: dict[str, str]) -> Iterator[InputContainer]:
     """FFmpeg's container of a file that holds audio."""
     import av
 
     with contextlib.ExitStack() as stack:
         if isinstance(source, bytes):
-            file = io.BytesIO(source)
+            file: str | BinaryIO = io.BytesIO(source)
         elif (name := str(source)).isprintable() or name.encode("utf-8", "ignore").decode() == name:
             file = f"file:{source}"  # "file:" so that no name is taken for a protocol
         else:  # a name that is not text
             file = stack.enter_context(open(source, "rb"))
-        container = stack.enter_context(av.open(file, metadata_errors="ignore", options=options))
+        container = stack.enter_context(av.open(file, mode="r", metadata_errors="ignore", options=options))
         if not container.streams.audio:
             raise AudioError("it holds no audio")
         yield container

@@ -153,6 +153,7 @@ class WhisperEncoder(nn.Module):
     def __init__(self, *, mels: int, layers: int, dim: int, heads: int):
         super().__init__()
         self.mels, self.dim = mels, dim
+        self.positions: Tensor
         self.stem1 = PlainLinear(3 * mels, dim)
         self.stem2 = PlainLinear(3 * dim, dim)
         self.register_buffer("positions", torch.zeros(MAX_POSITIONS, dim))

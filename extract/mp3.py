@@ -66,8 +66,8 @@ class Mp3Index:
         while self.frames < most:
             if at + STRIDE_BYTES > len(block):
                 begin, at, block = begin + at, 0, self._read(begin + at, BLOCK_BYTES)
+            start = at
             try:
-                start = at
                 for _ in range(STRIDE):
                     at += sizes[block[at : at + 3]]
             except KeyError:

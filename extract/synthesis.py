@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -153,7 +153,9 @@ def _tone(frequency: np.ndarray | float, n: int) -> np.ndarray:
     return np.cumsum(np.broadcast_to(frequency, n)) / SAMPLE_RATE
 
 
-def _ring(seconds: float, frequencies, decay_seconds: float, rng: Generator) -> np.ndarray:
+def _ring(
+    seconds: float, frequencies: Sequence[float] | np.ndarray, decay_seconds: float, rng: Generator
+) -> np.ndarray:
     """A struck body: decaying modes, higher ones faster."""
     t = _seconds(round(seconds * SAMPLE_RATE))
     modes = [

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -237,7 +238,7 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
@@ -275,10 +276,10 @@ def _create_in_bucket(store: BucketStore, create_arrays: Callable[[Path], None])
             )
         if not others:
             store.map(lambda name: store.write_whole(name, [here.read(name)]), names)
-            store.write_first(schema.METADATA, here.read(schema.METADATA))
+            store.write_first(schema.METADATA, (here.path / schema.METADATA).read_bytes())
 
 
-def _lock_slot(path: Path, slot: tuple[int, int]):
+def _lock_slot(path: Path, slot: tuple[int, int]) -> IO:
     """Hold this process's slot. Raises CacheError if a running process holds a slot whose shards overlap."""
     index, of = slot
     folder = lock_folder(path)
