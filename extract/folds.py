@@ -34,6 +34,9 @@ class Fold:
 class ClipColumns(Protocol):
     """What divides clips: the columns of a cache, or of a list of clips that has none."""
 
+    def __len__(self) -> int: ...
+    @property
+    def path(self) -> object: ...
     @property
     def fold(self) -> np.ndarray: ...
     @property

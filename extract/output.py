@@ -15,8 +15,12 @@ PIPE_WIDTH = 160  # of tables that no terminal shows
 
 def print_json(result: object) -> None:
     """One JSON document on stdout; NaN and infinity, which JSON does not have, as null."""
-    plain_result = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
-    click.echo(json.dumps(_finite(plain_result), indent=1))
+    click.echo(json.dumps(_finite(as_data(result)), indent=1))
+
+
+def as_data(result: object) -> object:
+    """A dataclass as dictionaries, anything else as it is."""
+    return asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
 
 
 def _finite(value: object) -> object:

@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ class RunFolder:
     def __init__(self, path: str | Path, command: dict, *, restart: bool = False):
         self.path, self.store = _made(Path(path)), LocalStore(path)
         self._lock = _locked(self.path / HIDDEN / "lock")
-        self._next_save, self._metrics = 0.0, None
+        self._next_save = 0.0
+        self._metrics: TextIO | None = None
         try:
             self._run = self._begun(json.loads(json.dumps(command)), restart)
             self._write_run()

@@ -26,6 +26,7 @@ from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.probe import job as shared
 from whisper_at_cli.probe.job import Job, Prediction
 
+WRONG_STRENGTH = "strength of an attentive probe must be a positive number; it is {}"
 COPIES = 3  # of the frames of a layer that lie in memory at once
 
 
@@ -36,9 +37,9 @@ class AttentiveProbe:
     learning_rate: float = 0.4  # of W and b, divided by sqrt(D), so that logits move as fast whatever D is
     query_rate: float = 0.1
 
-    def __post_init__(self):
-        if isinstance(self.strength, str) or not (np.isfinite(self.strength) and self.strength > 0):
-            raise UsageError(f"strength of an attentive probe must be a positive number; it is {self.strength}")
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.strength) and self.strength > 0):
+            raise UsageError(WRONG_STRENGTH.format(self.strength))
 
     def run(self, job: Job, layers: list[int]) -> Iterator[Prediction]:
         """Predictions of each layer in order. Raises WhisperATError where a layer's frames do not fit in memory."""

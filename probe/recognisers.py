@@ -7,7 +7,7 @@ import json
 import threading
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,11 @@ from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.encoder import WhisperEncoder, encoder_from_state, windows
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.mel import HOP
+
+if TYPE_CHECKING:
+    from torch import nn
+    from whisper.decoding import DecodingResult
+    from whisper.model import Whisper
 
 WINDOW_FRAMES = 3000  # of log-mel in 30 s
 PADDING = 800  # zeros after the audio, so that its last frames see silence and not their own reflection
@@ -53,7 +58,7 @@ class WhisperRecogniser:
     reads_int16 = True
 
     def __init__(
-        self, model, *, name: str, weights_sha256: str, decoder_sha256: str = "", language: str = "en",
+        self, model: Whisper, *, name: str, weights_sha256: str, decoder_sha256: str = "", language: str = "en",
         fallback: bool = False,
     ):  # fmt: skip
         check_language(language, multilingual=model.is_multilingual, name=name)
@@ -85,7 +90,7 @@ class WhisperRecogniser:
         return pad_or_trim(mel[:, : len(samples) // HOP], WINDOW_FRAMES)
 
     @torch.inference_mode()
-    def decode(self, mels: Tensor) -> list:
+    def decode(self, mels: Tensor) -> list[DecodingResult]:
         """What `whisper.decode` gives for each of these windows (B, mels, 3000)."""
         from whisper_at_cli.probe.greedy import decode_greedily
 
@@ -97,7 +102,7 @@ class WhisperRecogniser:
         # two at a time: on a CPU the activations of more fall out of the processor's cache
         return torch.cat([_encode(self.encoder, self.model.encoder.ln_post, pair) for pair in mels.split(2)])
 
-    def _text(self, result) -> str | None:
+    def _text(self, result: DecodingResult) -> str | None:
         """The text that `transcribe` makes of a first window; None where it would decode more."""
         probable = result.avg_logprob > -1.0
         silent = result.no_speech_prob > 0.6 and not probable
@@ -122,7 +127,7 @@ class WhisperRecogniser:
         multilingual, languages = self.model.is_multilingual, self.model.num_languages
         return get_tokenizer(multilingual, num_languages=languages, language=self.language).timestamp_begin
 
-    def _own_model(self):
+    def _own_model(self) -> Whisper:
         """This thread's own modules over the same weights: decoding hangs hooks on them."""
         if not hasattr(self._local, "model"):
             shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
@@ -132,7 +137,7 @@ class WhisperRecogniser:
     def _fitting_batch_size(self) -> int:
         dims = self.model.dims
         row = 2 * dims.n_text_layer * dims.n_audio_ctx * dims.n_text_state * 4
-        budget = CPU_BATCH_BYTES
+        budget: float = CPU_BATCH_BYTES
         if self.device.type == "cuda":
             budget = torch.cuda.mem_get_info(self.device)[0] * GPU_SHARE / default_streams(self.device)
         return int(max(1, min(LARGEST_BATCH, budget // row)))
@@ -155,13 +160,13 @@ def check_language(language: str, *, multilingual: bool = True, name: str = "") 
         raise UsageError(f"{name} knows English alone; leave out --language {language}, or take a multilingual model")
 
 
-def _fast_encoder(model) -> WhisperEncoder:
+def _fast_encoder(model: Whisper) -> WhisperEncoder:
     """The same encoder with its layers laid out for oneDNN: 0.26 against 0.41 s for 30 s of `tiny.en` on a core."""
     encoder = encoder_from_state(model.state_dict(), heads=model.dims.n_audio_head)
     return encoder.prepare(precision="float32", device=torch.device("cpu"))
 
 
-def _encode(encoder: WhisperEncoder, ln_post, mel_BMF: Tensor) -> Tensor:
+def _encode(encoder: WhisperEncoder, ln_post: nn.Module, mel_BMF: Tensor) -> Tensor:
     """Whole windows to what the decoder attends to, (B, 1500, D): nothing pooled, the final norm applied."""
     x_BPD = encoder.stem2(windows(encoder.stem1(windows(mel_BMF.transpose(1, 2), 1), gelu=True), 2), gelu=True)
     x_BPD = x_BPD + encoder.positions

@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
@@ -81,7 +82,7 @@ class TranscriptFolder:
     def __enter__(self) -> TranscriptFolder:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -114,7 +115,7 @@ class TranscriptFolder:
         if others:
             raise UsageError(f"{self.path} holds other things ({others[0]}) and no {SETTINGS}; choose another --out")
 
-    def _locked(self):
+    def _locked(self) -> IO[str]:
         file = open(self.path / ".lock", "w")
         if not take_lock(file):
             file.close()

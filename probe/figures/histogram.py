@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.figures import canvas
 from whisper_at_cli.probe.figures.curves import layer_ticks
 from whisper_at_cli.probe.figures.inputs import PROBE, Result, only
 from whisper_at_cli.probe.scores import best_layers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def draw_figure_3(results: Sequence[Result], path: str | Path) -> dict:
@@ -59,7 +63,7 @@ def _histogram(result: Result) -> dict:
     }
 
 
-def _draw(axes, panel: dict) -> None:
+def _draw(axes: Axes, panel: dict) -> None:
     from matplotlib.ticker import MaxNLocator
 
     layers, tied = panel["layers"], panel["of_these_tied"]
