@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
         assert (got.view(np.uint16) == features[rows][:, [0, L - 1]].view(np.uint16)).all()
     clip_bytes = features[0].nbytes
     del features
-    seconds = {(shape, task): [] for shape in shapes for task in tasks}
+    seconds: dict[tuple[tuple[int, int], str], list[float]] = {(shape, task): [] for shape in shapes for task in tasks}
     reads: dict = {}
     for _ in range(options.rounds):
         for task, draw in tasks.items():

@@ -26,6 +26,7 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,12 @@ AS20K_CLIPS, VALIDATION_CLIPS = 20_550, 512
 def write_cache(path: Path, options: argparse.Namespace, clips: int, validation: int = 0) -> FeatureCache:
     """A cache of random features; every shard holds the same ones, in another order."""
     spec = CacheSpec(
-        "benchmark", "0", options.layers, options.channels, 10.0, class_names=[f"c{c}" for c in range(options.classes)]
+        "benchmark",
+        "0",
+        options.layers,
+        options.channels,
+        10.0,
+        class_names=tuple(f"c{c}" for c in range(options.classes)),
     )
     rng, total = np.random.default_rng(0), clips + validation
     names = np.array([f"clip{i}" for i in range(total)])
@@ -107,7 +113,8 @@ def train_on_one_tensor(fleet: Fleet, options: argparse.Namespace, steps: int) -
     inputs = torch.randn(1, options.batch, options.layers, FRAMES, options.channels, generator=generator)
     targets = torch.rand(1, options.batch, options.classes, generator=generator)
     weight = torch.full((1, options.batch), 1 / options.batch)
-    batch = Batch(*(tensor.to(fleet.device) for tensor in (inputs, targets, weight)), np.ones(1, dtype=bool))
+    device = fleet.device
+    batch = Batch(inputs.to(device), targets.to(device), weight.to(device), np.ones(1, dtype=bool))
     started = synchronised(fleet.device, options.clock)
     for _ in range(steps):
         fleet.step(batch, np.array([1e-4]), Ranks())
@@ -171,7 +178,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     clips = {tier: load_clips(cache, rows, "features", device, tier) for tier in tiers}
     means = load_clips(cache, rows, "mean", device)
     npz = NpzClips(folder, cache, min(options.clips, options.npz_clips))
-    rates, waits = {}, {}
+    rates: dict[str, float] = {}
+    waits: dict[str, float] = {}
 
     def keep(name: str, rate: float, waited: float = 0.0) -> None:
         if rate > rates.get(name, 0):
@@ -215,7 +223,7 @@ def measure_as20k(options: argparse.Namespace, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def round_to(value):
+def round_to(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
