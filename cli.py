@@ -35,7 +35,7 @@ class _Commands(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.pass_context
-def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:
+def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:  # noqa: ARG001 - main looks for --debug by itself
     """Every layer of Whisper's frozen encoder, extracted once; probes and taggers trained from them many times.
 
     \b
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         _fail(f"the system refused: {what}; check permissions, free space and the path", 1, debug)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last resort of the error policy; --debug raises it
         _fail(
             f"{type(error).__name__}: {error}; this should not happen: run again with --debug for the traceback",
             1,

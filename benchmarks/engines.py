@@ -70,7 +70,7 @@ def run_engine(engine: str, workers: int, arguments: dict, messages: Queue) -> N
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
     steps = []
 
-    def progress(done: int, total: int, message: str = "") -> None:
+    def progress(done: int, _total: int, _message: str = "") -> None:
         steps.append((time.perf_counter(), done))
 
     if engine == "ray":

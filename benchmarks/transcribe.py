@@ -55,8 +55,12 @@ class EncodesOnly(Whisper):
         return DecodingResult(heard, "en", no_speech_prob=1.0, avg_logprob=-9.0, temperature=0.0, compression_ratio=1.0)
 
 
+def read_csv(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def esc_rows(sounds: Path) -> list[dict]:
-    return list(csv.DictReader(open(sounds / "meta" / "esc50.csv")))
+    return read_csv(sounds / "meta" / "esc50.csv")
 
 
 def sound(sounds: Path, row: dict) -> np.ndarray:
@@ -71,7 +75,7 @@ def shuffled(rows: list[dict], rng: np.random.Generator) -> list[dict]:
 def joined(speech: Path, sounds: Path, fold: int, seconds: float, seed: int) -> tuple[np.ndarray, list[dict]]:
     """Utterances with sounds between them, of about `seconds`, and what sounds when."""
     rng = np.random.default_rng(seed)
-    utterances = [decode(speech / row["audio"]) for row in csv.DictReader(open(speech / "manifest.csv"))]
+    utterances = [decode(speech / row["audio"]) for row in read_csv(speech / "manifest.csv")]
     rows = [row for row in esc_rows(sounds) if int(row["fold"]) == fold]
     by_class = {name: shuffled([row for row in rows if row["category"] == name], rng) for name in
                 sorted({row["category"] for row in rows})}  # fmt: skip

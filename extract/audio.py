@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +44,7 @@ def decode(source: str | Source, *, start: float = 0.0, max_seconds: float | Non
     """
     source = Path(source) if isinstance(source, str) else source
     most = math.inf if max_seconds is None else max_seconds
-    options = _options(source, _head(source))
+    options = _options(_head(source))
     with _decoding_errors():
         if start > 0:
             first = round(start * SAMPLE_RATE)
@@ -104,7 +103,7 @@ def audio_seconds(source: str | Source) -> tuple[float, bool]:
     From its header where that can be trusted, else from counting packets. Raises AudioError for what cannot be read.
     """
     source = Path(source) if isinstance(source, str) else source
-    options = _options(source, _head(source))
+    options = _options(_head(source))
     with _decoding_errors(), _opened(source, options) as container:
         return seconds_of(source, container)
 
@@ -119,7 +118,7 @@ def _head(source: Source) -> bytes:
             raise AudioError("it is empty (0 bytes)")
         return source[:HEAD_BYTES]
     try:
-        status = os.stat(source)
+        status = source.stat()
         if not stat.S_ISREG(status.st_mode):
             raise AudioError("it is not a file")
         if status.st_size == 0:
@@ -134,7 +133,7 @@ def _head(source: Source) -> bytes:
         raise AudioError(f"its name cannot be that of a file ({error})") from error
 
 
-def _options(source: Source, head: bytes) -> dict[str, str]:
+def _options(head: bytes) -> dict[str, str]:
     """For FFmpeg's demuxer: nothing but this file is opened, and no long look into plain PCM."""
     if any(mark in head for mark in PLAYLISTS):
         raise AudioError("it is a playlist, not audio")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -44,8 +44,9 @@ def find_loader(model: str) -> Callable | None:
             value = getattr(value, name)
         return value
 
-    if os.getcwd() not in sys.path:  # a file beside the user is meant, also from an installed program
-        sys.path.append(os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:  # a file beside the user is meant, also from an installed program
+        sys.path.append(here)
     return _load(load, model)
 
 

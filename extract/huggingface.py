@@ -201,7 +201,7 @@ def _earlier_download(name: str) -> Path | None:
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
-    except Exception:  # of the hub: there is none, or the name cannot be one
+    except Exception:  # noqa: BLE001 - whatever the hub has for "there is none", or for a name that cannot be one
         return None
     return folder if any((folder / file).exists() for file in WEIGHT_FILES) else None
 

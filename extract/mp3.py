@@ -71,9 +71,11 @@ class Mp3Index:
                 for _ in range(STRIDE):
                     at += sizes[block[at : at + 3]]
             except KeyError:
-                return self._finish(block, start)
+                self._finish(block, start)
+                return
             if at > len(block):
-                return self._finish(block, start)
+                self._finish(block, start)
+                return
             self.frames += STRIDE
             self._at = begin + at
             self._kept.append(self._at)

@@ -52,7 +52,7 @@ def extract_on_devices(
 
 
 def _extract_in_process(number: int, messages: Queue, arguments: dict) -> None:
-    def progress(done: int, total: int, message: str = "") -> None:
+    def progress(done: int, total: int, _message: str = "") -> None:
         messages.put((number, "progress", (done, total)))
 
     try:

@@ -10,7 +10,7 @@ from typing import Protocol, TextIO
 class Progress(Protocol):
     """Told how far the work is. Called from one thread."""
 
-    def __call__(self, done: int, total: int, message: str = "") -> None: ...
+    def __call__(self, done: int, total: int, message: str = "", /) -> None: ...
 
 
 class PlainProgress:

@@ -45,7 +45,8 @@ class Resampler:
         self.source = graph.add_abuffer(sample_rate=rate, format=name, layout=layout, time_base=Fraction(1, rate))
         self.sink = graph.add("abuffersink")
         filters = [("atrim", f"start_sample={skip}")] if skip else []
-        filters += mix + [
+        filters += [
+            *mix,
             ("aresample", str(SAMPLE_RATE)),
             ("aformat", "sample_fmts=s16:channel_layouts=mono"),
             ("asetnsamples", f"n={SAMPLE_RATE}:p=0"),

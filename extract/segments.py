@@ -193,7 +193,7 @@ def _mp3_end(index: Mp3Index, last: int) -> float:
     return math.inf
 
 
-def _from_start(container: InputContainer, source: Path | bytes, begin: int, enough: float) -> Numbered:
+def _from_start(container: InputContainer, _source: Path | bytes, begin: int, _enough: float) -> Numbered:
     """Frames that hold `begin` and what follows it; all before it are decoded too."""
     number, form = 0, None
     for frame in container.decode(audio=0):

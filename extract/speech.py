@@ -221,7 +221,7 @@ def _prepare(model: SpeechModel, *, precision: str, device: torch.device) -> Spe
     return model.to(device)
 
 
-def _in_float32(module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+def _in_float32(_module: nn.Module, _inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
     """The residual stream begins here: what is added to it may be of a lower precision, the sum is not."""
     return (output[0].float(), *output[1:]) if isinstance(output, tuple) else output.float()
 

@@ -167,8 +167,8 @@ def _shapes(cache: FeatureCache, count: int, reads: str) -> list[tuple[tuple[int
 def _read(cache: FeatureCache, rows: np.ndarray, reads: str) -> list[np.ndarray]:
     """What is held of these rows, in the types that `_shapes` gives (means come as float32)."""
     if reads == "features":
-        features = [cache.stored_features(rows)]
-        return features + [cache.scale(rows)] if cache.spec.dtype == "int8" else features
+        features = cache.stored_features(rows)
+        return [features, cache.scale(rows)] if cache.spec.dtype == "int8" else [features]
     if reads == "mean":
         return [cache.mean(rows=rows)[:, :, None, :]]
     return [cache.mean(layer=cache.spec.layers, rows=rows)[:, None, None, :]]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class Workplace:
     clips: Clips
     labels: np.ndarray  # (n, C), by position
     metric: str
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
     folder: RunFolder | None = None
     board: Board | None = None
     after_epoch: Callable[[int, float], None] | None = None  # told how many heads had an epoch, and their loss

@@ -33,7 +33,7 @@ def _whole(least: int) -> Rule:
 
 def _whole_or_none(least: int) -> Rule:
     return (
-        lambda value: value is None or type(value) is int and value >= least,
+        lambda value: value is None or (type(value) is int and value >= least),
         f"None or a whole number from {least} on",
     )
 

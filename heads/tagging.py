@@ -91,7 +91,7 @@ class Tagger:
     def __init__(
         self, head: Head, *, model: str | Path | Whisper | None = None, device: str = "auto", precision: str = "float32"
     ):
-        """head as `load_head` gives it; model an OpenAI name, a path, or an `openai-whisper` model that is loaded."""
+        """Head as `load_head` gives it; model an OpenAI name, a path, or an `openai-whisper` model that is loaded."""
         self.description = head.description
         self.device = choose_device(device) if model is None or isinstance(model, str | Path) else model.device
         self.head = head.to(self.device).eval()
@@ -216,7 +216,7 @@ class Tagger:
             "head": self._about_head(),
             "settings": self._about_settings(settings, grid) | {
                 "encoder_passes": done.encoder_passes,
-                "whisper": {name: value for name, value in whisper_options.items()},
+                "whisper": dict(whisper_options),
             },
         }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def transcribe_command(
 @click.pass_context
 def tag_command(
     ctx: click.Context, /, audio: tuple[Path, ...], head: Path, model: str | None, precision: str, out: Path | None,
-    device: str, as_json: bool, **options: Any,
+    device: str, as_json: bool, **options: Any,  # noqa: ARG001 - its lines are JSON in any case
 ) -> None:  # fmt: skip
     """What was heard in each AUDIO, without text: one line of JSON a file (path, tags, events), with --json or without.
 
@@ -169,17 +170,14 @@ def tag_command(
     options = _tag_options(options)
     tagger = Tagger.from_checkpoint(head, model=model, device=device, precision=precision)
     failed = 0
-    stream = open(out, "w") if out else None
-    try:
-        with progress_on_stderr("tag", "files", quiet=ctx.obj["quiet"]) as progress:
-            for result in tagger.tag(paths, progress=progress, **options):
-                if "error" in result:
-                    failed += 1
-                    click.echo(f"failed: {printable(result['path'])}: {result['error']}", err=True)
-                click.echo(json.dumps(result), file=stream)
-    finally:
-        if stream:
-            stream.close()
+    with ExitStack() as stack:
+        stream = stack.enter_context(open(out, "w")) if out else None
+        progress = stack.enter_context(progress_on_stderr("tag", "files", quiet=ctx.obj["quiet"]))
+        for result in tagger.tag(paths, progress=progress, **options):
+            if "error" in result:
+                failed += 1
+                click.echo(f"failed: {printable(result['path'])}: {result['error']}", err=True)
+            click.echo(json.dumps(result), file=stream)
     if failed:
         ctx.exit(1)
 

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -181,7 +182,7 @@ class _Follower:
         self.encoder = EncoderOnce(model.encoder)
         self.model = copy.copy(model)  # the same decoder and weights; the caller's own model stays as it is
         self.model._modules = model._modules | {"encoder": self.encoder}
-        self.in_order = all(before[1] <= after[0] for before, after in zip(parts, parts[1:], strict=False))
+        self.in_order = all(before[1] <= after[0] for before, after in pairwise(parts))
         self.mel: Tensor  # of the file, as soon as Whisper asks for it
         self.heard = 0  # mel frames of the file up to here have been through the encoder
         self.span: Span | None = None  # of the window whose layers are wanted next

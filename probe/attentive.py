@@ -53,10 +53,10 @@ class AttentiveProbe:
             )
         at_once = 1 if job.device.type == "cpu" else max(1, shared.BATCH_BYTES // (COPIES * size))
         groups = [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
-        with job.threads_for(min(len(groups), max(1, memory // (2 * COPIES * size)))) as workers:
-            with ThreadPoolExecutor(workers) as pool:
-                for predictions in pool.map(lambda group: self._probe(job, group), groups):
-                    yield from predictions
+        fitting = min(len(groups), max(1, memory // (2 * COPIES * size)))
+        with job.threads_for(fitting) as workers, ThreadPoolExecutor(workers) as pool:
+            for predictions in pool.map(lambda group: self._probe(job, group), groups):
+                yield from predictions
 
     def _probe(self, job: Job, layers: list[int]) -> list[Prediction]:
         x_GnTD = torch.from_numpy(np.stack([job.frames(layer) for layer in layers])).to(job.device)

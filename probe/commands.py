@@ -62,7 +62,7 @@ def probe_command(
     from whisper_at_cli.probe import probe_layers
 
     opened = FeatureCache.open(cache)
-    kind = _kind(ctx, kind, faithful, unstandardised)
+    kind = _kind(ctx, kind, faithful)
     with progress_on_stderr("probe", "layers", quiet=ctx.obj["quiet"]) as progress:
         result = probe_layers(
             opened, layers=_layer_numbers(layers), kind=kind, strength=_strength(strength), neighbours=neighbours,
@@ -89,7 +89,7 @@ def _was_given(ctx: click.Context, option: str) -> bool:
     return ctx.get_parameter_source(option) != click.core.ParameterSource.DEFAULT
 
 
-def _kind(ctx: click.Context, kind: str, faithful: bool, unstandardised: bool) -> str:
+def _kind(ctx: click.Context, kind: str, faithful: bool) -> str:
     """The kind of probe. Raises UsageError for options that only another kind takes."""
     if faithful and _was_given(ctx, "kind"):
         raise UsageError(f"--faithful is a kind of its own; leave out --kind {kind}")

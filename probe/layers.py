@@ -1,4 +1,4 @@
-"""Probing a cache: how well does each of its layers tell the classes apart, and which layer is best for which class?"""
+"""Probing a cache: how well each of its layers tells the classes apart, and which layer is best for which class."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import copy
 import json
 import threading
 import zlib
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -112,7 +113,7 @@ class WhisperRecogniser:
             return ""
         begin = self._timestamp_begin()
         stamps = [token >= begin for token in result.tokens]
-        goes_on = any(a and b for a, b in zip(stamps, stamps[1:], strict=False)) and stamps[-2:] != [False, True]
+        goes_on = any(a and b for a, b in pairwise(stamps)) and stamps[-2:] != [False, True]
         return None if goes_on else result.text
 
     def _transcribe_alone(self, samples: np.ndarray) -> str:
@@ -217,5 +218,5 @@ def is_transformers(model: str | Path) -> bool:
         return kind is not None and kind != "whisper"
     # OWNER/NAME; Whisper's own are left to load_whisper
     parts = str(model).split("/")
-    hub_name = len(parts) == 2 and all(parts) and parts[0][0] not in ".~" and not path.suffix == ".pt"
+    hub_name = len(parts) == 2 and all(parts) and parts[0][0] not in ".~" and path.suffix != ".pt"
     return hub_name and not path.exists() and "whisper" not in str(model).lower()

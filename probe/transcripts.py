@@ -71,7 +71,7 @@ class TranscriptFolder:
             self._lock = self._locked()
             try:
                 self._settle(settings)
-                self._file = open(self.path / TRANSCRIPTS, "a+b")
+                self._file = open(self.path / TRANSCRIPTS, "a+b")  # noqa: SIM115 - until close()
                 self.found = self._read()
             except BaseException:
                 self.close()
@@ -116,7 +116,7 @@ class TranscriptFolder:
             raise UsageError(f"{self.path} holds other things ({others[0]}) and no {SETTINGS}; choose another --out")
 
     def _locked(self) -> IO[str]:
-        file = open(self.path / ".lock", "w")
+        file = open(self.path / ".lock", "w")  # noqa: SIM115 - the lock lasts as long as it is open
         if not take_lock(file):
             file.close()
             raise WhisperATError(f"another process is at work in {self.path}; wait for it, or choose another --out")

@@ -65,9 +65,9 @@ def test_every_package_folder_is_packaged():
 
 
 def test_imports_go_one_way():
-    """cli -> heads, probe -> extract."""
+    """Cli -> heads, probe -> extract."""
     allowed = {"extract": {"extract"}, "heads": {"extract", "heads"}, "probe": {"extract", "probe"}}
     for room, may_import in allowed.items():
         for path in (ROOT / room).rglob("*.py"):
-            used = set(re.findall(r"^\s*(?:from|import) whisper_at_cli\.(\w+)", path.read_text(), re.M))
+            used = set(re.findall(r"^\s*(?:from|import) whisper_at_cli\.(\w+)", path.read_text(), re.MULTILINE))
             assert used <= may_import, f"{path.relative_to(ROOT)} imports {used - may_import}"

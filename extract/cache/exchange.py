@@ -172,7 +172,7 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
     try:
         absolute.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, absolute)
+        temporary.replace(absolute)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise CacheError(f"cannot write {out}: {reason}; make room or choose another place") from error

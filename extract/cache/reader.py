@@ -229,7 +229,7 @@ class FeatureCache:
         if rows is None:
             return np.flatnonzero(self.done)
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise UsageError(
                 f"{self.path} has rows 0 to {len(self) - 1}; row {rows.min()} to {rows.max()} was asked for"
             )

@@ -178,7 +178,7 @@ def array_shapes(spec: CacheSpec, clips: int) -> dict[str, tuple[tuple[int, ...]
         "status": ((N,), "uint8"),
         "fold": ((N,), "int16"),
     }
-    shapes |= {name: ((N,), "") for name in ("id", "path", "split", "error")}
+    shapes |= dict.fromkeys(("id", "path", "split", "error"), ((N,), ""))
     if spec.dtype == "int8":
         shapes["scale"] = ((N, L, D), "float16")
     if spec.class_names:

@@ -78,7 +78,7 @@ class LocalStore:
                 for first in range(0, len(buffers), BUFFERS):
                     _writev(file.fileno(), buffers[first : first + BUFFERS])
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
@@ -248,7 +248,7 @@ class BucketStore:
             return UsageError(f"{what}: there is no bucket {bucket!r}; create it, or mend the address")
         if "169.254.169.254" in text:  # where machines in a cloud ask for their keys
             return StoreError(f"{what}: no credentials were found; set {keys}")
-        reason = found[1] if (found := re.search(r"<Message>(.*?)</Message>", text, re.S)) else text
+        reason = found[1] if (found := re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)) else text
         if isinstance(error, denied):
             return StoreError(f"{what}: access is denied ({reason}); check what these keys may do: {keys}")
         if "HTTP error" in text:

@@ -219,7 +219,7 @@ def _feed(batches: Iterator[Batch], waiting: Queue, stop: threading.Event) -> No
             waiting.put(batch)
             if stop.is_set():
                 return
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - raised where the batches are taken
         waiting.put(error)
     else:
         waiting.put(None)

@@ -255,7 +255,7 @@ def _create_in_folder(path: Path, create_arrays: Callable[[Path], None]) -> None
     shutil.rmtree(temporary, ignore_errors=True)
     create_arrays(temporary)
     with contextlib.suppress(OSError):  # another process of the same job was first: continue its cache
-        os.rename(temporary, path)
+        temporary.rename(path)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -294,7 +294,7 @@ def _lock_slot(path: Path, slot: tuple[int, int]) -> IO:
                     f"another process is writing to {path} as --shard {other_index}/{other_of}; wait for it, or "
                     "give every process its own --shard I/N with the same N"
                 )
-        held = open(folder / f"{index}-of-{of}", "w")
+        held = open(folder / f"{index}-of-{of}", "w")  # noqa: SIM115 - the lock lasts as long as it is open
         take_lock(held)
     return held
 

@@ -41,7 +41,7 @@ class TableDataset(Dataset):
             audio = self._audio(row)
         except AudioError:
             return False
-        return audio.get("bytes") is not None or bool(audio.get("path")) and (self.root / audio["path"]).exists()
+        return audio.get("bytes") is not None or (bool(audio.get("path")) and (self.root / audio["path"]).exists())
 
     def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
         audio = self._audio(row)
@@ -110,7 +110,7 @@ def _dataset(path: Path, splits: dict) -> TableDataset:
     for split, table in splits.items():
         if str(table.features.get(label)) != str(first.features.get(label)):
             raise UsageError(f"{path}: the splits differ in their classes")
-        clips += _clips(table, split, label, len(class_names), column)
+        clips += _clips(table, split, label, len(class_names))
         tables.append(table.cast_column(column, datasets.Audio(decode=False)).select_columns([column]))
     if len({clip.id for clip in clips}) != len(clips):
         clips = [Clip(f"{clip.split}/{clip.id}", *_rest(clip)) for clip in clips]
@@ -126,7 +126,7 @@ def _rest(clip: Clip) -> tuple:
     return clip.path, clip.labels, clip.fold, clip.split
 
 
-def _clips(table: datasets.Dataset, split: str, label: str, classes: int, column: str) -> list[Clip]:
+def _clips(table: datasets.Dataset, split: str, label: str, classes: int) -> list[Clip]:
     rows = range(len(table))
     values = table[label][:] if label else [()] * len(table)
     ids = [as_text(str(name)) for name in table["id"][:]] if "id" in table.features else [str(row) for row in rows]

@@ -121,7 +121,7 @@ def as_name(value: object, what: str, place: str, *, most: int = NAME_CHARACTERS
         value = f"{value}"
     if not isinstance(value, str):
         raise UsageError(f"{place}: {what} is {_shown(value)}, not text")
-    if len(value) > most or "\0" in value or "\n" in value.strip() and what != "audio":
+    if len(value) > most or "\0" in value or ("\n" in value.strip() and what != "audio"):
         raise UsageError(f"{place}: {what} is {_shown(value)}; give at most {most} characters on one line")
     value = value.strip() if what != "audio" else value
     try:

@@ -77,7 +77,7 @@ def _draw(axes: Axes, panel: dict) -> None:
     canvas.tidy_axes(axes, "Best layer", "Number of classes")
     axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
     axes.set_xticks([tick for tick in layer_ticks(max(layers)) if tick >= min(layers)])
-    axes.set_ylim(top=max(1, max(panel["classes"])) * 1.08)
+    axes.set_ylim(top=max(1, *panel["classes"]) * 1.08)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     said = f"{sum(tied)} of {sum(panel['classes'])} classes tie" if any(tied) else "no class ties"
     axes.set_title(f"{panel['name']}: {said}", fontsize=canvas.TICKS, loc="right")
