@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError
@@ -107,6 +107,6 @@ def _picture(figure: Figure, form: str) -> bytes:
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(form, {})
     content = io.BytesIO()
     with _settings, rc_context(FONTS):
-        small = {"optimize": True} if form == "png" else None
-        figure.savefig(content, format=form, metadata=undated, pil_kwargs=small)
+        small: dict[str, Any] = {"pil_kwargs": {"optimize": True}} if form == "png" else {}
+        figure.savefig(content, format=form, metadata=undated, **small)
     return content.getvalue()
