@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from whisper_at_cli.extract.cache import FeatureCache as FeatureCache
     from whisper_at_cli.extract.parallel import extract_on_devices as extract_on_devices
     from whisper_at_cli.extract.pipeline import extract as extract
+
 _NAMES = {
     "FeatureCache": "cache",
     "extract": "pipeline",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from whisper_at_cli.heads.tagging import Tagger as Tagger
     from whisper_at_cli.heads.tagging import transcribe as transcribe
     from whisper_at_cli.heads.train import train_head as train_head
+
 _NAMES = {
     "train_head": "train",
     "search_heads": "search",

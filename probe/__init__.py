@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from whisper_at_cli.probe.estimator import LayerProbe as LayerProbe
     from whisper_at_cli.probe.layers import probe_layers as probe_layers
     from whisper_at_cli.probe.robustness import measure_robustness as measure_robustness
+
 _NAMES = {
     "LayerProbe": "estimator",
     "measure_robustness": "robustness",

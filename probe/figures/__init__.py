@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from whisper_at_cli.probe.figures.histogram import draw_figure_3 as draw_figure_3
     from whisper_at_cli.probe.figures.scatter import draw_figure_2 as draw_figure_2
     from whisper_at_cli.probe.figures.sizes import draw_figure_5 as draw_figure_5
+
 _NAMES = {
     "draw_layer_accuracy": "curves",
     "draw_figure_1": "curves",
