@@ -6,23 +6,31 @@ INSTALLED = $(VENV)/.installed
 # Tests work on little data: more threads in one operation gain nothing, and on busy machines they wait for each other.
 TEST_THREADS ?= 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/whisper-at-cli demo
 
-test: $(INSTALLED)
-	$(BIN)/ruff check .
+test: lint
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m slow
 
+# mypy reads the package through a link of its name, since the folder of a clone may have any.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types
+	ln -sfn ../.. build/types/whisper_at_cli
+	$(BIN)/python -m mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix-only --exit-zero .
+	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache
 
 # The torch that constraints.txt names is installed first and alone: a looser request may take another build of it.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -20,6 +20,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def write_plain(folder: Path, features: np.ndarray, per_file: int) -> float:
         data = features[start : start + per_file]
         started = time.perf_counter()
         with open(folder / str(start), "wb") as file:
-            file.write(memoryview(data).cast("B"))
+            file.write(data.data.cast("B"))
             file.flush()
             os.fsync(file.fileno())
         seconds += time.perf_counter() - started
@@ -70,7 +71,7 @@ def bytes_read() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
-def timed(function, repeats: int) -> float:
+def timed(function: Callable[[], object], repeats: int) -> float:
     """Seconds per call."""
     started = time.perf_counter()
     for _ in range(repeats):
@@ -122,7 +123,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
         },
     }  # fmt: skip
     assert (cache.features([3, 1]) == mapped[[3, 1]]).all() and (cache.layer(2, [5])[0] == mapped[5, 1]).all()
-    seconds = {(task, name): [] for task, of in readers.items() for name in of}
+    seconds: dict[tuple[str, str], list[float]] = {(task, name): [] for task, of in readers.items() for name in of}
     for _ in range(options.rounds):
         for task, of in readers.items():
             for name, read in of.items():

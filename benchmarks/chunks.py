@@ -50,8 +50,7 @@ class ChunkedFeatures:
             grid = features[start : start + per_shard].reshape(-1, shape[0], self.across, shape[1], T, D)
             chunks = np.ascontiguousarray(grid.transpose(0, 2, 1, 3, 4, 5)).reshape(count, -1)
             with open(folder / str(number), "wb") as file:
-                for buffer in shard_buffers(chunks, np.ones(count, dtype=bool)):
-                    file.write(buffer)
+                file.writelines(shard_buffers(chunks, np.ones(count, dtype=bool)))
             self.shards.append(ShardFile(store, str(number), chunk_count=count, chunk_bytes=self.chunk_bytes))
 
     def read(self, rows: np.ndarray, layers: Sequence[int]) -> tuple[np.ndarray, int]:
@@ -100,15 +99,16 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
         assert (got.view(np.uint16) == features[rows][:, [0, L - 1]].view(np.uint16)).all()
     clip_bytes = features[0].nbytes
     del features
-    seconds = {(shape, task): [] for shape in shapes for task in tasks}
+    seconds: dict[tuple[tuple[int, int], str], list[float]] = {(shape, task): [] for shape in shapes for task in tasks}
     reads: dict = {}
     for _ in range(options.rounds):
         for task, draw in tasks.items():
             for shape, data in laid_out.items():
                 wanted = [draw() for _ in range(options.repeats)]
                 started = time.perf_counter()
-                reads[shape, task] = [data.read(*each)[1] for each in wanted][0]
+                read = [data.read(*each)[1] for each in wanted]
                 seconds[shape, task].append((time.perf_counter() - started) / options.repeats)
+                reads[shape, task] = read[0]
     useful = {
         "random batches": B * clip_bytes, "contiguous": B * clip_bytes,
         "one layer": N * clip_bytes / L, "one layer, random": B * clip_bytes / L,

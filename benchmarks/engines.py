@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import logging
 import multiprocessing
 import os
 import tempfile
 import time
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +65,12 @@ def write_sounds(folder: Path, clips: int, seconds: float) -> Path:
     return folder / "sounds"
 
 
-def run_engine(engine: str, workers: int, arguments: dict, messages) -> None:
+def run_engine(engine: str, workers: int, arguments: dict, messages: Queue) -> None:
     """In a process of its own, pinned to `workers` cores: seconds of the extraction, and when each shard was done."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
     steps = []
 
-    def progress(done: int, total: int, message: str = "") -> None:
+    def progress(done: int, _total: int, _message: str = "") -> None:
         steps.append((time.perf_counter(), done))
 
     if engine == "ray":
@@ -76,7 +78,7 @@ def run_engine(engine: str, workers: int, arguments: dict, messages) -> None:
 
         from whisper_at_cli.extract.pipeline.ray_engine import extract_on_ray
 
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         extract_on_ray(progress=progress, encoders=workers, **arguments)
     else:
         from whisper_at_cli.extract import extract
@@ -88,7 +90,8 @@ def run_engine(engine: str, workers: int, arguments: dict, messages) -> None:
 def measure(options: argparse.Namespace, folder: Path) -> dict:
     model = write_model(folder, options.random_weights)
     sounds = write_sounds(folder, options.clips, options.clip_seconds)
-    context, seconds, shard_times = multiprocessing.get_context("spawn"), {}, []
+    context, shard_times = multiprocessing.get_context("spawn"), []
+    seconds: dict[tuple[str, int], list[float]] = {}
     for number in range(options.rounds):
         for workers in options.workers:
             for engine in ("local", "ray"):
@@ -124,7 +127,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
 class Simulation:
     """A cluster at work, event by event. Each worker holds up to `each` shards and works on one."""
 
-    def __init__(self, workers, shards, shard_times, rng, *, slow_share, slow_factor, losses_per_hour, away_seconds):
+    def __init__(
+        self, workers: int, shards: int, shard_times: list[float], rng: np.random.Generator, *, slow_share: float,
+        slow_factor: float, losses_per_hour: float, away_seconds: float,
+    ):  # fmt: skip
         self.rng, self.shard_times, self.each = rng, shard_times, 2
         self.slowness = np.where(rng.random(workers) < slow_share, slow_factor, 1.0)
         self.losses_per_hour, self.away_seconds = losses_per_hour, away_seconds

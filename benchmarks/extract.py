@@ -123,7 +123,7 @@ class Baseline:
             audio = whisper.pad_or_trim(whisper.load_audio(str(dataset.audio_path(clip))), self.samples)
             x = whisper.log_mel_spectrogram(torch.from_numpy(audio), self.mels).to(self.device)[None]
             x = F.gelu(self.encoder.conv2(F.gelu(self.encoder.conv1(x)))).permute(0, 2, 1)
-            x = x + self.encoder.positional_embedding[: x.shape[1]]
+            x = x + self.encoder.get_buffer("positional_embedding")[: x.shape[1]]
             pooled = []
             for block in self.encoder.blocks:
                 x = block(x)

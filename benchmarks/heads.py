@@ -26,6 +26,7 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,12 @@ AS20K_CLIPS, VALIDATION_CLIPS = 20_550, 512
 def write_cache(path: Path, options: argparse.Namespace, clips: int, validation: int = 0) -> FeatureCache:
     """A cache of random features; every shard holds the same ones, in another order."""
     spec = CacheSpec(
-        "benchmark", "0", options.layers, options.channels, 10.0, class_names=[f"c{c}" for c in range(options.classes)]
+        "benchmark",
+        "0",
+        options.layers,
+        options.channels,
+        10.0,
+        class_names=tuple(f"c{c}" for c in range(options.classes)),
     )
     rng, total = np.random.default_rng(0), clips + validation
     names = np.array([f"clip{i}" for i in range(total)])
@@ -107,7 +113,8 @@ def train_on_one_tensor(fleet: Fleet, options: argparse.Namespace, steps: int) -
     inputs = torch.randn(1, options.batch, options.layers, FRAMES, options.channels, generator=generator)
     targets = torch.rand(1, options.batch, options.classes, generator=generator)
     weight = torch.full((1, options.batch), 1 / options.batch)
-    batch = Batch(*(tensor.to(fleet.device) for tensor in (inputs, targets, weight)), np.ones(1, dtype=bool))
+    device = fleet.device
+    batch = Batch(inputs.to(device), targets.to(device), weight.to(device), np.ones(1, dtype=bool))
     started = synchronised(fleet.device, options.clock)
     for _ in range(steps):
         fleet.step(batch, np.array([1e-4]), Ranks())
@@ -119,6 +126,7 @@ class NpzClips(torch.utils.data.Dataset):
 
     def __init__(self, folder: Path, cache: FeatureCache, count: int):
         self.folder, self.labels = folder, cache.labels[:count].astype(np.float32)
+        self.rng = np.random.default_rng()
         for row in range(count):
             np.savez_compressed(folder / f"{row}.npz", cache.features([row])[0])
 
@@ -127,8 +135,8 @@ class NpzClips(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         features, labels = self._load(index)
-        if np.random.rand() < 0.5:
-            share, other = np.random.beta(10, 10), self._load(np.random.randint(len(self)))
+        if self.rng.random() < 0.5:
+            share, other = self.rng.beta(10, 10), self._load(int(self.rng.integers(len(self))))
             features, labels = (share * a + (1 - share) * b for a, b in zip((features, labels), other, strict=True))
         return features.astype(np.float32), labels.astype(np.float32)
 
@@ -171,7 +179,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     clips = {tier: load_clips(cache, rows, "features", device, tier) for tier in tiers}
     means = load_clips(cache, rows, "mean", device)
     npz = NpzClips(folder, cache, min(options.clips, options.npz_clips))
-    rates, waits = {}, {}
+    rates: dict[str, float] = {}
+    waits: dict[str, float] = {}
 
     def keep(name: str, rate: float, waited: float = 0.0) -> None:
         if rate > rates.get(name, 0):
@@ -215,7 +224,7 @@ def measure_as20k(options: argparse.Namespace, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def round_to(value):
+def round_to(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

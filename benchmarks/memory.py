@@ -14,6 +14,7 @@ import platform
 import resource
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.pipeline.local import extract
 
 
-def peak(connection, options: argparse.Namespace, clips: int) -> None:
+def peak(connection: Connection, options: argparse.Namespace, clips: int) -> None:
     """Extract `clips` clips and send the peak memory in bytes and the seconds it took."""
     backbone = WhisperBackbone.from_weights(
         random_weights(options.random_weights), device=choose_device(options.device), precision=options.precision

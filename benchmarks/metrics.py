@@ -31,7 +31,7 @@ def main() -> None:
     scores = (rng.normal(size=shape) + labels).astype(np.float32)
     labels[0], labels[1] = True, False  # so that every class has both, which scikit-learn needs
     given = torch.from_numpy(scores).to(arguments.device), torch.from_numpy(labels).to(arguments.device)
-    ours, theirs = [], []
+    ours, theirs, largest = [], [], 0.0
     for _ in range(arguments.rounds):
         started = time.perf_counter()
         found = evaluate_scores(*given)
@@ -40,7 +40,7 @@ def main() -> None:
         ap = average_precision_score(labels, scores, average=None)
         auc = roc_auc_score(labels, scores, average=None)
         theirs.append(time.perf_counter() - started)
-    largest = max(np.abs(found.class_ap - ap).max(), np.abs(found.class_auc - auc).max())
+        largest = max(np.abs(found.class_ap - ap).max(), np.abs(found.class_auc - auc).max())
     report = {
         "clips": arguments.clips, "classes": arguments.classes, "labels_per_clip": float(labels.sum(axis=1).mean()),
         "seconds": min(ours), "scikit_learn_seconds": min(theirs), "ratio": min(theirs) / min(ours),

@@ -21,15 +21,17 @@ import argparse
 import functools
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import sklearn
 import torch
 from machine import machine, publish
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -39,9 +41,13 @@ from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, Shar
 from whisper_at_cli.probe import probe_layers
 from whisper_at_cli.probe.faithful import fit
 from whisper_at_cli.probe.job import Job
+from whisper_at_cli.probe.scores import LayerAccuracy, LayerPrecision
 from whisper_at_cli.probe.solver import solve
 
 CLIPS, LAYERS, DIM, CLASSES, FOLDS = 2000, 32, 1280, 50, 5
+
+
+Result = TypeVar("Result")
 
 
 class Problems:
@@ -53,7 +59,7 @@ class Problems:
         self.layers = np.stack([self.job.mean(layer) for layer in range(1, cache.spec.layers + 1)])
         self.truth = self.job.labels.argmax(axis=1)
 
-    def loop(self, train) -> list[float]:
+    def loop(self, train: Callable[[np.ndarray, np.ndarray], Pipeline]) -> list[float]:
         """Accuracy of each layer; `train(features, truth)` gives a fitted model."""
         accuracy = []
         for features in self.layers:
@@ -64,11 +70,11 @@ class Problems:
             accuracy.append(float(np.mean(right)))
         return accuracy
 
-    def regression(self, tolerance: float):
+    def regression(self, tolerance: float) -> Callable[[np.ndarray, np.ndarray], Pipeline]:
         model = LogisticRegression(C=self.strength, tol=tolerance, max_iter=10_000)
         return lambda features, truth: make_pipeline(StandardScaler(), model).fit(features, truth)
 
-    def original(self, features, truth):
+    def original(self, features: np.ndarray, truth: np.ndarray) -> Pipeline:
         return fit(features.astype(np.float64), truth)[0]
 
     def excess(self, tolerance: float | None) -> float:
@@ -87,9 +93,9 @@ class Problems:
         return float((found / least - 1).mean())
 
 
-def best_of(rounds: int, work: dict) -> dict:
+def best_of(rounds: int, work: Mapping[str, Callable[[], Result]]) -> dict[str, tuple[float, float, Result]]:
     """Name -> (seconds and processor seconds of the best round, what it returned). Rounds do all of them in turn."""
-    best: dict[str, tuple[float, float, object]] = {}
+    best: dict[str, tuple[float, float, Result]] = {}
     for _ in range(rounds):
         for name, do in work.items():
             started, used = time.perf_counter(), time.process_time()
@@ -100,8 +106,13 @@ def best_of(rounds: int, work: dict) -> dict:
     return best
 
 
-def one_blas_thread(do):
-    def limited():
+def accuracy_of(layer: LayerAccuracy | LayerPrecision) -> float:
+    assert isinstance(layer, LayerAccuracy), "the benchmark's clips have one label each"
+    return layer.accuracy
+
+
+def one_blas_thread(do: Callable[[], Result]) -> Callable[[], Result]:
+    def limited() -> Result:
         with threadpool_limits(1):
             return do()
 
@@ -116,7 +127,7 @@ def compare(options: argparse.Namespace) -> dict:
     )
     work = {
         "ours": lambda: [
-            layer.accuracy for layer in probe_layers(cache, strength=options.strength, device=options.device).layers
+            accuracy_of(layer) for layer in probe_layers(cache, strength=options.strength, device=options.device).layers
         ],
         "scikit-learn, one BLAS thread": one_blas_thread(default),
         "scikit-learn at 1e-5, one BLAS thread": one_blas_thread(tight),
@@ -181,7 +192,7 @@ def large(options: argparse.Namespace) -> dict:
             probe_layers(cache, layers=[1], device=options.device)  # the device wakes up
         ours = functools.partial(probe_layers, cache, strength=options.strength, device=options.device)
         seconds, processor, result = best_of(options.rounds, {"ours": ours})["ours"]
-    accuracy = {layer.layer: round(layer.accuracy, 4) for layer in result.layers}
+    accuracy = {layer.layer: round(accuracy_of(layer), 4) for layer in result.layers}
     others = [value for layer, value in accuracy.items() if layer not in clear]
     return {
         "clips": options.clips, "layers": LAYERS, "dim": DIM, "classes": CLASSES, "folds": FOLDS,

@@ -18,12 +18,13 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import whisper
 from machine import machine, publish
-from whisper.decoding import DecodingResult
+from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import Whisper
 
 from whisper_at_cli import __version__
@@ -33,7 +34,7 @@ from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.heads import Tagger, train_head
 from whisper_at_cli.heads.tagging.events import EventSettings
 
-CASES = {  # options of whisper.transcribe
+CASES: dict[str, dict[str, Any]] = {  # options of whisper.transcribe
     "greedy": {"temperature": 0.0},
     "default": {},
     "fallback": {"temperature": (0.0, 0.2, 0.4), "logprob_threshold": -0.2},
@@ -43,16 +44,23 @@ FOLDS = 5
 PADDED_CLIPS = 20  # of each fold: each takes an encoder pass of its own
 
 
+NO_OPTIONS = DecodingOptions()
+
+
 class EncodesOnly(Whisper):
     """A Whisper that hears no speech: transcribing runs the encoder from window to window and nothing else."""
 
-    def decode(self, mel, options):
-        self.encoder(mel[None])
-        return DecodingResult(None, "en", no_speech_prob=1.0, avg_logprob=-9.0, temperature=0.0, compression_ratio=1.0)
+    def decode(self, mel: torch.Tensor, options: DecodingOptions = NO_OPTIONS, **kwargs: Any) -> DecodingResult:
+        heard = self.encoder(mel[None])
+        return DecodingResult(heard, "en", no_speech_prob=1.0, avg_logprob=-9.0, temperature=0.0, compression_ratio=1.0)
+
+
+def read_csv(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def esc_rows(sounds: Path) -> list[dict]:
-    return list(csv.DictReader(open(sounds / "meta" / "esc50.csv")))
+    return read_csv(sounds / "meta" / "esc50.csv")
 
 
 def sound(sounds: Path, row: dict) -> np.ndarray:
@@ -60,12 +68,16 @@ def sound(sounds: Path, row: dict) -> np.ndarray:
     return np.pad(samples, (0, 5 * SAMPLE_RATE - len(samples)))
 
 
+def shuffled(rows: list[dict], rng: np.random.Generator) -> list[dict]:
+    return [rows[at] for at in rng.permutation(len(rows))]
+
+
 def joined(speech: Path, sounds: Path, fold: int, seconds: float, seed: int) -> tuple[np.ndarray, list[dict]]:
     """Utterances with sounds between them, of about `seconds`, and what sounds when."""
     rng = np.random.default_rng(seed)
-    utterances = [decode(speech / row["audio"]) for row in csv.DictReader(open(speech / "manifest.csv"))]
+    utterances = [decode(speech / row["audio"]) for row in read_csv(speech / "manifest.csv")]
     rows = [row for row in esc_rows(sounds) if int(row["fold"]) == fold]
-    by_class = {name: rng.permutation([row for row in rows if row["category"] == name]) for name in
+    by_class = {name: shuffled([row for row in rows if row["category"] == name], rng) for name in
                 sorted({row["category"] for row in rows})}  # fmt: skip
     count = round((seconds - sum(map(len, utterances)) / SAMPLE_RATE) / 5)
     names = list(by_class)
@@ -96,7 +108,8 @@ def f1(truth: np.ndarray, found: np.ndarray) -> float:
 
 def events_of_joined_files(head: Path, options: argparse.Namespace) -> dict:
     """F1 over seconds and labels for a joined file of each fold's clips, for both tag windows."""
-    ways = {"shared": [], "exact": []}
+    ways: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"shared": [], "exact": []}
+    names: list[str] = []
     grid = {"resolution": options.resolution, "hop": options.hop, "events": EVENTS, "temperature": 0.0}
     model = None
     for fold in range(1, FOLDS + 1):
@@ -120,7 +133,9 @@ def events_of_joined_files(head: Path, options: argparse.Namespace) -> dict:
 
 def timed(tagger: Tagger, samples: np.ndarray, options: dict, repeats: int, ways: list[str]) -> dict:
     """Seconds of whisper.transcribe and of text with tags, one after the other, and whether the texts are the same."""
-    seconds = {name: [] for name in ("whisper", *ways)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("whisper", *ways)}
+    reference: dict = {}
+    passes = 0
     model = tagger.whisper  # loaded now: making it draws random numbers too
     for _ in range(repeats):
         for name in seconds:
@@ -153,7 +168,7 @@ def accuracy_of_windows(head: Path, sounds: Path) -> dict:
         silent.__class__ = EncodesOnly
         tagger._whisper = silent
         rows = [row for row in esc_rows(sounds) if int(row["fold"]) == fold]
-        rows = list(np.random.default_rng(fold).permutation(rows))
+        rows = shuffled(rows, np.random.default_rng(fold))
         clips = [sound(sounds, row) for row in rows]
         together = tagger.transcribe(np.concatenate(clips), all_labels=True)["tags"]
         exact = tagger.transcribe(np.concatenate(clips), all_labels=True, tag_window="exact")["tags"]

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +35,9 @@ from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheS
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.extract.progress import Progress
+
+if TYPE_CHECKING:
+    import h5py
 
 KEY = "arr_0"
 LABELS_CSV, SETTINGS_JSON = "labels.csv", "cache.json"
@@ -168,7 +172,7 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
     try:
         absolute.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, absolute)
+        temporary.replace(absolute)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise CacheError(f"cannot write {out}: {reason}; make room or choose another place") from error
@@ -208,7 +212,9 @@ def _write_labels(path: Path, cache: FeatureCache, rows: np.ndarray, files: list
             writer.writerow([cache.ids[row], name, cache.paths[row], fold, cache.split[row], frames, labels])
 
 
-def _add(file, name: str, dims: tuple[str, ...], values: np.ndarray | None = None, **options):
+def _add(
+    file: h5py.File, name: str, dims: tuple[str, ...], values: np.ndarray | None = None, **options: Any
+) -> h5py.Dataset:
     """A dataset whose dimensions have names and the scales of those names."""
     if values is not None and values.dtype.kind in "UO":
         import h5py
@@ -222,7 +228,7 @@ def _add(file, name: str, dims: tuple[str, ...], values: np.ndarray | None = Non
     return dataset
 
 
-def _add_scales(file, cache: FeatureCache, rows: np.ndarray) -> None:
+def _add_scales(file: h5py.File, cache: FeatureCache, rows: np.ndarray) -> None:
     spec = cache.spec
     scales = {
         "clip": rows, "layer": np.arange(1, spec.layers + 1), "frame": np.arange(spec.frames),
@@ -232,12 +238,12 @@ def _add_scales(file, cache: FeatureCache, rows: np.ndarray) -> None:
         file[name] = values
     if spec.class_names:
         file["class"] = list(spec.class_names)
-        scales["class"] = spec.class_names
+        scales["class"] = np.array(spec.class_names)
     for name in scales:
         file[name].make_scale(name)
 
 
-def _add_features(file, cache: FeatureCache, rows: np.ndarray, progress: Progress | None) -> None:
+def _add_features(file: h5py.File, cache: FeatureCache, rows: np.ndarray, progress: Progress | None) -> None:
     L, T, D = cache.spec.layers, cache.spec.frames, cache.spec.dim
     dtype = "float16" if cache.spec.dtype == "float16" else "float32"
     features = _add(
@@ -398,7 +404,8 @@ def _clip_table(listed: list[_ListedClip], names: tuple[str, ...]) -> ClipTable:
 
 def _common_shape(paths: list[Path]) -> tuple[int, int, int]:
     """The shape that most of some evenly spread files have. Raises UsageError where none of them can be read."""
-    shapes, problem = Counter(), ""
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    problem = ""
     for at in np.unique(np.linspace(0, len(paths) - 1, SHAPE_SAMPLES).astype(int)).tolist():
         try:
             shapes[_read_npz(paths[at]).shape] += 1
@@ -475,7 +482,7 @@ def _fill(block: ShardBlock, slot: int, features: np.ndarray | str, shape: tuple
     if not stored.finite.all():
         return f"layer {int(stored.finite[0].int().argmin()) + 1} holds a value too large for {dtype}; use float32"
     block.features[slot], block.mean[slot] = stored.features[0].numpy(), stored.mean[0].numpy()
-    if stored.scale is not None:
+    if block.scale is not None and stored.scale is not None:
         block.scale[slot] = stored.scale[0].numpy()
     block.status[slot] = Status.DONE
     return ""

@@ -25,7 +25,8 @@ class Stored(NamedTuple):
     scale: Tensor | None  # (B, L, D) float16, with int8 features
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Stored:
-        return Stored(*(None if tensor is None else function(tensor) for tensor in self))
+        scale = None if self.scale is None else function(self.scale)
+        return Stored(function(self.features), function(self.mean), function(self.finite), scale)
 
 
 @torch.inference_mode()
@@ -47,8 +48,9 @@ def encode_to_host(backbone: Backbone, waveforms: Tensor, dtype: str) -> Stored:
             f"half a batch of {len(waveforms)} clips does not fit in the memory of {backbone.device}; "
             f"give --batch-size {max(1, len(waveforms) // 4)} or free some memory, and run the same command again"
         ) from error
-    parts = zip(*halves, strict=True)
-    return Stored(*(None if part[0] is None else torch.cat(part) for part in parts))
+    features, mean, finite = (torch.cat(parts) for parts in zip(*(half[:3] for half in halves), strict=True))
+    scales = [half.scale for half in halves if half.scale is not None]
+    return Stored(features, mean, finite, torch.cat(scales) if scales else None)
 
 
 def _encode_to_host(backbone: Backbone, waveforms: Tensor, dtype: str) -> Stored:

@@ -11,17 +11,19 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.backbones.custom import checked_backbone, clip_samples
-from whisper_at_cli.extract.backbones.load import Backbone, load_backbone
+from whisper_at_cli.extract.backbones.load import Backbone, EncoderFacts, load_backbone
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheSpec, Status
 from whisper_at_cli.extract.cache.storage import Stored, encode_to_host
 from whisper_at_cli.extract.cache.verify import verify
@@ -150,10 +152,10 @@ def extract(
 
 
 def open_cache(
-    cache: str | Path, dataset: Dataset, backbone, clip_seconds: float, dtype: str, batch_size: int, *,
+    cache: str | Path, dataset: Dataset, backbone: EncoderFacts, clip_seconds: float, dtype: str, batch_size: int, *,
     shard_mb: float, slot: tuple[int, int],
 ) -> CacheWriter:  # fmt: skip
-    """The cache of this extraction, new or continued. `backbone` is a Backbone or says the same of itself."""
+    """The cache of this extraction, new or continued."""
     spec = CacheSpec(
         backbone=backbone.name, weights_sha256=backbone.weights_sha256, layers=backbone.layers, dim=backbone.dim,
         clip_seconds=clip_seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
@@ -236,7 +238,7 @@ def _say_where(writer: CacheWriter, dataset: Dataset, redo: np.ndarray) -> None:
         writer.update_paths(np.array(moved), [paths[row] for row in moved])
 
 
-def _provenance(backbone, dataset: Dataset, batch_size: int) -> dict:
+def _provenance(backbone: EncoderFacts, dataset: Dataset, batch_size: int) -> dict:
     return {
         "tool_version": __version__,
         "torch_version": torch.__version__,
@@ -254,6 +256,14 @@ def batch_slots(rows: range, redo: np.ndarray, batch_size: int) -> list[range]:
     return [slots for slots in parts if redo[rows[slots.start] : rows[slots.stop - 1] + 1].any()]
 
 
+class Waveforms(Protocol):
+    """Where the audio of the cache's rows comes from: the dataset, or what was sent of it."""
+
+    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
+        """(samples,) float32, and how many of them are real. Raises AudioError."""
+        ...
+
+
 class ShardRun:
     """One extraction: audio decoded ahead of the encoder, and encoded shards written behind it.
 
@@ -262,7 +272,7 @@ class ShardRun:
     """
 
     def __init__(
-        self, dataset: Dataset, backbone: Backbone, writer: CacheWriter, redo: np.ndarray, samples: int,
+        self, dataset: Waveforms, backbone: Backbone, writer: CacheWriter, redo: np.ndarray, samples: int,
         batch_size: int, workers: int, progress: Progress | None, streams: int | None = None,
     ):  # fmt: skip
         self.dataset, self.backbone, self.writer = dataset, backbone, writer
@@ -283,7 +293,9 @@ class ShardRun:
         """Extract the clips in `redo` that this slot holds."""
         started = time.perf_counter()
         self._report_progress()
-        waiting, decoding, encoding = self._batches(), deque(), {}
+        waiting = self._batches()
+        decoding: deque[_Batch] = deque()
+        encoding: dict[Future[_Encoded], _Batch] = {}
         try:
             with one_thread_per_operation(self.backbone.device.type == "cpu"):
                 while True:
@@ -315,7 +327,7 @@ class ShardRun:
             self.writing.popleft().result()
         self.disk_wait_seconds += time.perf_counter() - started
 
-    def _batches(self):
+    def _batches(self) -> Iterator[_Batch]:
         """Every batch that holds a clip to be done, its decoding started as it is drawn."""
         for shard in self.writer.shards_of(self.redo):
             rows = self.writer.rows(shard)
@@ -356,7 +368,7 @@ class ShardRun:
         redo = self.redo[np.array(self.writer.rows(batch.shard))]
         shard.block.errors |= {slot: error for slot, error in encoded.errors.items() if redo[slot]}
         if encoded.stored is not None:
-            self._fill(shard.block, encoded, redo)
+            self._fill(shard.block, encoded, encoded.stored, redo)
         slots = np.array(batch.slots)[redo[batch.slots.start : batch.slots.stop]]
         done = int((shard.block.status[slots] == Status.DONE).sum())
         self.done += done
@@ -368,16 +380,16 @@ class ShardRun:
             del self.open_shards[batch.shard]
             self.writing.append(self.disk.submit(self.writer.write, batch.shard, shard.block))
 
-    def _fill(self, block: ShardBlock, encoded: _Encoded, redo: np.ndarray) -> None:
+    def _fill(self, block: ShardBlock, encoded: _Encoded, stored: Stored, redo: np.ndarray) -> None:
         """Copy what was encoded into the block, where it was asked for and is finite."""
-        stored, slots = encoded.stored, np.array(encoded.slots)
+        slots = np.array(encoded.slots)
         finite = stored.finite.numpy()
         good = finite.all(axis=1) & redo[slots]
         at = slots[good]
         keep = slice(None) if good.all() else good
         block.features[at] = stored.features.numpy()[keep]
         block.mean[at] = stored.mean.numpy()[keep]
-        if stored.scale is not None:
+        if block.scale is not None and stored.scale is not None:
             block.scale[at] = stored.scale.numpy()[keep]
         block.valid_frames[at] = np.array(encoded.valid_frames)[good]
         block.status[at] = Status.DONE
