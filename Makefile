@@ -9,20 +9,28 @@ TEST_THREADS ?= 1
 # ESC-10 and speech for the benchmarks that read them; without this folder those are left out.
 BENCH_DATA ?= ../shared/data
 
-.PHONY: demo test test-slow lint bench bench-table clean
+.PHONY: demo test test-slow lint format bench bench-table clean
 
 demo: $(INSTALLED)
 	$(BIN)/whisper-at-cli demo
 
-test: $(INSTALLED)
-	$(BIN)/ruff check .
+test: lint
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m slow
 
+# mypy reads the package through a link of its name, since the folder of a clone may have any.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types
+	ln -sfn ../.. build/types/whisper_at_cli
+	$(BIN)/python -m mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix-only --exit-zero .
+	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py $(if $(wildcard $(BENCH_DATA)/esc10),--data $(BENCH_DATA))
@@ -31,7 +39,7 @@ bench-table: $(INSTALLED)
 	$(BIN)/python benchmarks/table.py
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache
 
 # The torch that constraints.txt names is installed first and alone: a looser request may take another build of it.
 $(INSTALLED): pyproject.toml constraints.txt

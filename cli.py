@@ -30,7 +30,7 @@ from whisper_at_cli.probe.robustness import commands as robustness_commands
 class _Commands(click.Group):
     """Lists commands in the order in which a user meets them."""
 
-    def list_commands(self, ctx):
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
 
@@ -39,7 +39,7 @@ class _Commands(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.pass_context
-def cli(ctx, debug, quiet):
+def cli(ctx: click.Context, debug: bool, quiet: bool) -> None:  # noqa: ARG001 - main looks for --debug by itself
     """Every layer of Whisper's frozen encoder, extracted once; probes and taggers trained from them many times.
 
     \b
@@ -58,7 +58,7 @@ def cli(ctx, debug, quiet):
     "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Where all of it goes."
 )
 @click.pass_context
-def demo_command(ctx, out, as_json):
+def demo_command(ctx: click.Context, out: Path, as_json: bool) -> None:
     """The whole job on sounds that the project makes itself, with real tiny.en weights: two minutes on two cores.
 
     \b
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"the system refused: {what}; check permissions, free space and the path", 1, debug)
     except ImportError as error:
         _fail(f"{error}; something is missing or broken, see what with: whisper-at-cli doctor", 1, debug)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last resort of the error policy; --debug raises it
         _fail(
             f"{type(error).__name__}: {error}; this should not happen: run again with --debug for the traceback",
             1,

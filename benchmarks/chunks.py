@@ -49,8 +49,7 @@ class ChunkedFeatures:
             grid = features[start : start + per_shard].reshape(-1, shape[0], self.across, shape[1], T, D)
             chunks = np.ascontiguousarray(grid.transpose(0, 2, 1, 3, 4, 5)).reshape(count, -1)
             with open(folder / str(number), "wb") as file:
-                for buffer in shard_buffers(chunks, np.ones(count, dtype=bool)):
-                    file.write(buffer)
+                file.writelines(shard_buffers(chunks, np.ones(count, dtype=bool)))
             self.shards.append(ShardFile(store, str(number), chunk_count=count, chunk_bytes=self.chunk_bytes))
 
     def read(self, rows: np.ndarray, layers: Sequence[int]) -> tuple[np.ndarray, int]:

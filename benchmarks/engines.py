@@ -46,7 +46,7 @@ def run_engine(engine: str, workers: int, options: dict[str, Any], messages: Que
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
     steps = []
 
-    def progress(done: int, total: int, message: str = "") -> None:
+    def progress(done: int, *_: object) -> None:
         steps.append((time.perf_counter(), done))
 
     if engine == "ray":
@@ -206,15 +206,15 @@ def rows(result: Result) -> list[Row]:
         )  # fmt: skip
     shown = [row for row in simulated_rows if row["workers"] in (1, 8, 64, 256)]
     counts = " / ".join(str(row["workers"]) for row in shown)
-    for kind in SIMULATED:
-        found.append(
-            Row(
-                "engines", f"simulated, not measured: AudioSet-2M on {counts} workers, {kind}",
-                Figure([row[kind]["hours"] for row in shown], "hours"),
-                limit=Figure([row["ideal_hours"] for row in shown], "hours", "all alike and none lost"),
-                share=[row[kind]["efficiency"] for row in shown],
-            )
-        )  # fmt: skip
+    found += [
+        Row(
+            "engines", f"simulated, not measured: AudioSet-2M on {counts} workers, {kind}",
+            Figure([row[kind]["hours"] for row in shown], "hours"),
+            limit=Figure([row["ideal_hours"] for row in shown], "hours", "all alike and none lost"),
+            share=[row[kind]["efficiency"] for row in shown],
+        )
+        for kind in SIMULATED
+    ]  # fmt: skip
     return found
 
 

@@ -136,6 +136,7 @@ class NpzClips(torch.utils.data.Dataset):
 
     def __init__(self, folder: Path, cache: FeatureCache, count: int):
         self.folder, self.labels = folder, cache.labels[:count].astype(np.float32)
+        self.rng = np.random.default_rng()
         for row in range(count):
             np.savez_compressed(folder / f"{row}.npz", cache.features([row])[0])
 
@@ -144,8 +145,8 @@ class NpzClips(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         features, labels = self._load(index)
-        if np.random.rand() < 0.5:
-            share, other = np.random.beta(10, 10), self._load(np.random.randint(len(self)))
+        if self.rng.random() < 0.5:
+            share, other = self.rng.beta(10, 10), self._load(int(self.rng.integers(len(self))))
             features, labels = (share * a + (1 - share) * b for a, b in zip((features, labels), other, strict=True))
         return features.astype(np.float32), labels.astype(np.float32)
 

@@ -109,7 +109,9 @@ def run(step: Step, words: list[str], log: Path) -> bool:
     threads = {"OMP_NUM_THREADS": str(step.threads)} if step.threads else {}
     started = time.perf_counter()
     with open(log, "w") as file:
-        status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads).returncode
+        status = subprocess.run(
+            words, check=False, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads
+        ).returncode
     took = time.perf_counter() - started
     print(f"{took:7.1f} s  {'done' if status == 0 else f'FAILED with status {status}'}: {step.name}", flush=True)
     if status:

@@ -66,7 +66,8 @@ def sound(sounds: Path, row: dict[str, Any]) -> np.ndarray:
 def joined(speech: Path, sounds: Path, fold: int, seconds: float, seed: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Utterances with sounds between them, of about `seconds`, and what sounds when."""
     rng = np.random.default_rng(seed)
-    utterances = [decode(speech / row["audio"]) for row in csv.DictReader(open(speech / "manifest.csv"))]
+    with open(speech / "manifest.csv") as file:
+        utterances = [decode(speech / row["audio"]) for row in csv.DictReader(file)]
     rows = [row for row in esc_rows(sounds) if int(row["fold"]) == fold]
     by_class = {name: rng.permutation(np.asarray([row for row in rows if row["category"] == name])) for name in
                 sorted({row["category"] for row in rows})}  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +14,9 @@ from whisper_at_cli.extract.errors import MISSING, UsageError
 from whisper_at_cli.extract.options import CACHE, DATASET, command
 from whisper_at_cli.extract.output import plain, print_json, print_notes, print_table, printable
 from whisper_at_cli.extract.progress import progress_on_stderr
+
+if TYPE_CHECKING:
+    from whisper_at_cli.extract.pipeline.local import ExtractReport
 
 DEVICES = click.option(
     "--device", default="auto", show_default=True, help="As cuda, mps, cpu; or several: cuda:0,cuda:1."
@@ -61,7 +66,10 @@ FAILURES_SHOWN = 20
 @click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
 @DEVICES
 @click.pass_context
-def extract_command(ctx, dataset, cache, as_json, shard, batch_size, **options):
+def extract_command(
+    ctx: click.Context, /, dataset: Path | str, cache: Path | str, as_json: bool, shard: str, batch_size: str,
+    **options: Any,
+) -> None:  # fmt: skip
     """Run a frozen encoder over DATASET once; store every layer, pooled to 25 frames, in CACHE.
 
     DATASET is a folder or file in one of the layouts that docs/datasets.md describes: AudioSet, ESC-50, FSD50K,
@@ -98,7 +106,7 @@ def extract_command(ctx, dataset, cache, as_json, shard, batch_size, **options):
 
 @command("info")
 @CACHE
-def info_command(cache, as_json):
+def info_command(cache: Path | str, as_json: bool) -> None:
     """What is in CACHE: how it was made, how much of it is done, which clips failed.
 
     \b
@@ -133,7 +141,9 @@ def info_command(cache, as_json):
 @click.option("--account", help="Account to charge.  [default: the user's]")
 @click.option("--name", default="whisper-at", show_default=True, help="Name of the job and of its log files.")
 @click.option("--setup", metavar="LINE", help="Shell line to run first, such as 'conda activate whisper-at-cli'.")
-def slurm_command(dataset, cache, options, as_json, **asked):
+def slurm_command(
+    dataset: Path | str, cache: Path | str, options: tuple[str, ...], as_json: bool, **asked: Any
+) -> None:
     """Print a job script that fills CACHE from DATASET with an array of SLURM tasks; pipe it to sbatch.
 
     What follows -- goes to `extract` as it is. Submit the same script again to continue; `info` shows what each
@@ -156,7 +166,7 @@ def slurm_command(dataset, cache, options, as_json, **asked):
 @command("verify")
 @CACHE
 @click.pass_context
-def verify_command(ctx, cache, as_json):
+def verify_command(ctx: click.Context, cache: Path | str, as_json: bool) -> None:
     """Read all of CACHE back and name what is damaged. Exit status 1 if anything is.
 
     \b
@@ -183,7 +193,7 @@ def verify_command(ctx, cache, as_json):
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--format", help="npz or hdf5.  [default: hdf5 where OUT ends in .h5 or .hdf5, else npz]")
 @click.pass_context
-def export_command(ctx, cache, out, format, as_json):
+def export_command(ctx: click.Context, cache: Path | str, out: Path, format: str | None, as_json: bool) -> None:
     """Write the finished clips of CACHE to OUT: a folder with one npz per clip, or one HDF5 file.
 
     Each npz holds arr_0, (layers, 25, channels), as in the original project; labels.csv and cache.json beside them say
@@ -222,7 +232,7 @@ def export_command(ctx, cache, out, format, as_json):
 @click.option("--clip-seconds", type=float, help="Length of the clips.  [default: as cache.json in FOLDER says]")
 @click.option("--dtype", help="Storage type: float16, float32 or int8.  [default: as cache.json says, else float16]")
 @click.pass_context
-def import_command(ctx, folder, cache, as_json, **options):
+def import_command(ctx: click.Context, /, folder: Path, cache: Path | str, as_json: bool, **options: Any) -> None:
     """Read a FOLDER with one npz per clip (arr_0, layers x 25 x channels) into CACHE.
 
     A file that is damaged, of another shape or not finite makes its clip fail, with the reason; the others go on. The
@@ -248,7 +258,7 @@ def import_command(ctx, folder, cache, as_json, **options):
         ctx.exit(1)
 
 
-def _print_failures(failures: list[dict], cache) -> None:
+def _print_failures(failures: Sequence[dict], cache: Path | str) -> None:
     """The first clips that failed, on stderr, and where to find the others; those that are missing by themselves."""
     missing = [failure for failure in failures if failure["error"].startswith(MISSING)]
     broken = [failure for failure in failures if not failure["error"].startswith(MISSING)]
@@ -257,7 +267,7 @@ def _print_failures(failures: list[dict], cache) -> None:
     _print_first([f"missing: {printable(failure['id'])}" for failure in missing], "missing", cache)
 
 
-def _print_first(lines: list[str], what: str, cache) -> None:
+def _print_first(lines: list[str], what: str, cache: Path | str) -> None:
     for line in lines[:FAILURES_SHOWN]:
         click.echo(line, err=True)
     if len(lines) > FAILURES_SHOWN:
@@ -265,7 +275,9 @@ def _print_first(lines: list[str], what: str, cache) -> None:
         click.echo(f"{what}: {more} more; all of them: whisper-at-cli info {cache}", err=True)
 
 
-def _engine(*, engine: str, device: str, address: str | None, encoders: int | None, workers: int | None, **options):
+def _engine(
+    *, engine: str, device: str, address: str | None, encoders: int | None, workers: int | None, **options: Any
+) -> tuple[Callable[..., ExtractReport], dict[str, Any]]:
     """The function that does the work, and its options."""
     devices = device.split(",")
     if engine == "ray":

@@ -75,17 +75,17 @@ def offer_values(group: click.Group) -> None:
 
 
 def _fixed(values: tuple[str, ...]):
-    def complete(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    def complete(_ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(value) for value in values if value.startswith(incomplete)]
 
     return complete
 
 
-def _paths(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+def _paths(_ctx: click.Context, _incomplete: str) -> list[CompletionItem]:
     return [FILE]
 
 
-def _models(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+def _models(_ctx: click.Context, incomplete: str) -> list[CompletionItem]:
     """Whisper's sizes, and what here may hold weights: folders and .pt files. Anything else is completed as a path.
 
     A shell takes either values or a path of its own completion, not both.

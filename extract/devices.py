@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.machine import cores
+
+if TYPE_CHECKING:
+    from whisper_at_cli.extract.backbones.load import Backbone
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -34,7 +39,7 @@ def streams_of(device: torch.device) -> int:
     return cores() if device.type == "cpu" else GPU_STREAMS
 
 
-def fitting_batch_size(backbone, samples: int) -> int:
+def fitting_batch_size(backbone: Backbone, samples: int) -> int:
     """Clips of `samples` samples to encode together on a backbone's device.
 
     On CUDA the largest power of two up to 256 that fits into the free memory, judged by what eight clips took.
@@ -53,7 +58,7 @@ def fitting_batch_size(backbone, samples: int) -> int:
 
 
 @contextlib.contextmanager
-def one_thread_per_operation(on: bool):
+def one_thread_per_operation(on: bool) -> Iterator[None]:
     """Keep torch from splitting single operations over threads, where that gains nothing: whole batches run side by
     side, or what is computed is small."""
     before = torch.get_num_threads()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 from pathlib import Path
+from typing import IO
 
 from whisper_at_cli.extract.errors import UsageError
 
@@ -21,7 +22,7 @@ def writable_folder(path: str | Path) -> Path:
     return folder
 
 
-def take_lock(file, *, wait: bool = False) -> bool:
+def take_lock(file: IO | int, *, wait: bool = False) -> bool:
     """Lock an open file (or its descriptor) for as long as it is open.
 
     False if another process has it. True also where the file system knows no locks, since then nobody can tell.

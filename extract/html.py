@@ -13,18 +13,18 @@ from importlib.resources import files
 from whisper_at_cli import __version__
 
 
-def escape(value) -> str:
+def escape(value: object) -> str:
     """Text for an element or a quoted attribute."""
     return html.escape(str(value), quote=True)
 
 
-def to_json(value, *, indent: int | None = None) -> str:
+def to_json(value: object, *, indent: int | None = None) -> str:
     """Strict JSON: NaN and infinities, which it does not have, are null; NumPy's numbers are numbers."""
     separators = (",", ":") if indent is None else None
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent, separators=separators)
 
 
-def _finite(value):
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -34,7 +34,7 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def data_block(name: str, value) -> str:
+def data_block(name: str, value: object) -> str:
     """A script element that holds data, for a page's own script to read; nothing in it can end it."""
     text = to_json(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return f'<script type="application/json" id="{escape(name)}">{text}</script>'

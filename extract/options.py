@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -10,7 +12,9 @@ import click
 class _Address(click.Path):
     """A path, or the address of something in a bucket as it is: `s3://...`, which a Path would mangle."""
 
-    def convert(self, value, param, ctx):
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
         return value if "://" in str(value) else super().convert(value, param, ctx)
 
 
@@ -22,10 +26,10 @@ DEVICE = click.option(
 SEED = click.option("--seed", default=0, show_default=True, help="For whatever is drawn at random.")
 
 
-def command(name: str):
+def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """A command with --json. `ctx.obj["quiet"]` says whether progress is unwanted."""
 
-    def register(function):
+    def register(function: Callable[..., None]) -> click.Command:
         function = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
         return click.command(name)(function)
 

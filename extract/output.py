@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 
 import click
@@ -12,12 +13,17 @@ import click
 PIPE_WIDTH = 160  # of tables that no terminal shows
 
 
-def print_json(result) -> None:
+def print_json(result: object) -> None:
     """One JSON document on stdout; NaN and infinity, which JSON does not have, as null."""
-    click.echo(json.dumps(_finite(asdict(result) if is_dataclass(result) else result), indent=1))
+    click.echo(json.dumps(_finite(as_data(result)), indent=1))
 
 
-def _finite(value):
+def as_data(result: object) -> object:
+    """A dataclass as dictionaries, anything else as it is."""
+    return asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+
+
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -25,7 +31,7 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def print_table(rows, header: tuple[str, ...]) -> None:
+def print_table(rows: Iterable[Iterable[object]], header: tuple[str, ...]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -41,12 +47,12 @@ def print_table(rows, header: tuple[str, ...]) -> None:
     click.echo("\n".join(line for line in lines if line) + "\n")
 
 
-def print_notes(warnings) -> None:
+def print_notes(warnings: Iterable[str]) -> None:
     for warning in warnings:
         click.echo(f"note: {warning}", err=True)
 
 
-def plain(value) -> str:
+def plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol
+from typing import Protocol, TextIO
 
 
 class Progress(Protocol):
     """Told how far the work is. Called from one thread."""
 
-    def __call__(self, done: int, total: int, message: str = "") -> None: ...
+    def __call__(self, done: int, total: int, message: str = "", /) -> None: ...
 
 
 class PlainProgress:
     """A line every `every_seconds`, and one at the end; for logs and pipes."""
 
-    def __init__(self, label: str, unit: str, *, every_seconds: float = 5.0, stream=None):
+    def __init__(self, label: str, unit: str, *, every_seconds: float = 5.0, stream: TextIO | None = None):
         self.label, self.unit, self.every_seconds = label, unit, every_seconds
         self.stream = stream or sys.stderr
         self.started = self.last_line = time.monotonic()
@@ -57,7 +57,8 @@ class BarProgress:
         )
         self.bar = RichProgress(*columns, console=Console(stderr=True))
         self.task = self.bar.add_task(label, total=None, rate="", note="")
-        self.started, self.first_done = time.monotonic(), None
+        self.started = time.monotonic()
+        self.first_done: int | None = None
 
     def __call__(self, done: int, total: int, message: str = "") -> None:
         if self.first_done is None:
@@ -82,6 +83,6 @@ class progress_on_stderr:
             self.shown = (BarProgress if sys.stderr.isatty() else PlainProgress)(self.label, self.unit)
         return self.shown
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.shown:
             self.shown.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.heads.forms import build_head
+from whisper_at_cli.heads.forms import Head, build_head
 
 FORMAT = "whisper-at-cli head"
 FORMAT_VERSION = 1
@@ -54,7 +55,7 @@ class HeadDescription:
     torch_version: str = torch.__version__
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
 
     @property
@@ -63,7 +64,7 @@ class HeadDescription:
 
 
 def save_head(
-    module: nn.Module, folder: str | Path, description: HeadDescription, *, trained_ids=None,
+    module: nn.Module, folder: str | Path, description: HeadDescription, *, trained_ids: Iterable[str] | None = None,
     encoder: dict[str, Tensor] | None = None,
 ) -> Path:  # fmt: skip
     """Write a head to `folder`, made where needed, and return the folder. Each file appears whole or not at all.
@@ -93,7 +94,7 @@ def save_head(
     return folder
 
 
-def load_head(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load_head(folder: str | Path, device: str | torch.device = "cpu") -> Head:
     """A saved head, ready to use: maps features (B, L, T, D) float32 to logits (B, C) and has a `description`.
 
     Raises UsageError where there is none, WhisperATError where it is damaged.
@@ -135,7 +136,7 @@ def trained_id_hashes(folder: str | Path) -> np.ndarray | None:
     return _read_tensors(folder, TRAINED_ON, record)["id_hash"].numpy()
 
 
-def id_hashes(ids) -> np.ndarray:
+def id_hashes(ids: Iterable[str]) -> np.ndarray:
     """(n,) int64: eight bytes of each id's SHA-256. Two million ids take 16 MB, and hardly any two of them meet."""
     digests = b"".join(hashlib.sha256(str(name).encode()).digest()[:8] for name in ids)
     return np.frombuffer(digests, dtype="<i8").copy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import click
 
 from whisper_at_cli.extract.errors import UsageError
@@ -17,6 +19,15 @@ from whisper_at_cli.heads.options import (
     run_options,
 )
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from whisper_at_cli.heads.training.search import SearchResult
+    from whisper_at_cli.heads.training.train import TrainResult
+
+
+Value = TypeVar("Value")
+
 
 @command("train-head")
 @CACHE
@@ -25,7 +36,10 @@ from whisper_at_cli.heads.options import (
 @SEED
 @DEVICE
 @click.pass_context
-def train_head_command(ctx, cache, head, widths, rates, search, unfreeze, as_json, **options):
+def train_head_command(
+    ctx: click.Context, /, cache: Path | str, head: str | None, widths: tuple[int, ...], rates: tuple[float, ...],
+    search: bool, unfreeze: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
     """Train a head on CACHE: validate it on the folds or the split, then save it.
 
     With folds, each is validated on a head trained on the others, and the head that is saved saw all clips. The same
@@ -50,10 +64,12 @@ def train_head_command(ctx, cache, head, widths, rates, search, unfreeze, as_jso
     from whisper_at_cli.extract import FeatureCache
     from whisper_at_cli.heads import search_heads, train_head
     from whisper_at_cli.heads.training.ranks import is_lead
+    from whisper_at_cli.heads.training.search import SearchResult
 
     options["head"] = head
     opened, lead = FeatureCache.open(cache), is_lead()
     with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"] or not lead) as progress:
+        result: TrainResult | SearchResult
         if search:
             result = search_heads(opened, rates=rates or None, widths=widths or None, progress=progress, **options)
         else:
@@ -64,11 +80,16 @@ def train_head_command(ctx, cache, head, widths, rates, search, unfreeze, as_jso
     print_notes(result.warnings)
     if as_json:
         print_json(result)
+    elif isinstance(result, SearchResult):
+        print_search(result)
     else:
-        (print_search if search else print_training)(result)
+        print_training(result)
 
 
-def _finetune(ctx, dataset, head, widths, rates, as_json, *, changes, faithful, dataset_format, **options) -> None:
+def _finetune(
+    ctx: click.Context, dataset: Path | str, head: str | None, widths: tuple[int, ...], rates: tuple[float, ...],
+    as_json: bool, *, changes: dict, faithful: bool, dataset_format: str, **options: Any,
+) -> None:  # fmt: skip
     from whisper_at_cli.heads.file_commands import finetune_command_body
     from whisper_at_cli.heads.training.recipe import FAITHFUL
 
@@ -82,7 +103,7 @@ def _finetune(ctx, dataset, head, widths, rates, as_json, *, changes, faithful, 
     )  # fmt: skip
 
 
-def one_of(option: str, values: tuple):
+def one_of(option: str, values: tuple[Value, ...]) -> Value | None:
     """The value of an option that only a search may repeat."""
     if len(values) > 1:
         raise UsageError(f"{option} was given {len(values)} times: add --search to compare them, or give it once")
@@ -93,7 +114,7 @@ def one_of(option: str, values: tuple):
 @click.option("--model", default="large-v1", show_default=True, help="Whisper size by name.")
 @click.option("--classes", default=527, show_default=True, help="Classes that the heads tell apart.")
 @click.option("--clip-seconds", default=10.0, show_default=True, help="Length of the clip that is counted.")
-def heads_command(model, classes, clip_seconds, as_json):
+def heads_command(model: str, classes: int, clip_seconds: float, as_json: bool) -> None:
     """Parameters and FLOPs of every head for one clip, beside Whisper's encoder and AST (tables 1 and 2 of the paper).
 
     FLOPs count one multiply-add as one, as the paper does; "2x" counts it as two.
@@ -120,7 +141,7 @@ def heads_command(model, classes, clip_seconds, as_json):
     )  # fmt: skip
 
 
-def print_training(result) -> None:
+def print_training(result: TrainResult) -> None:
     folds = "  ".join(f"{fold['fold']}: {score(fold['value'])}" for fold in result.folds)
     rows = [
         ("head", f"{result.head}, {result.dim} channels, {result.params:,} parameters"),
@@ -140,7 +161,7 @@ def print_training(result) -> None:
     print_table(rows, ("training", ""))
 
 
-def print_search(result) -> None:
+def print_search(result: SearchResult) -> None:
     print_table(
         [
             (

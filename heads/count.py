@@ -8,6 +8,7 @@ the weighted average over layers do not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 from whisper_at_cli.extract.backbones.encoder import POSITIONS_PER_SECOND
 from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES, WhisperSize
@@ -92,7 +93,22 @@ def encoder_cost(*, mels: int, layers: int, dim: int, clip_seconds: float) -> Co
     return total
 
 
-def ast_cost(config=None) -> Cost:
+class ASTSizes(Protocol):
+    """What of a `transformers.ASTConfig` decides its cost."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    patch_size: int
+    frequency_stride: int
+    time_stride: int
+    max_length: int
+    num_mel_bins: int
+    num_labels: int
+    qkv_bias: bool
+
+
+def ast_cost(config: ASTSizes | None = None) -> Cost:
     """Cost of AST on one clip of 10 s, from a `transformers.ASTConfig`: by default the paper's AST, with 527 classes.
 
     Raises UsageError where the `transformers` extra is not installed.
@@ -102,7 +118,8 @@ def ast_cost(config=None) -> Cost:
             from transformers import ASTConfig
         except ImportError as error:
             raise UsageError("AST's sizes come from transformers; run: pip install 'whisper-at-cli[hf]'") from error
-        config = ASTConfig(num_labels=AUDIOSET_CLASSES)
+        config = cast("ASTSizes", ASTConfig())
+        config.num_labels = AUDIOSET_CLASSES
     dim, patch = config.hidden_size, config.patch_size
     if config.intermediate_size != 4 * dim or not config.qkv_bias:
         raise UsageError("only an AST whose MLP is four times as wide, with biases on query, key and value, is counted")
@@ -141,7 +158,7 @@ def head_table(model: str, classes: int = AUDIOSET_CLASSES, clip_seconds: float 
     if classes < 1 or clip_seconds <= 0:
         raise UsageError(f"cannot count heads for {classes} classes and clips of {clip_seconds} seconds")
     encoder = encoder_cost(mels=size.mels, layers=size.layers, dim=size.dim, clip_seconds=clip_seconds)
-    heads = [(head, None) for head in ("last-mlp", "wa-mlp", "wa-tr", "tl-tr")]
+    heads: list[tuple[str, int | None]] = [(head, None) for head in ("last-mlp", "wa-mlp", "wa-tr", "tl-tr")]
     heads += [("tl-tr", width) for width in PROJECTIONS if width < size.dim]
     rows = []
     for head, width in heads:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from whisper_at_cli.extract.errors import AudioError, UsageError, WhisperATError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import HeadDescription, load_encoder_weights, load_head, save_head
 from whisper_at_cli.heads.evaluate import NEEDS_AUDIO, Evaluation, as_evaluation, class_columns
+from whisper_at_cli.heads.forms import Head
 from whisper_at_cli.heads.metrics import evaluate_scores
 from whisper_at_cli.heads.seen import choose_rows
 from whisper_at_cli.heads.training.data import free_bytes
@@ -45,7 +46,9 @@ EVALUATION_BATCH = 16
 class EncoderWithHead(nn.Module):
     """Waveforms (B, samples) float32 at 16 kHz -> logits (B, C), through an encoder whose weights can be trained."""
 
-    def __init__(self, encoder: WhisperEncoder, head: nn.Module, *, pools: bool):
+    description: HeadDescription  # once it was loaded from a folder
+
+    def __init__(self, encoder: WhisperEncoder, head: Head, *, pools: bool):
         super().__init__()
         self.encoder, self.head, self.pools = encoder, head, pools
         for block in encoder.blocks:
@@ -62,7 +65,7 @@ class EncoderWithHead(nn.Module):
         return self.head(trainable_features(self.encoder, mel_BMF, pooled=self.pools))
 
 
-def new_model(weights: WhisperWeights, head: nn.Module, *, pools: bool) -> EncoderWithHead:
+def new_model(weights: WhisperWeights, head: Head, *, pools: bool) -> EncoderWithHead:
     """A head on an encoder that starts from these weights, which stay as they are."""
     state = {name: value.clone() for name, value in weights.state.items() if name.startswith("encoder.")}
     return EncoderWithHead(encoder_from_state(state, heads=weights.dims["n_audio_head"]), head, pools=pools)
@@ -121,7 +124,9 @@ def openai_state(encoder: WhisperEncoder) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
 
 
-def save_end_to_end(model: EncoderWithHead, folder, description: HeadDescription, trained_ids) -> Path:
+def save_end_to_end(
+    model: EncoderWithHead, folder: str | Path, description: HeadDescription, trained_ids: Iterable[str]
+) -> Path:
     """Head, encoder and description in one folder. The description gets the checksum of the encoder as it is now."""
     state = openai_state(model.encoder)
     sha256 = WhisperWeights(description.backbone, "", {}, state).encoder_sha256()
@@ -138,7 +143,9 @@ def load_end_to_end(folder: str | Path, device: str | torch.device = "cpu") -> E
     """
     state = load_encoder_weights(folder)
     head = load_head(folder)
-    encoder = encoder_from_state(state, heads=head.description.encoder["heads"])
+    made_of = head.description.encoder
+    assert made_of is not None, "load_encoder_weights has refused a head without an encoder"
+    encoder = encoder_from_state(state, heads=made_of["heads"])
     model = EncoderWithHead(encoder, head, pools=head.description.frames == FRAMES)
     model.description = head.description
     return model.to(device).eval()

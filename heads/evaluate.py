@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from whisper_at_cli.extract.ahead import in_order
 from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.cache.reader import Rows
 from whisper_at_cli.extract.cache.schema import brief
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import UNKNOWN, HeadDescription, load_head
+from whisper_at_cli.heads.forms import Head
 from whisper_at_cli.heads.metrics import Metrics, evaluate_scores
 from whisper_at_cli.heads.seen import choose_rows
 from whisper_at_cli.heads.training.data import Clips
@@ -69,7 +72,7 @@ def predict(module: nn.Module, clips: Clips, positions: np.ndarray) -> np.ndarra
 
 
 def evaluate_head(
-    checkpoint: str | Path | nn.Module, cache: FeatureCache, *, rows=None, fold: int | None = None,
+    checkpoint: str | Path | Head, cache: FeatureCache, *, rows: Rows | None = None, fold: int | None = None,
     split: str | None = None, device: str = "auto", progress: Progress | None = None,
 ) -> Evaluation:  # fmt: skip
     """Metrics of a saved head on clips of a cache: these rows, or those of a fold or a split; by default those that the
@@ -80,8 +83,11 @@ def evaluate_head(
     """
     started = time.monotonic()
     target = choose_device(device)
-    folder = None if isinstance(checkpoint, nn.Module) else Path(checkpoint)
-    module = checkpoint if folder is None else load_head(folder)
+    if isinstance(checkpoint, nn.Module):
+        folder, module = None, checkpoint
+    else:
+        folder = Path(checkpoint)
+        module = load_head(folder)
     description = module.description
     if description.encoder is not None:
         raise UsageError(NEEDS_AUDIO.format(folder or "this head"))
@@ -98,7 +104,9 @@ def evaluate_head(
     )  # fmt: skip
 
 
-def as_evaluation(metrics: Metrics, description: HeadDescription, class_clips: list[int], *, notes, **run):
+def as_evaluation(
+    metrics: Metrics, description: HeadDescription, class_clips: list[int], *, notes: list[str], **run: Any
+) -> Evaluation:
     """Metrics under the names of the classes, with what is known of the run."""
     names = description.class_names
     matrix = metrics.confusion
@@ -117,7 +125,7 @@ def as_evaluation(metrics: Metrics, description: HeadDescription, class_clips: l
 
 @torch.no_grad()
 def stream_logits(
-    module: nn.Module, cache: FeatureCache, rows: np.ndarray, device: torch.device, progress: Progress | None = None
+    module: Head, cache: FeatureCache, rows: np.ndarray, device: torch.device, progress: Progress | None = None
 ) -> Tensor:
     """Logits (n, C) float32 of these rows, in this order, on `device`. Reads ahead by one piece of READ_BYTES."""
     module.eval()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from whisper_at_cli.extract.options import DEVICE, command
 from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
+
+if TYPE_CHECKING:
+    from whisper_at_cli.heads.evaluate import Evaluation
 
 CLASSES_SHOWN = 60  # all of them up to here, else those with the lowest and the highest precision
 CONFUSIONS_SHOWN = 5
@@ -23,7 +27,9 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--split", help="Only the clips of this split.")
 @DEVICE
 @click.pass_context
-def evaluate_command(ctx, checkpoint, data, fold, split, device, as_json):
+def evaluate_command(
+    ctx: click.Context, checkpoint: Path, data: str, fold: int | None, split: str | None, device: str, as_json: bool
+) -> None:
     """Metrics of the head in the folder CHECKPOINT on DATA: mAP, mAUC, d-prime, accuracy, each class, confusions.
 
     DATA is a cache made like the one that the head was trained on. Without --fold and --split, the clips that the head
@@ -39,7 +45,7 @@ def evaluate_command(ctx, checkpoint, data, fold, split, device, as_json):
     from whisper_at_cli.heads.checkpoint import read_record
     from whisper_at_cli.heads.endtoend import evaluate_end_to_end
 
-    options = {"fold": fold, "split": split, "device": device}
+    options: dict[str, Any] = {"fold": fold, "split": split, "device": device}
     with progress_on_stderr("evaluate", "clips", quiet=ctx.obj["quiet"]) as progress:
         if read_record(checkpoint).get("encoder"):
             found = evaluate_end_to_end(checkpoint, data, progress=progress, **options)
@@ -62,7 +68,10 @@ def evaluate_command(ctx, checkpoint, data, fold, split, device, as_json):
 @click.option("--layers", type=int, help="Layers of the encoder, where its name is no Whisper size.")
 @click.option("--loss", default="bce", show_default=True, help="bce for several labels a clip, ce for one.")
 @click.option("--cache", help="Take all of these from this cache, where they are not given.")
-def import_head_command(file, folder, backbone, class_names, clip_seconds, layers, loss, cache, as_json):
+def import_head_command(
+    file: Path, folder: Path, backbone: str | None, class_names: Path | None, clip_seconds: float | None,
+    layers: int | None, loss: str, cache: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Bring a head that the original project trained (FILE.pth) into FOLDER, as `train-head --out` would have left it.
 
     Its form and sizes come from its tensors. Nothing in the file is run.
@@ -102,7 +111,7 @@ def import_head_command(file, folder, backbone, class_names, clip_seconds, layer
     "--prefix", default="module.", show_default=True,
     help="module. as the original's training names tensors, or at_model. as its package does.",
 )  # fmt: skip
-def export_head_command(folder, file, prefix, as_json):
+def export_head_command(folder: Path, file: Path, prefix: str, as_json: bool) -> None:
     """Write the head in FOLDER as a state dict of the original project, FILE.pth.
 
     Tensors are the same bit for bit; class names, backbone and recipe have no place in that form.
@@ -123,7 +132,7 @@ def export_head_command(folder, file, prefix, as_json):
 @click.argument("number", type=int)
 @click.argument("results", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--format", "form", default="text", show_default=True, help="text, markdown, latex or csv.")
-def table_command(number, results, form, as_json):
+def table_command(number: int, results: tuple[Path, ...], form: str, as_json: bool) -> None:
     """Table NUMBER (1 or 2) of the paper: its rows as printed and as counted here, and your own RESULTS below them.
 
     A result is a folder that train-head --out wrote, or a file of what train-head --json or evaluate --json printed.
@@ -147,7 +156,9 @@ def table_command(number, results, form, as_json):
     click.echo(f"printed values: {table['source']}; the others are counted or measured here", err=True)
 
 
-def finetune_command_body(dataset, *, dim, quiet, as_json, model, **options) -> None:
+def finetune_command_body(
+    dataset: str | Path, *, dim: int | None, quiet: bool, as_json: bool, model: str, **options: Any
+) -> None:
     """What `train-head DATASET --unfreeze --model M` does: fine-tune from audio, and print the result."""
     from whisper_at_cli.heads.training.finetune import finetune
 
@@ -171,7 +182,7 @@ def finetune_command_body(dataset, *, dim, quiet, as_json, model, **options) -> 
     )
 
 
-def print_evaluation(found) -> None:
+def print_evaluation(found: Evaluation) -> None:
     trained_on = "not recorded" if found.clips_trained_on is None else f"{found.clips_trained_on}"
     print_table(
         [
@@ -185,8 +196,8 @@ def print_evaluation(found) -> None:
         ],
         ("evaluation", f"{found.head}, {found.dim} channels"),
     )
-    defined = [name for name, value in found.class_ap.items() if value == value]
-    defined.sort(key=found.class_ap.get)
+    in_order = sorted((value, at, name) for at, (name, value) in enumerate(found.class_ap.items()) if value == value)
+    defined = [name for _, _, name in in_order]
     if len(defined) > CLASSES_SHOWN:
         defined = defined[: CLASSES_SHOWN // 2] + defined[-CLASSES_SHOWN // 2 :]
     print_table(

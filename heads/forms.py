@@ -7,11 +7,16 @@ be exchanged with it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whisper_at_cli.extract.errors import UsageError
+
+if TYPE_CHECKING:
+    from whisper_at_cli.heads.checkpoint import HeadDescription
 
 TEMPORAL_ATTENTION_HEADS = 1
 LAYER_ATTENTION_HEADS = 8
@@ -58,7 +63,14 @@ def normed_linear(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, outputs))
 
 
-class LastMLP(nn.Module):
+class Head(nn.Module):
+    """What every head has: what it `reads` of a cache and, once it was loaded from a folder, its `description`."""
+
+    reads: ClassVar[str]
+    description: HeadDescription
+
+
+class LastMLP(Head):
     """Last-MLP: mean over time of the last layer, linear. features (B, L, T, D) -> logits (B, C)."""
 
     reads = "last mean"
@@ -71,7 +83,7 @@ class LastMLP(nn.Module):
         return self.mlp_layer(features_BLTD[:, -1].mean(dim=1))
 
 
-class WAMLP(nn.Module):
+class WAMLP(Head):
     """WA-MLP: mean over time, learned average over layers, linear. features (B, L, T, D) -> logits (B, C)."""
 
     reads = "mean"
@@ -87,7 +99,7 @@ class WAMLP(nn.Module):
         return self.mlp_layer(mixed_BD)
 
 
-class LastTr(nn.Module):
+class LastTr(Head):
     """Last-Tr: a block over time on the last layer, mean, linear. features (B, L, T, D) -> logits (B, C).
 
     What the paper's end-to-end rows put on the encoder."""
@@ -103,7 +115,7 @@ class LastTr(nn.Module):
         return self.mlp_layer(self.time_tr(features_BLTD[:, -1]).mean(dim=1))
 
 
-class WATr(nn.Module):
+class WATr(Head):
     """WA-Tr: learned average over layers, a block over time, mean, linear. features (B, L, T, D) -> logits (B, C)."""
 
     reads = "features"
@@ -120,7 +132,7 @@ class WATr(nn.Module):
         return self.mlp_layer(self.time_tr(mixed_BTD).mean(dim=1))
 
 
-class TLTr(nn.Module):
+class TLTr(Head):
     """TL-Tr: a block over time shared by all layers, mean, a block over layers, mean, linear. features (B, L, T, D) ->
     logits (B, C). With `width`, features are first projected to that many channels."""
 
@@ -141,10 +153,10 @@ class TLTr(nn.Module):
         return self.mlp_layer(self.layer_tr(layers_BLd).mean(dim=1))
 
 
-FORMS = {"last-mlp": LastMLP, "wa-mlp": WAMLP, "last-tr": LastTr, "wa-tr": WATr, "tl-tr": TLTr}
+FORMS: dict[str, type[Head]] = {"last-mlp": LastMLP, "wa-mlp": WAMLP, "last-tr": LastTr, "wa-tr": WATr, "tl-tr": TLTr}
 
 
-def head_form(head: str, width: int | None = None) -> type[nn.Module]:
+def head_form(head: str, width: int | None = None) -> type[Head]:
     """The class of the head of this name. Raises UsageError for an unknown one, or one that cannot have this width."""
     if head not in FORMS:
         raise UsageError(f"head {head!r} is not known; choose from {', '.join(FORMS)}")
@@ -155,7 +167,7 @@ def head_form(head: str, width: int | None = None) -> type[nn.Module]:
     return FORMS[head]
 
 
-def build_head(head: str, *, layers: int, dim: int, classes: int, width: int | None = None) -> nn.Module:
+def build_head(head: str, *, layers: int, dim: int, classes: int, width: int | None = None) -> Head:
     """A new head with random weights: features (B, layers, T, dim) float32 -> logits (B, classes).
 
     `width` is the number of channels that tl-tr projects to first; None is no projection. Raises UsageError.

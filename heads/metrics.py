@@ -54,7 +54,7 @@ class Metrics:
 
 
 @torch.no_grad()
-def evaluate_scores(scores, labels) -> Metrics:
+def evaluate_scores(scores: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> Metrics:
     """Metrics of scores (N, C) against labels (N, C) of 0 and 1; NumPy arrays or tensors, ranked on their device.
 
     Ties are taken as scikit-learn takes them: clips with the same score pass any threshold together.
@@ -80,9 +80,9 @@ def d_prime(auc: float) -> float:
     return math.sqrt(2) * NormalDist().inv_cdf(auc) if 0 < auc < 1 else math.nan
 
 
-def _checked(scores, labels) -> tuple[Tensor, Tensor]:
+def _checked(given_scores: np.ndarray | Tensor, given_labels: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
     """As tensors of one shape (N, C) on the scores' device: scores float32 or float64, labels bool."""
-    scores, labels = (torch.as_tensor(values) for values in (scores, labels))
+    scores, labels = torch.as_tensor(given_scores), torch.as_tensor(given_labels)
     if scores.ndim != 2 or scores.shape != labels.shape:
         raise ValueError(f"scores {tuple(scores.shape)} and labels {tuple(labels.shape)} must both be (clips, classes)")
     if scores.device.type == "mps":  # which has no float64

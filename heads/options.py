@@ -6,7 +6,9 @@ Nothing heavy is imported here, since `--help` reads it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -16,29 +18,39 @@ from whisper_at_cli.heads.training.recipe import Recipe
 RUN_SETTINGS = ("lr", "seed")  # declared below, with what a run makes of them
 
 
+Function = Callable[..., None]
+Decorator = Callable[[Function], Function]
+
+
 class WholeOrNone(click.ParamType):
     """A whole number, or `none`."""
 
     name = "integer or none"
 
-    def convert(self, value, param, ctx):
-        return "none" if str(value).lower() == "none" else click.INT.convert(value, param, ctx)
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value)
+        return "none" if text.lower() == "none" else cast("click.ParamType[int]", click.INT).convert(text, param, ctx)
 
 
-TYPES = {"int": click.INT, "float": click.FLOAT, "str": click.STRING, "int | None": WholeOrNone()}
+TYPES: dict[str, click.ParamType] = {
+    "int": click.INT,
+    "float": click.FLOAT,
+    "str": click.STRING,
+    "int | None": WholeOrNone(),
+}
 
 
-def _setting_option(setting: dataclasses.Field):
+def _setting_option(setting: dataclasses.Field) -> Decorator:
     """The option of one setting; where it is not given, the recipe's value holds."""
-    flag, help = setting.name.replace("_", "-"), setting.metadata["help"]
-    if setting.type == "bool":
+    flag, help, kind = setting.name.replace("_", "-"), setting.metadata["help"], str(setting.type)
+    if kind == "bool":
         return click.option(f"--{flag}/--no-{flag}", setting.name, default=None, help=help)
-    if setting.type.startswith("tuple"):
+    if kind.startswith("tuple"):
         return click.option(f"--{flag}", setting.name, type=float, nargs=2, default=None, help=help)
-    return click.option(f"--{flag}", setting.name, type=TYPES[setting.type], help=help)
+    return click.option(f"--{flag}", setting.name, type=TYPES[kind], help=help)
 
 
-def recipe_options(function):
+def recipe_options(function: Function) -> Function:
     """Decorate a command with an option for every setting of a recipe; `given_settings` picks what was given."""
     for setting in reversed(dataclasses.fields(Recipe)):
         if setting.name not in RUN_SETTINGS:
@@ -99,7 +111,7 @@ ONLY_UNFROZEN = ("model", "encoder_lr_share", "fold", "dataset_format", "clip_se
 ONLY_FROZEN = ("seeds", "search", "restart", "tensorboard", "tier", "together")
 
 
-def run_options(function):
+def run_options(function: Function) -> Function:
     for option in reversed(RUN_OPTIONS + UNFREEZE_OPTIONS):
         function = option(function)
     return function
@@ -109,7 +121,10 @@ def refuse_the_other_kind(ctx: click.Context, unfreeze: bool) -> None:
     """Raises UsageError for an option that was given and would do nothing."""
     default = click.core.ParameterSource.DEFAULT
     names = ONLY_FROZEN if unfreeze else ONLY_UNFROZEN
-    given = [param for param in ctx.command.params if param.name in names]
-    given = [param.opts[0] for param in given if ctx.get_parameter_source(param.name) != default]
+    given = [
+        param.opts[0]
+        for param in ctx.command.params
+        if param.name in names and ctx.get_parameter_source(param.name) != default
+    ]
     if given:
         raise UsageError(f"{', '.join(given)} {'does nothing with' if unfreeze else 'needs'} --unfreeze")

@@ -186,10 +186,14 @@ def read_class_names(file: str | Path) -> tuple[str, ...]:
 class _Said:
     """What is known of a head beyond its tensors: from options, else from a cache, else AudioSet's, with a note."""
 
-    def __init__(self, file, shape, like, backbone, class_names, clip_seconds, layers, loss):
+    def __init__(
+        self, file: Path, shape: HeadShape, like: CacheSpec | None, backbone: str | None,
+        class_names: tuple[str, ...] | None, clip_seconds: float | None, layers: int | None, loss: str,
+    ):  # fmt: skip
         self.file, self.shape, self.loss = file, shape, loss
         self.backbone, self.names, self.seconds, self.layers = backbone, class_names, clip_seconds, layers
-        self.sha256, self.notes = UNKNOWN, []
+        self.sha256 = UNKNOWN
+        self.notes: list[str] = []
         if like is not None:
             self.backbone = backbone or like.backbone
             self.sha256 = like.weights_sha256 if self.backbone == like.backbone else UNKNOWN
@@ -198,10 +202,16 @@ class _Said:
             self.layers = layers or like.layers
 
     def description(self) -> HeadDescription:
+        from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
+
         shape = self.shape
         if self.loss not in ("bce", "ce"):
             raise UsageError(f"loss {self.loss!r} is not known; choose bce (several labels a clip) or ce (one)")
-        layers = self._layers()
+        if self.backbone is None:
+            fitting = [name for name, size in WHISPER_SIZES.items() if size.dim == shape.dim]
+            hint = f" {shape.dim} channels are those of {', '.join(fitting)}" if fitting else ""
+            raise UsageError(f"{self.file} does not say on which encoder its head was trained: give --backbone.{hint}")
+        layers = self._layers(self.backbone)
         names, known = self._class_names()
         if shape.head in ("last-mlp", "last-tr"):
             self.notes.append(
@@ -213,23 +223,19 @@ class _Said:
             clip_seconds=self._clip_seconds(), loss=self.loss, source=self.file.name,
         )  # fmt: skip
 
-    def _layers(self) -> int:
+    def _layers(self, backbone: str) -> int:
         from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 
         shape = self.shape
-        size = WHISPER_SIZES.get(self.backbone)
-        if self.backbone is None:
-            fitting = [name for name, size in WHISPER_SIZES.items() if size.dim == shape.dim]
-            hint = f" {shape.dim} channels are those of {', '.join(fitting)}" if fitting else ""
-            raise UsageError(f"{self.file} does not say on which encoder its head was trained: give --backbone.{hint}")
+        size = WHISPER_SIZES.get(backbone)
         if size and size.dim != shape.dim:
-            raise UsageError(f"the head reads {shape.dim} channels and {self.backbone} has {size.dim}")
+            raise UsageError(f"the head reads {shape.dim} channels and {backbone} has {size.dim}")
         layers = shape.layers or self.layers or (size.layers if size else None)
-        for found, what in ((self.layers, "were given"), (size and size.layers, f"has {self.backbone}")):
+        for found, what in ((self.layers, "were given"), (size and size.layers, f"has {backbone}")):
             if found and layers and found != layers:
                 raise UsageError(f"the head is one for {layers} layers and {found} {what}")
         if layers is None:
-            raise UsageError(f"{self.backbone!r} is no Whisper size, so its number of layers has to be given: --layers")
+            raise UsageError(f"{backbone!r} is no Whisper size, so its number of layers has to be given: --layers")
         return layers
 
     def _class_names(self) -> tuple[tuple[str, ...], bool]:

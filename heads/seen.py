@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from whisper_at_cli.extract.cache import FeatureCache
-from whisper_at_cli.extract.cache.folds import cache_folds
+from whisper_at_cli.extract.cache.folds import ClipColumns, cache_folds
+from whisper_at_cli.extract.cache.reader import Rows
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.checkpoint import HeadDescription, id_hashes, trained_id_hashes
 
@@ -49,8 +49,8 @@ class Choice:
 
 
 def choose_rows(
-    cache: FeatureCache, description: HeadDescription, folder: Path | None, *, rows=None, fold: int | None = None,
-    split: str | None = None,
+    cache: ClipColumns, description: HeadDescription, folder: Path | None, *, rows: Rows | None = None,
+    fold: int | None = None, split: str | None = None,
 ) -> Choice:  # fmt: skip
     """The clips to evaluate a head on, and how many of them it was trained on.
 
@@ -73,7 +73,7 @@ def choose_rows(
     return Choice(chosen, text, None if seen is None else seen[chosen])
 
 
-def seen_rows(cache: FeatureCache, description: HeadDescription, folder: Path | None) -> np.ndarray | None:
+def seen_rows(cache: ClipColumns, description: HeadDescription, folder: Path | None) -> np.ndarray | None:
     """(N,) bool: whether the head was trained on a clip; None where that cannot be told."""
     hashes = None if folder is None else trained_id_hashes(folder)
     if hashes is not None:
@@ -81,7 +81,7 @@ def seen_rows(cache: FeatureCache, description: HeadDescription, folder: Path | 
     return _by_division(cache, description, folder)
 
 
-def _by_division(cache: FeatureCache, description: HeadDescription, folder: Path | None) -> np.ndarray | None:
+def _by_division(cache: ClipColumns, description: HeadDescription, folder: Path | None) -> np.ndarray | None:
     """As training divides this cache, if the head's number of training clips is that of the part it would have had."""
     if description.trained_clips == 0 or cache.done.sum() < 2:
         return None
@@ -99,7 +99,7 @@ def _by_division(cache: FeatureCache, description: HeadDescription, folder: Path
     return seen
 
 
-def _of_fold_and_split(cache: FeatureCache, fold: int | None, split: str | None) -> tuple[np.ndarray, str]:
+def _of_fold_and_split(cache: ClipColumns, fold: int | None, split: str | None) -> tuple[np.ndarray, str]:
     chosen, texts = cache.done.copy(), []
     if fold is not None:
         chosen &= cache.fold == fold

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,8 @@ from whisper_at_cli.heads.count import (
     end_to_end_cost,
     head_cost,
 )
+
+Row = tuple[str, ...]
 
 FORMATS = ("text", "markdown", "latex", "csv")
 AS2M_CLIPS = 200_000  # a head trained on this many clips or more stands in the column of the large set
@@ -54,7 +57,7 @@ def paper() -> dict:
     return json.loads(files("whisper_at_cli.heads").joinpath("paper.json").read_text(encoding="utf-8"))
 
 
-def paper_table(number: int, results=()) -> dict:
+def paper_table(number: int, results: Iterable[str | Path] = ()) -> dict:
     """Table 1 or 2: its rows as printed and as counted here, then those of one's own results.
 
     A result is a checkpoint's folder, its head.json, or what `train-head --json` or `evaluate --json` printed.
@@ -96,10 +99,10 @@ def render(table: dict, form: str) -> str:
     return writers[form](header, rows)
 
 
-def cells(table: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def cells(table: dict) -> tuple[Row, list[Row]]:
     """Header and rows as text. What the paper prints and what is counted here stand side by side."""
     number = table["table"]
-    header = {
+    header: Row = {
         1: ("system", "training", "head", "AS-20K mAP", "AS-2M mAP", "ESC-50 acc."),
         2: ("TL-Tr channels", "AS-20K mAP", "ESC-50 acc."),
     }[number]
@@ -222,7 +225,7 @@ def _own_values(result: OwnResult) -> dict:
     record, metric = result.record, result.metric
     classes = len(record["class_names"])
     value = None if result.value is None else 100 * result.value
-    columns = {"as20k_mAP": None, "as2m_mAP": None, "esc50_accuracy": None}
+    columns: dict[str, float | None] = {"as20k_mAP": None, "as2m_mAP": None, "esc50_accuracy": None}
     audioset = "as2m_mAP" if record["trained_clips"] >= AS2M_CLIPS else "as20k_mAP"
     column = {(AUDIOSET_CLASSES, "mAP"): audioset, (ESC50_CLASSES, "accuracy"): "esc50_accuracy"}.get((classes, metric))
     if column and not result.seen:
@@ -236,7 +239,7 @@ def _own_values(result: OwnResult) -> dict:
     }  # fmt: skip
 
 
-def _text(value, digits: int = 1) -> str:
+def _text(value: str | float | None, digits: int = 1) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
@@ -248,12 +251,12 @@ def _text(value, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if value >= 0.1 else f"{value:.2g}"
 
 
-def _markdown(header, rows) -> str:
+def _markdown(header: Row, rows: list[Row]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _latex(header, rows) -> str:
+def _latex(header: Row, rows: list[Row]) -> str:
     special = str.maketrans({character: f"\\{character}" for character in "&%$#_{}"})
     special |= {ord("\\"): r"\textbackslash{}", ord("~"): r"\textasciitilde{}", ord("^"): r"\textasciicircum{}"}
     lines = [" & ".join(cell.translate(special) for cell in line) + r" \\" for line in (header, *rows)]
@@ -263,7 +266,7 @@ def _latex(header, rows) -> str:
     )
 
 
-def _csv(header, rows) -> str:
+def _csv(header: Row, rows: list[Row]) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([header, *rows])
     return out.getvalue().rstrip("\n")

@@ -26,6 +26,7 @@ from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.probe import job as shared
 from whisper_at_cli.probe.job import Job, Prediction
 
+WRONG_STRENGTH = "strength of an attentive probe must be a positive number; it is {}"
 COPIES = 3  # of the frames of a layer that lie in memory at once
 
 
@@ -36,9 +37,9 @@ class AttentiveProbe:
     learning_rate: float = 0.4  # of W and b, divided by sqrt(D), so that logits move as fast whatever D is
     query_rate: float = 0.1
 
-    def __post_init__(self):
-        if isinstance(self.strength, str) or not (np.isfinite(self.strength) and self.strength > 0):
-            raise UsageError(f"strength of an attentive probe must be a positive number; it is {self.strength}")
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.strength) and self.strength > 0):
+            raise UsageError(WRONG_STRENGTH.format(self.strength))
 
     def run(self, job: Job, layers: list[int]) -> Iterator[Prediction]:
         """Predictions of each layer in order. Raises WhisperATError where a layer's frames do not fit in memory."""
@@ -52,10 +53,10 @@ class AttentiveProbe:
             )
         at_once = 1 if job.device.type == "cpu" else max(1, shared.BATCH_BYTES // (COPIES * size))
         groups = [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
-        with job.threads_for(min(len(groups), max(1, memory // (2 * COPIES * size)))) as workers:
-            with ThreadPoolExecutor(workers) as pool:
-                for predictions in pool.map(lambda group: self._probe(job, group), groups):
-                    yield from predictions
+        fitting = min(len(groups), max(1, memory // (2 * COPIES * size)))
+        with job.threads_for(fitting) as workers, ThreadPoolExecutor(workers) as pool:
+            for predictions in pool.map(lambda group: self._probe(job, group), groups):
+                yield from predictions
 
     def _probe(self, job: Job, layers: list[int]) -> list[Prediction]:
         x_GnTD = torch.from_numpy(np.stack([job.frames(layer) for layer in layers])).to(job.device)

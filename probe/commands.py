@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +13,9 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.options import CACHE, DEVICE, SEED, command
 from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
+
+if TYPE_CHECKING:
+    from whisper_at_cli.probe.layers import ProbeResult
 
 CLASSES_SHOWN = 60
 CONFUSIONS_SHOWN = 5
@@ -40,8 +45,10 @@ CONFUSIONS_SHOWN = 5
 @DEVICE
 @click.pass_context
 def probe_command(
-    ctx, cache, layers, kind, strength, neighbours, faithful, unstandardised, csv_path, figure, seed, device, as_json
-):
+    ctx: click.Context, cache: Path | str, layers: tuple[str, ...], kind: str, strength: str, neighbours: int,
+    faithful: bool, unstandardised: bool, csv_path: Path | None, figure: Path | None, seed: int, device: str,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Fit a probe to each layer of CACHE and print how well it tells the classes apart.
 
     Uses the dataset's official folds, its split, or else random folds, grouped by recording where names tell it.
@@ -55,7 +62,7 @@ def probe_command(
     from whisper_at_cli.probe import probe_layers
 
     opened = FeatureCache.open(cache)
-    kind = _kind(ctx, kind, faithful, unstandardised)
+    kind = _kind(ctx, kind, faithful)
     with progress_on_stderr("probe", "layers", quiet=ctx.obj["quiet"]) as progress:
         result = probe_layers(
             opened, layers=_layer_numbers(layers), kind=kind, strength=_strength(strength), neighbours=neighbours,
@@ -78,14 +85,18 @@ def probe_command(
         _print_classes(result)
 
 
-def _kind(ctx, kind: str, faithful: bool, unstandardised: bool) -> str:
+def _was_given(ctx: click.Context, option: str) -> bool:
+    return ctx.get_parameter_source(option) != click.core.ParameterSource.DEFAULT
+
+
+def _kind(ctx: click.Context, kind: str, faithful: bool) -> str:
     """The kind of probe. Raises UsageError for options that only another kind takes."""
-    if faithful and ctx.get_parameter_source("kind").name != "DEFAULT":
+    if faithful and _was_given(ctx, "kind"):
         raise UsageError(f"--faithful is a kind of its own; leave out --kind {kind}")
     kind = "faithful" if faithful else kind
     takers = {"strength": ("linear", "attentive"), "neighbours": ("knn",), "unstandardised": ("faithful",)}
     for option, kinds in takers.items():
-        if kind not in kinds and ctx.get_parameter_source(option).name != "DEFAULT":
+        if kind not in kinds and _was_given(ctx, option):
             asked = " or ".join("--faithful" if name == "faithful" else f"--kind {name}" for name in kinds)
             raise UsageError(f"--{option} is for {asked}; leave it out")
     return kind
@@ -100,7 +111,7 @@ def _strength(text: str) -> float | str:
         raise UsageError(f"--strength {text} is neither a number nor 'auto'") from None
 
 
-def _layer_numbers(layers: tuple[str, ...]):
+def _layer_numbers(layers: tuple[str, ...]) -> str | list[int]:
     if "all" in layers:
         return "all"
     wrong = next((layer for layer in layers if not layer.lstrip("-").isdecimal()), None)
@@ -109,27 +120,26 @@ def _layer_numbers(layers: tuple[str, ...]):
     return [int(layer) for layer in layers]
 
 
-def print_probe(result) -> None:
-    if result.metric == "accuracy":
-        header = ("layer", "accuracy", "std over folds", "macro F1")
-        rows = [(row.layer, row.accuracy, row.accuracy_std, row.macro_f1) for row in result.layers]
-    else:
-        header = ("layer", "mAP", "std over folds")
-        rows = [(row.layer, row.mAP, row.mAP_std) for row in result.layers]
-    rows = [(row[0], *map(score, row[1:])) for row in rows]
+def print_probe(result: ProbeResult) -> None:
+    more = ("macro F1",) if result.metric == "accuracy" else ()
+    header = ("layer", result.metric, "std over folds", *more)
+    fields = (result.metric, f"{result.metric}_std", *(name.replace(" ", "_").lower() for name in more))
+    rows = [[f"{row.layer}", *(score(getattr(row, field)) for field in fields)] for row in result.layers]
     if result.strength == "auto":
         header = (*header, "strengths of the folds")
-        chosen = [" ".join(f"{fold['strength']:g}" for fold in row.folds) for row in result.layers]
-        rows = [(*row, strengths) for row, strengths in zip(rows, chosen, strict=True)]
+        for cells, layer in zip(rows, result.layers, strict=True):
+            cells.append(" ".join(f"{fold['strength']:g}" for fold in layer.folds))
     print_table(rows, header)
 
 
-def _print_classes(result) -> None:
+def _print_classes(result: ProbeResult) -> None:
     """Best layer of each class, and which classes the best layer takes for one another."""
+    from whisper_at_cli.probe.scores import LayerPrecision
+
     if result.best_layer is None:
         return
     best = next(layer for layer in result.layers if layer.layer == result.best_layer)
-    per_class = best.class_f1 if result.metric == "accuracy" else best.class_ap
+    per_class = best.class_ap if isinstance(best, LayerPrecision) else best.class_f1
     rows = []
     for name, layer in list(result.best_layer_per_class.items())[:CLASSES_SHOWN]:
         tied = ", ".join(map(str, result.best_layer_per_class_ties.get(name, [])[1:]))
@@ -141,21 +151,21 @@ def _print_classes(result) -> None:
         print_table([(row[0], row[3]) for row in rows], ("class", f"{measure} in layer {best.layer}"))
     if len(result.best_layer_per_class) > len(rows):
         click.echo(f"{len(result.best_layer_per_class) - len(rows)} more classes: --json or --csv has them all\n")
-    if result.metric == "accuracy":
-        _print_confusions(best)
+    if not isinstance(best, LayerPrecision):
+        _print_confusions(best.layer, best.confusion)
 
 
-def _print_confusions(layer) -> None:
+def _print_confusions(layer: int, confusion: dict[str, dict[str, int]]) -> None:
     pairs = [
         (clips, true, predicted)
-        for true, predictions in layer.confusion.items()
+        for true, predictions in confusion.items()
         for predicted, clips in predictions.items()
         if predicted != true
     ]
     pairs.sort(key=lambda pair: -pair[0])
     if pairs:
         shown = [(true, predicted, clips) for clips, true, predicted in pairs[:CONFUSIONS_SHOWN]]
-        print_table(shown, (f"most confused in layer {layer.layer}", "taken for", "clips"))
+        print_table(shown, (f"most confused in layer {layer}", "taken for", "clips"))
 
 
 @command("figure")
@@ -180,7 +190,10 @@ def _print_confusions(layer) -> None:
 @SEED
 @DEVICE
 @click.pass_context
-def figure_command(ctx, number, inputs, robustness, out, strength, seed, device, as_json, **options):
+def figure_command(
+    ctx: click.Context, /, number: str, inputs: tuple[str, ...], robustness: tuple[str, ...], out: Path, strength: str,
+    seed: int, device: str, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
     """Draw figure NUMBER of the paper (1, 2, 3 or 5) from INPUTS; the numbers drawn lie beside it as JSON.
 
     INPUTS are caches, which are probed, and files with what `probe`, `robustness` or `train-head` printed with --json.
@@ -214,7 +227,7 @@ def figure_command(ctx, number, inputs, robustness, out, strength, seed, device,
         click.echo(f"{out}; the numbers: {out.with_suffix('.json')}")
 
 
-FIGURE_OPTIONS = {
+FIGURE_OPTIONS: dict[str, tuple[str, ...]] = {
     "1": ("wer",),
     "2": ("wer", "layer", "low_snr", "high_snr"),
     "3": (),
@@ -222,14 +235,14 @@ FIGURE_OPTIONS = {
 }
 
 
-def _drawing(ctx, number: str, options: dict):
+def _drawing(ctx: click.Context, number: str, options: dict) -> Callable[..., dict]:
     """The function that draws this figure, with its options. Raises UsageError for those of another figure."""
     from whisper_at_cli.probe import figures
 
     if number not in FIGURE_OPTIONS:
         raise UsageError(f"there is no figure {number} to draw; choose from {', '.join(FIGURE_OPTIONS)}")
     for option in options:
-        if option not in FIGURE_OPTIONS[number] and ctx.get_parameter_source(option).name != "DEFAULT":
+        if option not in FIGURE_OPTIONS[number] and _was_given(ctx, option):
             takers = [figure for figure, taken in FIGURE_OPTIONS.items() if option in taken]
             raise UsageError(f"--{option.replace('_', '-')} is for figure {' or '.join(takers)}; leave it out")
     if options["wer"] not in ("whisper", "paper"):
@@ -263,10 +276,12 @@ def _named_number(text: str) -> tuple[str, int]:
     return name, round(value)
 
 
-def _prober(ctx, *, strength: str, layer: int | None, device: str, seed: int):
+def _prober(
+    ctx: click.Context, *, strength: str, layer: int | None, device: str, seed: int
+) -> Callable[[Path | str], ProbeResult]:
     """A function from the path of a cache to the result of its probes."""
 
-    def probe(path):
+    def probe(path: Path | str) -> ProbeResult:
         from whisper_at_cli.extract import FeatureCache
         from whisper_at_cli.probe import probe_layers
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.multiclass import check_classification_targets
@@ -26,18 +28,18 @@ class LayerProbe(ClassifierMixin, BaseEstimator):
         self.tolerance = tolerance
         self.max_iterations = max_iterations
 
-    def fit(self, X, y):
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], ensure_min_samples=2)
-        check_classification_targets(y)
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        features, labels = validate_data(self, X, y, dtype=[np.float64, np.float32], ensure_min_samples=2)
+        check_classification_targets(labels)
         if not self.strength > 0:
             raise ValueError(f"strength must be positive; it is {self.strength}")
-        self.classes_, numbers = np.unique(y, return_inverse=True)
+        self.classes_, numbers = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"a probe needs 2 classes to tell apart; y has only the class {self.classes_[0]!r}")
         solution = solve(
-            torch.tensor(X)[None],
+            torch.tensor(features)[None],
             torch.nn.functional.one_hot(torch.from_numpy(numbers)),
-            torch.ones(len(X), 1, dtype=torch.bool),
+            torch.ones(len(features), 1, dtype=torch.bool),
             strength=self.strength,
             tolerance=self.tolerance,
             max_iterations=self.max_iterations,
@@ -55,18 +57,18 @@ class LayerProbe(ClassifierMixin, BaseEstimator):
         self.coef_, self.intercept_ = coef.T.numpy(), intercept.numpy()
         return self
 
-    def decision_function(self, X):
+    def decision_function(self, X: ArrayLike) -> np.ndarray:
         """Logits (n, C); with two classes (n,), positive for the second."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        logits = X @ self.coef_.T + self.intercept_
+        features = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        logits = features @ self.coef_.T + self.intercept_
         return logits[:, 0] if len(self.classes_) == 2 else logits
 
-    def predict(self, X):
+    def predict(self, X: ArrayLike) -> np.ndarray:
         logits = self.decision_function(X)
         return self.classes_[(logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)]
 
-    def predict_proba(self, X):
+    def predict_proba(self, X: ArrayLike) -> np.ndarray:
         """(n, C), in the order of `classes_`."""
         logits = self.decision_function(X)
         if logits.ndim == 1:

@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from whisper_at_cli.probe.job import Job, Prediction
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 SETTINGS = {
     "hidden_layer_sizes": (),
@@ -57,7 +61,7 @@ class FaithfulProbe:
         return found
 
 
-def fit(features: np.ndarray, truth: np.ndarray, *, standardise: bool = True):
+def fit(features: np.ndarray, truth: np.ndarray, *, standardise: bool = True) -> tuple[Pipeline, bool]:
     """A fitted pipeline, and whether it stopped by itself."""
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline

@@ -1,10 +1,11 @@
-"""Probing a cache: how well does each of its layers tell the classes apart, and which layer is best for which class?"""
+"""Probing a cache: how well each of its layers tells the classes apart, and which layer is best for which class."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import UsageError
@@ -21,7 +22,7 @@ class ProbeResult:
     """Scores of every layer that was asked for, and what they came from. `asdict` of it is the command's JSON."""
 
     metric: str  # accuracy or mAP: what `layers` holds and what the best layers are best in
-    layers: list[LayerAccuracy] | list[LayerPrecision]
+    layers: list[LayerAccuracy | LayerPrecision]  # of one kind
     best_layer: int | None  # of several that are equally good, the lowest
     best_layer_per_class: dict[str, int | None]  # by F1 or average precision; None where that is undefined
     clips: int  # that were trained or tested on
@@ -68,7 +69,7 @@ def probe_layers(
         if progress:
             progress(len(scores), len(numbers), f"layer {prediction.layer}")
     warnings += _notes(predictions, strength)
-    per_class = [score.class_f1 if job.metric == "accuracy" else score.class_ap for score in scores]
+    per_class = [score.class_f1 if isinstance(score, LayerAccuracy) else score.class_ap for score in scores]
     best = best_layers(numbers, [getattr(score, job.metric) for score in scores])
     best_per_class = {name: best_layers(numbers, [values[name] for values in per_class]) for name in per_class[0]}
     return ProbeResult(
@@ -91,7 +92,15 @@ def probe_layers(
     )
 
 
-def _method(kind: str, *, strength: float | str, neighbours: int, standardise: bool) -> tuple[object, dict]:
+class Method(Protocol):
+    """A kind of probe."""
+
+    def run(self, job: Job, layers: list[int]) -> Iterator[Prediction]:
+        """Predictions of each layer in order."""
+        ...
+
+
+def _method(kind: str, *, strength: float | str, neighbours: int, standardise: bool) -> tuple[Method, dict]:
     """The probe of a kind, and its settings for the record."""
     if kind == "linear":
         from whisper_at_cli.probe.linear import LinearProbe
@@ -102,15 +111,17 @@ def _method(kind: str, *, strength: float | str, neighbours: int, standardise: b
 
         return NeighbourProbe(neighbours), {"neighbours": neighbours}
     if kind == "attentive":
-        from whisper_at_cli.probe.attentive import AttentiveProbe
+        from whisper_at_cli.probe.attentive import WRONG_STRENGTH, AttentiveProbe
 
-        method = AttentiveProbe(strength)
-        return method, {"steps": method.steps, "learning_rate": method.learning_rate, "query_rate": method.query_rate}
+        if isinstance(strength, str):
+            raise UsageError(WRONG_STRENGTH.format(strength))
+        probe = AttentiveProbe(strength)
+        return probe, {"steps": probe.steps, "learning_rate": probe.learning_rate, "query_rate": probe.query_rate}
     if kind == "faithful":
         from whisper_at_cli.probe.faithful import FaithfulProbe
 
-        method = FaithfulProbe(standardise)
-        return method, {"standardised": standardise, **method.settings}
+        classifier = FaithfulProbe(standardise)
+        return classifier, {"standardised": standardise, **classifier.settings}
     raise UsageError(f"there is no probe of kind {kind!r}; choose from {', '.join(KINDS)}")
 
 

@@ -20,7 +20,7 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe import job as shared
 from whisper_at_cli.probe.job import Job, Prediction
 from whisper_at_cli.probe.solver import solve
-from whisper_at_cli.probe.strength import AUTO, best_strengths, inner_divisions
+from whisper_at_cli.probe.strength import AUTO, Inner, best_strengths, inner_divisions
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LinearProbe:
 
     strength: float | str = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.strength == AUTO:
             return
         if isinstance(self.strength, str) or not (np.isfinite(self.strength) and self.strength > 0):
@@ -57,7 +57,7 @@ class LinearProbe:
             return 1, folds_at_once
         return max(1, shared.BATCH_BYTES // (per_layer + folds * per_fold)), folds_at_once
 
-    def _probe(self, job: Job, layers: list[int], folds_at_once: int, inner) -> list[Prediction]:
+    def _probe(self, job: Job, layers: list[int], folds_at_once: int, inner: Inner | None) -> list[Prediction]:
         x_GND = torch.from_numpy(np.stack([job.mean(layer) for layer in layers]))
         strength_GF = None
         if inner is not None:
@@ -72,7 +72,11 @@ class LinearProbe:
         tests = list(job.held_out.tests.items())
         for first in range(0, len(tests), folds_at_once):
             folds = slice(first, first + folds_at_once)
-            strength = self.strength if strength_GF is None else strength_GF[:, folds]
+            if strength_GF is None:
+                assert not isinstance(self.strength, str), "what 'auto' stands for was found before"
+                strength: float | Tensor = self.strength
+            else:
+                strength = strength_GF[:, folds]
             train_NF = torch.from_numpy(job.train[:, folds])
             solution = solve(x_GND, y_NK, train_NF, loss=job.loss, strength=strength, device=job.device)
             for fold, (number, clips) in enumerate(tests[folds]):

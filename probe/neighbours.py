@@ -27,7 +27,7 @@ from whisper_at_cli.probe.solver import statistics
 class NeighbourProbe:
     neighbours: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.neighbours < 1:
             raise UsageError(f"neighbours is {self.neighbours}; at least 1 has to vote")
 

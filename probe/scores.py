@@ -100,7 +100,7 @@ class HeldOut:
 def best_layers(layers: Sequence[int], values: Sequence[float | None]) -> list[int]:
     """The layers with the greatest value, in order; more than one where they tie. None where no value is defined."""
     defined = [(layer, value) for layer, value in zip(layers, values, strict=True) if value is not None]
-    greatest = max((value for _, value in defined), default=None)
+    greatest = max((value for _, value in defined), default=0.0)
     return [layer for layer, value in defined if isclose(value, greatest, rel_tol=1e-12)]
 
 

@@ -81,17 +81,18 @@ def solve(
     features = Features(x_GND, train_NF, device, copies)
     batch = Batch(features, LOSSES[loss], y_NC, train_NF, strength[:, None, :, None])
     iterations = torch.zeros_like(batch.w[:, :1, :, :1], dtype=torch.long)
-    inverse, previous = None, None
-    for iteration in range(max_iterations + 1):
+    inverse, previous, iteration = None, None, 0
+    while True:
         gradient, objective = batch.gradient(), batch.objective()
         converged = dot(gradient, gradient) / 2 <= tolerance * objective
-        if iteration == max_iterations or converged.all():
+        if iteration >= max_iterations or converged.all():
             break
         if iteration == PRECONDITION_AT:
             inverse, previous = batch.inverse_curvature(), None
         direction, previous = conjugate(gradient, inverse, previous)
         batch.move(torch.where(converged, 0, direction), gradient, ~converged)
         iterations += ~converged
+        iteration += 1
     return Solution(
         weight_GDFC=batch.w[:, :-1].cpu(),
         bias_GFC=(batch.w[:, -1] + batch.loss.offset[:, 0]).cpu(),

@@ -41,7 +41,8 @@ def inner_divisions(job: Job) -> Inner:
     tests = list(job.held_out.tests.values())
     if len(tests) >= 3:
         return _by_outer_folds(job.train, tests)
-    masks, checks = [], []
+    masks: list[np.ndarray] = []
+    checks = []
     n = len(job.rows)
     for outer in range(job.train.shape[1]):
         divisions, _ = evaluation_folds(
@@ -55,7 +56,8 @@ def inner_divisions(job: Job) -> Inner:
 
 
 def _by_outer_folds(train: np.ndarray, tests: list[np.ndarray]) -> Inner:
-    masks, checks = [], []
+    masks: list[np.ndarray] = []
+    checks = []
     for i, j in combinations(range(len(tests)), 2):
         checks += [(len(masks), i, tests[j]), (len(masks), j, tests[i])]
         masks.append(train[:, i] & train[:, j])

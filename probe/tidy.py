@@ -10,6 +10,7 @@ from pathlib import Path
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.layers import ProbeResult
+from whisper_at_cli.probe.scores import LayerPrecision
 
 COLUMNS = ("layer", "score", "fold", "class", "predicted", "value")
 
@@ -31,14 +32,14 @@ def tidy_rows(result: ProbeResult) -> Iterator[dict]:
     """Rows with some of COLUMNS. An undefined score is left empty; a confusion that never happened has no row."""
     metric = result.metric
     for layer in result.layers:
-        at = {"layer": layer.layer}
+        at: dict[str, object] = {"layer": layer.layer}
         yield at | {"score": metric, "value": getattr(layer, metric)}
         yield at | {"score": f"{metric}_std", "value": getattr(layer, f"{metric}_std")}
         for fold in layer.folds:
             yield at | {"score": metric, "fold": fold["fold"], "value": fold[metric]}
             if "strength" in fold:
                 yield at | {"score": "strength", "fold": fold["fold"], "value": fold["strength"]}
-        if metric == "mAP":
+        if isinstance(layer, LayerPrecision):
             for name, value in layer.class_ap.items():
                 yield at | {"score": "ap", "class": name, "value": value}
             continue

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")], key=str)
 PROGRAM = "whisper-at-cli"
 LANGUAGES = ("sh", "python", "json", "csv", "toml", "bibtex", "text", "")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-MULTI_LINE = re.compile(r"^\s*(for|while|if|case|export|cd|function)\b|<<", re.M)  # lines that need one shell
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MULTI_LINE = re.compile(r"^\s*(for|while|if|case|export|cd|function)\b|<<", re.MULTILINE)  # lines that need one shell
 SHELL_CHARACTERS = set("|&;()<`$*")
 COMMAND_SECONDS = 120
 
@@ -79,7 +79,7 @@ class Document:
     @property
     def anchors(self) -> list[str]:
         """What links to a heading name it, as GitHub makes it."""
-        headings = re.findall(r"^#+ (.*)$", self.prose, re.M)
+        headings = re.findall(r"^#+ (.*)$", self.prose, re.MULTILINE)
         return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
@@ -120,7 +120,7 @@ def run(command: str) -> Outcome:
     if words is None:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True, timeout=COMMAND_SECONDS,
-            env=os.environ | {"HOME": os.getcwd()},
+            env=os.environ | {"HOME": str(Path.cwd())}, check=False,
         )  # fmt: skip
         return Outcome(done.returncode, done.stdout, done.stderr)
     out, err, status = io.StringIO(), io.StringIO(), 0

@@ -32,7 +32,7 @@ SUBSTITUTES = (
         "sbatch job.sh",
         "SLURM_ARRAY_TASK_ID=1 SLURM_ARRAY_TASK_MIN=1 SLURM_ARRAY_TASK_STEP=1 SLURM_ARRAY_TASK_COUNT=16 bash job.sh",
         "a SLURM cluster, which test_slurm.py starts; here the script is run as the first task of its array",
-    ),  # fmt: skip
+    ),
     Substitute("docs/clusters.md", "HEAD:6379", "$RAY_HEAD", "the address of a cluster that the test starts"),
     Substitute("docs/heads.md", "--search --lr 2e-4 --lr 5e-4", "--search --epochs 2 --lr 2e-4 --lr 5e-4", _LONG),
     Substitute("docs/heads.md", "--unfreeze --model tiny.en", "--unfreeze --epochs 1 --model tiny.en", _LONG),

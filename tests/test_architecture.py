@@ -31,5 +31,5 @@ def test_every_folder_of_the_rooms_is_in_the_drawing():
 
 def test_the_cache_knows_of_no_backbone_no_dataset_and_no_pipeline():
     for path in (ROOT / "extract" / "cache").glob("*.py"):
-        used = set(re.findall(r"^\s*(?:from|import) whisper_at_cli\.extract\.(\w+)", path.read_text(), re.M))
+        used = set(re.findall(r"^\s*(?:from|import) whisper_at_cli\.extract\.(\w+)", path.read_text(), re.MULTILINE))
         assert used.isdisjoint({"backbones", "datasets", "pipeline", "audio"}), path.name

@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def mels(here):
     """The complete example of the guide, as its reader would save it."""
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     (example,) = (block for block in blocks if "class Mels" in block)
     (here / "mels.py").write_text(example)
     return here
@@ -66,7 +66,7 @@ def test_an_installed_package_adds_a_backbone_by_its_entry_point(mels, monkeypat
     information = mels / "mels-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: mels\nVersion: 1.0\n")
-    entry = re.search(r"```toml\n(.*?)```", GUIDE.read_text(), re.S)[1]
+    entry = re.search(r"```toml\n(.*?)```", GUIDE.read_text(), re.DOTALL)[1]
     (information / "entry_points.txt").write_text(entry.replace("project.entry-points.", "").replace('"', ""))
     monkeypatch.syspath_prepend(mels)
     backbone = load_backbone("mels", device="cpu")
@@ -81,9 +81,9 @@ def test_every_shell_and_python_example_of_the_guide_parses():
     from whisper_at_cli.cli import cli
 
     text = GUIDE.read_text()
-    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         ast.parse(block)
-    commands = [line.split("#")[0].split()[1:] for line in re.findall(r"^whisper-at-cli .*$", text, re.M)]
+    commands = [line.split("#")[0].split()[1:] for line in re.findall(r"^whisper-at-cli .*$", text, re.MULTILINE)]
     assert len(commands) >= 9
     for command in commands:
         shown = CliRunner().invoke(cli, [command[0], "--help"]).output

@@ -73,7 +73,7 @@ def pooled(hidden: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def oracle(model, waveform: torch.Tensor, do_normalize: bool = True) -> np.ndarray:
-    """One clip as transformers takes it: its own feature extractor, all hidden states kept. (L, 25, D)"""
+    """(L, 25, D) of one clip as transformers takes it: its own feature extractor, all hidden states kept."""
     extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=do_normalize)
     values = extractor(waveform.numpy(), sampling_rate=16000, return_tensors="pt").input_values
     states = model(values, output_hidden_states=True).hidden_states[1:]

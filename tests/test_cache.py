@@ -273,7 +273,7 @@ def test_a_full_disk_is_a_clear_error_and_damages_nothing(tmp_path, monkeypatch)
 def test_a_spec_that_cannot_be_is_refused():
     with pytest.raises(UsageError, match="choose from float16, float32, int8"):
         spec_and_clips(dtype="float64")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="at least one layer"):
         spec_and_clips(layers=0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def random_result(seed, *, words):
 def test_no_cue_overlaps_no_line_is_too_long_and_no_word_is_lost(seed, words):
     given = random_result(seed, words=words)
     cues = plan_cues(given)
-    for cue, following in zip(cues, cues[1:], strict=False):
+    for cue, following in pairwise(cues):
         assert cue.start < cue.end <= following.start
     for cue in cues:
         named, _ = fitting_sounds(cue)

@@ -109,7 +109,7 @@ def test_a_thousand_entries_of_which_some_are_missing_and_some_broken(capsys, tm
     assert (report["written"], report["skipped"], report["failed"], report["missing"]) == (10, 830, 160, 140)
     again = FeatureCache.open(cache_path)
     assert again.done[sorted(missing)[:10]].all()
-    assert again.paths[sorted(missing)[0]].startswith("found/") and again.errors[sorted(missing)[0]] == ""
+    assert again.paths[min(missing)].startswith("found/") and again.errors[min(missing)] == ""
     assert set(again.errors[list(broken)]) == set(cache.errors[list(broken)]), "other failures keep their reasons"
     np.testing.assert_array_equal(
         again.features(np.flatnonzero(cache.done)), cache.features(np.flatnonzero(cache.done))

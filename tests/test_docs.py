@@ -184,7 +184,8 @@ def test_no_command_is_hidden_from_these_tests():
         for line in shown:
             words = line.split("#")[0].rstrip("\\").split()
             assert " ".join(words) in " ".join(text.split()), f"{document.name}: {line} is run by nothing"
-        assert not re.search(rf"^ {{4}}{PROGRAM} ", document.text, re.M), f"{document.name}: a command without a fence"
+        bare = re.search(rf"^ {{4}}{PROGRAM} ", document.text, re.MULTILINE)
+        assert not bare, f"{document.name}: a command without a fence"
 
 
 def test_every_substitute_is_of_a_command_and_has_a_reason():
@@ -224,7 +225,7 @@ def test_options_in_the_text_are_those_of_the_commands(document):
         if words[0] in OTHER_PROGRAMS:
             continue
         allowed = of_command[words[0]] | {"--help"} if words[0] in of_command else known
-        strange = {option for option in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", code)} - allowed
+        strange = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", code)) - allowed
         assert not strange or " -- " in code, f"`{code}` has no {', '.join(sorted(strange))}"
 
 
@@ -263,7 +264,7 @@ def test_the_documented_manifests_name_the_same_clips(tmp_path):
     assert read["clips.csv"][0] == ("recordings/monday.flac", 12.5, 22.5, {"dog", "rain"})
 
 
-@pytest.mark.parametrize(("name", "begins", "result"), LISTED, ids=lambda value: value[:20])
+@pytest.mark.parametrize("name, begins, result", LISTED, ids=lambda value: value[:20])
 def test_documented_fields_are_those_of_the_result(name, begins, result, workplace, hub):
     document = BY_NAME[name]
     if begins.startswith("{"):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import zipfile
 
 import h5py
@@ -101,7 +100,8 @@ def test_an_npz_is_as_the_original_project_has_it(tmp_path):
     with np.load(tmp_path / "npz" / "clip7.npz") as file:
         assert file.files == ["arr_0"] and file["arr_0"].dtype == "float16" and file["arr_0"].shape == (L, T, D)
         np.testing.assert_array_equal(file["arr_0"], FEATURES[7].astype(np.float16))
-    rows = list(csv.DictReader(open(tmp_path / "npz" / "labels.csv", newline="")))
+    with open(tmp_path / "npz" / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == [f"clip{i}" for i in range(N) if i not in (2, 10)]
     assert rows[6]["path"] == "audio/clip7.wav" and rows[6]["fold"] == "2" and rows[6]["split"] == "eval"
     for row in rows:
@@ -229,7 +229,7 @@ def test_rows_without_a_file_and_files_without_a_row_are_named(tmp_path):
 def test_without_a_csv_clips_are_named_after_their_files(tmp_path):
     folder = npz_folder(tmp_path / "npz", count=2)
     (folder / "sub").mkdir()
-    os.rename(folder / "b.npz", folder / "sub" / "b.npz")
+    (folder / "b.npz").rename(folder / "sub" / "b.npz")
     import_npz(folder, tmp_path / "a.zarr", backbone="b", clip_seconds=10)
     cache = FeatureCache.open(tmp_path / "a.zarr")
     assert cache.ids.tolist() == ["a", "sub/b"] and cache.labels.shape == (2, 0)

@@ -263,7 +263,7 @@ def test_results_without_a_wer_of_clean_speech_need_an_snr(tmp_path):
         draw_figure_5([as_result("tiny.en", robustness(clean=None))], tmp_path / "5.png")
 
 
-@pytest.mark.parametrize(("field", "name"), [("backbone", "base.en"), ("model", "base.en"), ("other", "head")])
+@pytest.mark.parametrize("field, name", [("backbone", "base.en"), ("model", "base.en"), ("other", "head")])
 def test_a_result_of_train_head_is_called_by_what_it_was_trained_on(tmp_path, field, name):
     path = tmp_path / "head.json"
     path.write_text(json.dumps({"head": "wa-mlp", "metric": "accuracy", "value": 0.9, field: "base.en"}))

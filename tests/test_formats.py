@@ -13,7 +13,7 @@ DIMENSIONS = {
     "features": ("clip", "layer", "frame", "channel"),
     "mean": ("clip", "layer", "channel"),
     "labels": ("clip", "class"),
-} | {name: ("clip",) for name in ("valid_frames", "status", "error", "id", "path", "fold", "split")}
+} | dict.fromkeys(("valid_frames", "status", "error", "id", "path", "fold", "split"), ("clip",))
 
 
 @pytest.fixture(params=["float32", "float16"])

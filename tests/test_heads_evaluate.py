@@ -70,7 +70,10 @@ def test_logits_of_a_cache_read_in_pieces_are_those_of_all_of_it_at_once(cache, 
     whole = module(torch.from_numpy(cache.features(rows)))
     monkeypatch.setattr(evaluate, "READ_BYTES", 5 * 4 * L * T * D)
     told = []
-    progress = lambda done, total, message="": told.append((done, total))  # noqa: E731
+
+    def progress(done, total, message=""):
+        told.append((done, total))
+
     streamed = evaluate.stream_logits(module, cache, rows, torch.device("cpu"), progress)
     torch.testing.assert_close(streamed, whole, rtol=1e-5, atol=1e-5)
     assert told[-1] == (N - 1, N - 1)
@@ -125,8 +128,7 @@ def folds(tmp_path):
     """Sixty clips in five folds and two splits, and heads as training leaves them, but for the ids of their clips."""
     features = np.random.default_rng(0).normal(size=(60, L, T, D)).astype(np.float32)
     split = np.array(["train", "test"])[np.arange(60) % 2]
-    cache = planted_cache(tmp_path / "f.zarr", features, np.arange(60) % C, fold=np.arange(60) // 12 + 1, split=split)
-    return cache
+    return planted_cache(tmp_path / "f.zarr", features, np.arange(60) % C, fold=np.arange(60) // 12 + 1, split=split)
 
 
 def head_trained_on(folder, cache, rows=None, **changes):

@@ -130,7 +130,7 @@ def test_the_package_offers_its_names_without_importing_torch():
     code = (
         "import sys, whisper_at_cli.heads as heads; assert 'train_head' in dir(heads); sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_every_form_says_what_it_reads():

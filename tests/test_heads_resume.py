@@ -177,7 +177,7 @@ def test_two_processes_of_torchrun_train_what_one_does(cache, tmp_path, head, ti
         "-m", "whisper_at_cli.cli", "train-head", str(cache.path), "--head", head, "--epochs", "3", "--batch-size", "7",
         "--device", "cpu", "--tier", tier, "--precision", "float32", "--json", "--out",
     ]  # fmt: skip
-    both = subprocess.run([*TORCHRUN, *arguments, str(tmp_path / "two")], capture_output=True, text=True)
+    both = subprocess.run([*TORCHRUN, *arguments, str(tmp_path / "two")], capture_output=True, text=True, check=False)
     assert both.returncode == 0, both.stderr
     result = json.loads(both.stdout)  # one document: only the first process prints
     assert result["processes"] == 2 and len(both.stdout.split('"head"')) == 2

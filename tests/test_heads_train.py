@@ -1,6 +1,7 @@
 """Training finds what was planted, keeps validation clips out of training, and is decided by its seed."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_fold_heads_and_a_head_on_all_clips_are_saved(cache, tmp_path):
     rows = np.arange(N)
     for fold in result.folds:
         module = load_head(out / f"fold-{fold['fold']}")
-        test = rows[FOLD == fold["fold"]]
+        test = rows[fold["fold"] == FOLD]
         with torch.no_grad():
             logits = module(torch.from_numpy(cache.features(test)))
         assert (logits.argmax(dim=1).numpy() == CLASSES[test]).mean() == pytest.approx(fold["value"])
@@ -300,7 +301,7 @@ def test_training_stops_early_where_validation_does_not_improve(tmp_path, head):
 
 def test_every_epoch_has_a_line_and_the_curve_a_picture(cache, tmp_path):
     result = train_head(cache, head="wa-tr", recipe=FAST, out=tmp_path / "head", device="cpu")
-    lines = [json.loads(line) for line in open(result.metrics_file)]
+    lines = [json.loads(line) for line in Path(result.metrics_file).read_text().splitlines()]
     assert [(line["training"], line["epoch"]) for line in lines] == [
         (name, epoch) for name in ("fold-1", "fold-2", "fold-3", "all") for epoch in range(1, 7)
     ]
@@ -314,7 +315,7 @@ def test_tensorboard_gets_what_the_records_have(cache, tmp_path):
     train_head(cache, head="wa-mlp", recipe=FAST, out=tmp_path / "head", tensorboard=True, device="cpu")
     shown = events.EventAccumulator(str(tmp_path / "head" / "tensorboard" / "fold-2"))
     shown.Reload()
-    lines = [json.loads(line) for line in open(tmp_path / "head" / "metrics.jsonl")]
+    lines = [json.loads(line) for line in (tmp_path / "head" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["training"] == "fold-2"]
     assert [point.value for point in shown.Scalars("loss")] == pytest.approx(losses)
     assert [point.step for point in shown.Scalars("accuracy")] == list(range(1, 7))

@@ -1,5 +1,7 @@
 """Extraction from sounds to cache: nothing lost, nothing invented, and the same bytes however it is run."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 
@@ -310,4 +312,6 @@ def test_slots_of_several_devices_cover_each_shard_once():
     for shard in ((1, 1), (2, 3)):
         slots = slots_of(shard, 4)
         taken = [[number for number in range(60) if number % of == index - 1] for index, of in slots]
-        assert sorted(sum(taken, [])) == [number for number in range(60) if number % shard[1] == shard[0] - 1]
+        assert sorted(chain.from_iterable(taken)) == [
+            number for number in range(60) if number % shard[1] == shard[0] - 1
+        ]

@@ -53,7 +53,7 @@ def weak(tmp_path_factory):
 
 def by_fold(cache, layer, model):
     X = cache.mean(layer=layer)
-    return [model.fit(X[FOLD != f], Y[FOLD != f]).score(X[FOLD == f], Y[FOLD == f]) for f in range(1, 6)]
+    return [model.fit(X[f != FOLD], Y[f != FOLD]).score(X[f == FOLD], Y[f == FOLD]) for f in range(1, 6)]
 
 
 def test_one_nearest_neighbour_is_that_of_scikit_learn(weak):

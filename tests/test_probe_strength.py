@@ -38,10 +38,10 @@ def test_the_chosen_strength_is_the_best_on_the_inner_folds_by_scikit_learn(tmp_
         for C in GRID:
             total = 0
             for inner in set(FOLD) - {outer}:
-                train = (FOLD != outer) & (FOLD != inner)
+                train = (outer != FOLD) & (inner != FOLD)
                 model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-6, max_iter=2000))
-                seen = model.fit(X[train], Y[train]).predict_proba(X[FOLD == inner])
-                total += log_loss(Y[FOLD == inner], seen, labels=range(CLASSES))
+                seen = model.fit(X[train], Y[train]).predict_proba(X[inner == FOLD])
+                total += log_loss(Y[inner == FOLD], seen, labels=range(CLASSES))
             loss.append(total)
         assert strength == GRID[int(np.argmin(loss))]
 

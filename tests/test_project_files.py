@@ -40,7 +40,7 @@ def test_the_cited_paper_is_the_one_that_the_reference_values_are_from(shared):
 
 
 def test_the_changelog_has_this_version_and_what_is_to_come():
-    sections = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", CHANGELOG, re.M)
+    sections = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", CHANGELOG, re.MULTILINE)
     assert sections[0] == ("Unreleased", "")
     assert __version__ in [name for name, _ in sections]
     assert all(date for name, date in sections[1:]), "every release has its date"
@@ -69,8 +69,8 @@ def test_links_of_these_files_lead_somewhere():
 
 def test_what_the_guide_runs_first_is_in_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
-    block = re.search(r"^```sh\n(.*?)^```", CONTRIBUTING, re.M | re.S)[1]
-    targets = re.findall(r"^make ([\w-]+)", block, re.M)
+    block = re.search(r"^```sh\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL)[1]
+    targets = re.findall(r"^make ([\w-]+)", block, re.MULTILINE)
     assert len(targets) >= 4
     for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.M), target
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -130,7 +130,7 @@ def test_decoded_audio_never_piles_up(cluster, sounds, tmp_path, monkeypatch):
 
 
 @needs_server
-def test_dataset_and_cache_in_a_bucket_work_from_every_worker(cluster, sounds, local, bucket):  # noqa: F811
+def test_dataset_and_cache_in_a_bucket_work_from_every_worker(cluster, sounds, local, bucket):  # noqa: F811 - the fixture of above
     store = BucketStore(f"{bucket}/sounds")
     for path in sounds.rglob("*.wav"):
         store.write_whole(path.relative_to(sounds).as_posix(), [path.read_bytes()])

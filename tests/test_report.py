@@ -31,9 +31,9 @@ def places(chart):
 
 def cells(page, kind):
     """Rows of the first table of a class, as text."""
-    table = re.search(rf'<table class="{kind}[ "].*?</table>', page, re.S)[0]
-    rows = re.findall(r"<tr>(.*?)</tr>", table, re.S)
-    return [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)] for row in rows]
+    table = re.search(rf'<table class="{kind}[ "].*?</table>', page, re.DOTALL)[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    return [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)] for row in rows]
 
 
 def test_best_layers_are_found_where_the_result_does_not_name_them_and_taken_where_it_does():
@@ -134,7 +134,7 @@ def test_axes_run_as_in_the_figures():
     (left, little), (right, much) = places(chart)
     assert left < right and little < much
     page = render_report([Source("a.json", probe_result())], [Source("n.json", noise_result())])
-    drawn = re.findall(r'aria-label="word error rate against.*?</svg>', page, re.S)[0]
+    drawn = re.findall(r'aria-label="word error rate against.*?</svg>', page, re.DOTALL)[0]
     ticks = re.findall(r'x="([\d.]+)"[^>]*text-anchor="middle">([−\d]+)<', drawn)
     across = {int(tick.replace("−", "-")): float(x) for x, tick in ticks}
     assert sorted(across, reverse=True) == sorted(across, key=across.get)
@@ -145,9 +145,7 @@ def test_probes_of_several_labels_are_drawn_by_map_beside_those_by_accuracy():
     mixed = {"metric": "mAP", "layers": layers, "backbone": "base", "clips": 5}
     page = render_report([Source("a", probe_result()), Source("b", mixed)])
     assert "Accuracy of a probe of each layer" in page and "mAP of a probe of each layer" in page
-    assert ["Class", "1", "2", "Best AP", "Best layer"] in [
-        row for row in cells(page.split("Classes: base")[1], "classes")
-    ]
+    assert ["Class", "1", "2", "Best AP", "Best layer"] in list(cells(page.split("Classes: base")[1], "classes"))
 
 
 def test_two_caches_of_one_backbone_can_be_told_apart():

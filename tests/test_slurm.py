@@ -28,7 +28,7 @@ def array(task, first, step, count, **others) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("environment", "slot"),
+    "environment, slot",
     [
         (array(1, 1, 1, 3), (1, 3)),
         (array(3, 1, 1, 3), (3, 3)),
@@ -43,7 +43,7 @@ def test_a_task_finds_its_slot(environment, slot):
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    "environment, message",
     [
         ({}, "not a task of one"),
         ({"SLURM_JOB_ID": "7"}, "not a task of one"),
@@ -145,15 +145,15 @@ class Cluster:
                  (("socket", ".socket"), ("key-file", ".key"), ("pid-file", ".pid"), ("log-file", ".log"),
                   ("seed-file", ".seed"))]  # fmt: skip
         self._run("munged", "--foreground", "--force", *munge)
-        self._wait("munge.socket", lambda: (folder / "munge.socket").exists())
+        self._wait("munge.socket", (folder / "munge.socket").exists)
         self._run("slurmctld", "-D")
         self._wait("controller", lambda: self.ask("scontrol", "ping").stdout.count("UP"))
         self._run("slurmd", "-D", "-N", "here")
         self._wait("node", lambda: "idle" in self.ask("sinfo", "-h").stdout)
 
     def _run(self, *command: str) -> None:
-        log = open(self.folder / f"{command[0]}.out", "w")
-        self.processes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+        with open(self.folder / f"{command[0]}.out", "w") as log:
+            self.processes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
 
     def _wait(self, what: str, ready) -> None:
         for _ in range(100):
@@ -164,7 +164,9 @@ class Cluster:
         pytest.skip(f"SLURM's {what} did not start here: {logs}")
 
     def ask(self, *command: str) -> subprocess.CompletedProcess:
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, cwd=self.folder)
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, cwd=self.folder, check=False
+        )
 
     def run_to_its_end(self, script: str) -> None:
         (self.folder / "job.sh").write_text(script)

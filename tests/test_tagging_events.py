@@ -1,5 +1,7 @@
 """Events: they begin and end where probabilities cross the thresholds, and nowhere else."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -55,7 +57,7 @@ def test_overlapping_windows_are_averaged_cell_by_cell(seed):
     spans[15:] += 10  # a hole of some seconds
     values = rng.random((20, 3))
     edges, found = cells(spans, values)
-    for n, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(edges)):
         covering = (spans[:, 0] <= start) & (spans[:, 1] >= end)
         if covering.any():
             np.testing.assert_allclose(found[n], values[covering].mean(axis=0))

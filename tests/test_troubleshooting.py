@@ -207,7 +207,7 @@ def provoke_results(capsys) -> list[str]:
     lines = said_by(capsys, "report", "broken.json", "--out", "r.html")
     rng = np.random.default_rng(0)
     planted_cache(Path("four.zarr"), rng.normal(size=(40, 2, 25, 16)), np.arange(40) % 4, fold=np.arange(40) // 8 + 1)
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="Glyph") as warned:
         said_by(capsys, "--quiet", "figure", "1", "\N{CJK UNIFIED IDEOGRAPH-72AC}=four.zarr", "--out", "f.png")
     return lines + [str(warning.message) for warning in warned]
 

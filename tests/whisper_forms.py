@@ -15,7 +15,7 @@ VARIANTS = {"en": (80, 51864), "multilingual": (80, 51865), "v3": (128, 51866)} 
 
 
 def random_whisper(variant: str, *, initial: bool = False):
-    """transformers' Whisper with weights that float16 holds exactly; the same each time.
+    """Transformers' Whisper with weights that float16 holds exactly; the same each time.
 
     `initial` keeps a new model's zero biases and unit norms, which CTranslate2 stores once under many names.
     """
@@ -67,7 +67,8 @@ def _write_pt(model, path: Path, dtype: torch.dtype) -> Path:
         "embed_positions.weight": "positional_embedding", "embed_tokens": "token_embedding",
     }  # fmt: skip
     state = {}
-    for name, tensor in model.model.state_dict().items():
+    for published, tensor in model.model.state_dict().items():
+        name = published
         for theirs in sorted(parts, key=len, reverse=True):
             name = name.replace(theirs, parts[theirs])
         state[name] = tensor.to(dtype)

@@ -381,7 +381,8 @@ def _head_result(here: Workplace, path: Path) -> None:
 def _robustness_result(here: Workplace, path: Path) -> None:
     """Of tiny.en; the other says that it is of base."""
     if path.name == "base.json":
-        return renamed(here["tiny.json"], path, model="base", parameters=71825920)
+        renamed(here["tiny.json"], path, model="base", parameters=71825920)
+        return
     line = (
         f"--speech {here['speech']} --noise {here['ESC-50']} --model tiny.en --out {here.store / 'robustness'} --json"
     )

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, 
 from whisper_at_cli.extract.audio.segments import decode_span
 from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.errors import AudioError, MissingAudioError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
 
 SUFFIXES = frozenset(  # of files that a folder is searched for
     ".wav .flac .ogg .oga .opus .mp3 .m4a .aac .mp4 .webm .mka .mkv .aif .aiff .aifc .au .wma .amr .caf .w64".split()
@@ -41,7 +44,7 @@ def decode(source: str | Source, *, start: float = 0.0, max_seconds: float | Non
     """
     source = Path(source) if isinstance(source, str) else source
     most = math.inf if max_seconds is None else max_seconds
-    options = _options(source, _head(source))
+    options = _options(_head(source))
     with _decoding_errors():
         if start > 0:
             first = round(start * SAMPLE_RATE)
@@ -100,7 +103,7 @@ def audio_seconds(source: str | Source) -> tuple[float, bool]:
     From its header where that can be trusted, else from counting packets. Raises AudioError for what cannot be read.
     """
     source = Path(source) if isinstance(source, str) else source
-    options = _options(source, _head(source))
+    options = _options(_head(source))
     with _decoding_errors(), _opened(source, options) as container:
         return seconds_of(source, container)
 
@@ -115,7 +118,7 @@ def _head(source: Source) -> bytes:
             raise AudioError("it is empty (0 bytes)")
         return source[:HEAD_BYTES]
     try:
-        status = os.stat(source)
+        status = source.stat()
         if not stat.S_ISREG(status.st_mode):
             raise AudioError("it is not a file")
         if status.st_size == 0:
@@ -123,14 +126,14 @@ def _head(source: Source) -> bytes:
         with open(source, "rb", buffering=0) as file:
             return file.read(HEAD_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingAudioError(error.strerror) from error
+        raise MissingAudioError(error.strerror or str(error)) from error
     except OSError as error:
         raise AudioError(f"it cannot be read: {error.strerror}") from error
     except ValueError as error:  # a NUL or half a character
         raise AudioError(f"its name cannot be that of a file ({error})") from error
 
 
-def _options(source: Source, head: bytes) -> dict[str, str]:
+def _options(head: bytes) -> dict[str, str]:
     """For FFmpeg's demuxer: nothing but this file is opened, and no long look into plain PCM."""
     if any(mark in head for mark in PLAYLISTS):
         raise AudioError("it is a playlist, not audio")
@@ -139,18 +142,18 @@ def _options(source: Source, head: bytes) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _opened(source: Source, options: dict[str, str]) -> Iterator:
+def _opened(source: Source, options: dict[str, str]) -> Iterator[InputContainer]:
     """FFmpeg's container of a file that holds audio."""
     import av
 
     with contextlib.ExitStack() as stack:
         if isinstance(source, bytes):
-            file = io.BytesIO(source)
+            file: str | BinaryIO = io.BytesIO(source)
         elif (name := str(source)).isprintable() or name.encode("utf-8", "ignore").decode() == name:
             file = f"file:{source}"  # "file:" so that no name is taken for a protocol
         else:  # a name that is not text
             file = stack.enter_context(open(source, "rb"))
-        container = stack.enter_context(av.open(file, metadata_errors="ignore", options=options))
+        container = stack.enter_context(av.open(file, mode="r", metadata_errors="ignore", options=options))
         if not container.streams.audio:
             raise AudioError("it holds no audio")
         yield container

@@ -6,10 +6,14 @@ import io
 import os
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from whisper_at_cli.extract.audio.mp3 import Mp3Index, Unindexable, mp3_index
 from whisper_at_cli.extract.errors import AudioError
+
+if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
 
 COUNTED = frozenset(("w64", "flac", "aiff", "au", "caf"))  # containers whose header counts the samples
 TIMED = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "ogg"))  # whose header says a length, a little rounded
@@ -20,7 +24,7 @@ OGG_PAGE_BYTES = 65307  # at most
 Source = Path | bytes
 
 
-def refuse_truncated(source: Source, container, seconds: float) -> None:
+def refuse_truncated(source: Source, container: InputContainer, seconds: float) -> None:
     """Raise AudioError where the file's own header promises more audio than the `seconds` it holds."""
     form = container.format.name
     if form == "ogg" and not _ends_on_ogg_page(source):
@@ -32,7 +36,7 @@ def refuse_truncated(source: Source, container, seconds: float) -> None:
         raise AudioError(f"it is truncated: its header promises {promised:.2f} s, it holds {seconds:.2f} s")
 
 
-def seconds_of(source: Source, container) -> tuple[float, bool]:
+def seconds_of(source: Source, container: InputContainer) -> tuple[float, bool]:
     """The length of an open file, and whether that is exact: from a header that can be trusted, else by its packets."""
     form, stream = container.format.name, container.streams.audio[0]
     if form == "mp3":
@@ -43,18 +47,18 @@ def seconds_of(source: Source, container) -> tuple[float, bool]:
             return _packet_seconds(container), False
     counted = form in COUNTED or (form == "wav" and stream.codec_context.name.startswith("pcm_"))
     if (counted or form in TIMED) and stream.duration and stream.duration > 0:
-        return float(stream.duration * stream.time_base), counted
+        return _seconds(stream.duration, stream), counted
     return _packet_seconds(container), False
 
 
-def _promised_seconds(source: Source, container) -> tuple[float | None, float]:
+def _promised_seconds(source: Source, container: InputContainer) -> tuple[float | None, float]:
     """What the header says, None where it says nothing that must hold; and how far the audio may fall short of it."""
     form, stream = container.format.name, container.streams.audio[0]
     if form in COUNTED and stream.duration:
-        return float(stream.duration * stream.time_base), COUNTED_TOLERANCE_SECONDS
+        return _seconds(stream.duration, stream), COUNTED_TOLERANCE_SECONDS
     if form in TIMED - {"ogg"} and len(container.streams) == 1:  # a picture may last longer than its sound
         if stream.duration:
-            return float(stream.duration * stream.time_base), TIMED_TOLERANCE_SECONDS
+            return _seconds(stream.duration, stream), TIMED_TOLERANCE_SECONDS
         return (container.duration or 0) / 1e6, TIMED_TOLERANCE_SECONDS
     if form == "mp3":
         try:
@@ -66,7 +70,12 @@ def _promised_seconds(source: Source, container) -> tuple[float | None, float]:
     return None, 0.0
 
 
-def _mp3_index(source: Source, container) -> Mp3Index:
+def _seconds(ticks: int, stream: AudioStream) -> float:
+    assert stream.time_base is not None, "FFmpeg gives a stream that it has opened a time base"
+    return float(ticks * stream.time_base)
+
+
+def _mp3_index(source: Source, container: InputContainer) -> Mp3Index:
     """The index of an open MP3 file. Raises Unindexable."""
     stream = container.streams.audio[0]
     container.seek(0)
@@ -76,16 +85,16 @@ def _mp3_index(source: Source, container) -> Mp3Index:
     return mp3_index(source, packet.pos)
 
 
-def _packet_seconds(container) -> float:
+def _packet_seconds(container: InputContainer) -> float:
     """The length by what each packet says of itself."""
     stream = container.streams.audio[0]
     container.seek(0)
-    first = last = None
-    for packet in container.demux(stream):
-        if packet.pts is not None:
-            first = packet.pts if first is None else min(first, packet.pts)
-            last = max(last or first, packet.pts + (packet.duration or 0))
-    return 0.0 if first is None else float((last - first) * stream.time_base)
+    spans = [
+        (packet.pts, packet.pts + (packet.duration or 0))
+        for packet in container.demux(stream)
+        if packet.pts is not None
+    ]
+    return _seconds(max(end for _, end in spans) - min(start for start, _ in spans), stream) if spans else 0.0
 
 
 def _open(source: Source) -> BinaryIO:

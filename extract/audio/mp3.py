@@ -66,14 +66,16 @@ class Mp3Index:
         while self.frames < most:
             if at + STRIDE_BYTES > len(block):
                 begin, at, block = begin + at, 0, self._read(begin + at, BLOCK_BYTES)
+            start = at
             try:
-                start = at
                 for _ in range(STRIDE):
                     at += sizes[block[at : at + 3]]
             except KeyError:
-                return self._finish(block, start)
+                self._finish(block, start)
+                return
             if at > len(block):
-                return self._finish(block, start)
+                self._finish(block, start)
+                return
             self.frames += STRIDE
             self._at = begin + at
             self._kept.append(self._at)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.errors import AudioError
+
+if TYPE_CHECKING:
+    from av import AudioFrame
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
 
 RESAMPLER_SECONDS = 0.25  # decoded beyond what is asked for, so that the resampler's end lies behind it
 RATES = range(1000, 768_001)  # beyond them a few bytes of a damaged header would become gigabytes
@@ -16,7 +22,7 @@ MAX_CHANNELS = 64  # that FFmpeg's mixer takes
 Form = tuple[str, int, int]  # sample format, channels, rate
 
 
-def form_of(frame) -> Form:
+def form_of(frame: AudioFrame) -> Form:
     return frame.format.name, frame.layout.nb_channels, frame.rate
 
 
@@ -39,7 +45,8 @@ class Resampler:
         self.source = graph.add_abuffer(sample_rate=rate, format=name, layout=layout, time_base=Fraction(1, rate))
         self.sink = graph.add("abuffersink")
         filters = [("atrim", f"start_sample={skip}")] if skip else []
-        filters += mix + [
+        filters += [
+            *mix,
             ("aresample", str(SAMPLE_RATE)),
             ("aformat", "sample_fmts=s16:channel_layouts=mono"),
             ("asetnsamples", f"n={SAMPLE_RATE}:p=0"),
@@ -53,12 +60,12 @@ class Resampler:
         graph.configure()
 
     @classmethod
-    def of(cls, frame, stream, *, skip: int = 0) -> Resampler:
+    def of(cls, frame: AudioFrame, stream: AudioStream, *, skip: int = 0) -> Resampler:
         """For frames like this one. Only uncompressed floating point can hold what is not finite."""
         checked = stream.codec_context.name.startswith("pcm_f")
         return cls(form_of(frame), frame.layout.name, skip=skip, checked=checked)
 
-    def push(self, frame) -> None:
+    def push(self, frame: AudioFrame) -> None:
         if self.checked and not np.isfinite(frame.to_ndarray()).all():
             raise AudioError("it holds samples that are not finite (NaN or infinity)")
         self.source.push(frame)
@@ -71,17 +78,18 @@ class Resampler:
         pieces = []
         while True:
             try:
-                pieces.append(self.sink.pull().to_ndarray()[0])
+                pieces.append(cast("AudioFrame", self.sink.pull()).to_ndarray()[0])
             except (av.EOFError, av.BlockingIOError):
                 return pieces
 
 
-def decode_stream(container, max_seconds: float) -> np.ndarray:
+def decode_stream(container: InputContainer, max_seconds: float) -> np.ndarray:
     """int16 samples at 16 kHz mono, of all of an open file or of a little more than its first `max_seconds`."""
     stream = container.streams.audio[0]
-    pieces, resampler, form, seconds = [], None, None, 0.0
+    pieces: list[np.ndarray] = []
+    resampler, form, seconds = None, None, 0.0
     for frame in container.decode(stream):
-        if form != form_of(frame):  # a stream may change its form on the way
+        if resampler is None or form != form_of(frame):  # a stream may change its form on the way
             pieces += resampler.finish() if resampler else []
             form, resampler = form_of(frame), Resampler.of(frame, stream)
         resampler.push(frame)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -21,13 +22,20 @@ from whisper_at_cli.extract.audio.mp3 import Mp3Index, Unindexable, mp3_index
 from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
 from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from av import AudioFrame
+    from av.audio.codeccontext import AudioCodecContext
+    from av.container import InputContainer
+
 COUNTED = frozenset(("wav", "w64", "flac", "aiff", "au", "caf", "ogg", "mov,mp4,m4a,3gp,3g2,mj2"))  # time stamps do
 STATELESS = ("pcm_", "flac", "alac")  # codecs whose packets stand alone
 DECODER_SECONDS = 1.0  # decoded before, for codecs that carry something over
 MP3_FRAMES_BEFORE = 96  # looked at: a frame may lean on 511 bytes of those before it, which can be as short as 24
 MP3_BYTES_BEFORE, MP3_FRAME_OVERHEAD, MP3_OVERLAP = 512, 40, 4  # of them decoded: so many bytes, and a few frames more
 
-Numbered = Iterator[tuple[int, object]]  # number of its first sample within the whole file, and a frame
+Numbered = Iterator[tuple[int, "AudioFrame"]]  # number of its first sample within the whole file, and a frame
 
 
 class _Inexact(Exception):
@@ -35,7 +43,7 @@ class _Inexact(Exception):
 
 
 def decode_span(
-    opened: Callable[[], AbstractContextManager], source: Path | bytes, first: int, count: int
+    opened: Callable[[], AbstractContextManager[InputContainer]], source: Path | bytes, first: int, count: int
 ) -> np.ndarray:
     """int16 samples `first` to `first + count` at 16 kHz of the whole file; fewer at its end.
 
@@ -51,7 +59,10 @@ def decode_span(
         return decode_stream(container, (first + count) / SAMPLE_RATE)[first : first + count]
 
 
-def _resampled(container, source: Path | bytes, frames_from: Callable, first: int, count: int) -> np.ndarray:
+def _resampled(
+    container: InputContainer, source: Path | bytes,
+    frames_from: Callable[[InputContainer, Path | bytes, int, float], Numbered], first: int, count: int,
+) -> np.ndarray:  # fmt: skip
     stream = container.streams.audio[0]
     rate = stream.codec_context.sample_rate
     if not rate:
@@ -59,7 +70,7 @@ def _resampled(container, source: Path | bytes, frames_from: Callable, first: in
     step = rate // math.gcd(rate, SAMPLE_RATE)  # source samples between two that fall on samples of the output
     begin = max(0, int((first / SAMPLE_RATE - RESAMPLER_SECONDS) * rate)) // step * step
     enough = ((first + count) / SAMPLE_RATE + RESAMPLER_SECONDS) * rate
-    resampler, following = None, 0
+    resampler, form, following = None, None, 0
     for number, frame in frames_from(container, source, begin, enough):
         if resampler is None:
             if number > begin or frame.rate != rate:
@@ -76,7 +87,7 @@ def _resampled(container, source: Path | bytes, frames_from: Callable, first: in
     return np.concatenate(pieces)[offset : offset + count] if pieces else np.zeros(0, dtype=np.int16)
 
 
-def _by_count(container, source: Path | bytes, begin: int, enough: float) -> Numbered:
+def _by_count(container: InputContainer, source: Path | bytes, begin: int, enough: float) -> Numbered:
     """Frames from `begin` on or a little before, found without decoding the file up to there."""
     if container.format.name == "mp3":
         return _mp3_frames(container, source, begin, enough)
@@ -85,17 +96,19 @@ def _by_count(container, source: Path | bytes, begin: int, enough: float) -> Num
     raise _Inexact
 
 
-def _sought_frames(container, begin: int) -> Numbered:
+def _sought_frames(container: InputContainer, begin: int) -> Numbered:
     """Frames from FFmpeg's seek. Where block sizes vary (Vorbis), single time stamps are off: most of them decide."""
     stream = container.streams.audio[0]
     rate, tick = stream.codec_context.sample_rate, stream.time_base
     start = next(container.decode(stream), None)
-    origin = start and start.pts
+    origin = None if start is None else start.pts
     before = 0 if stream.codec_context.name.startswith(STATELESS) else round(DECODER_SECONDS * rate)
-    if origin is None or (1 / tick) % rate or begin <= before:
+    if origin is None or tick is None or (1 / tick) % rate or begin <= before:
         raise _Inexact  # its time stamps do not count samples; or it is near enough to the start
     container.seek(origin + int((begin - before) / rate / tick), stream=stream, backward=True)
-    waiting, offsets, counted = [], Counter(), 0
+    waiting: list[tuple[int, AudioFrame]] = []
+    offsets: Counter[Fraction] = Counter()
+    counted = 0
     frames = container.decode(stream)
     for frame in frames:
         if frame.pts is None:
@@ -116,7 +129,7 @@ def _sought_frames(container, begin: int) -> Numbered:
         counted += frame.samples
 
 
-def _mp3_frames(container, source: Path | bytes, begin: int, enough: float) -> Numbered:
+def _mp3_frames(container: InputContainer, source: Path | bytes, begin: int, enough: float) -> Numbered:
     import av
 
     stream = container.streams.audio[0]
@@ -125,14 +138,14 @@ def _mp3_frames(container, source: Path | bytes, begin: int, enough: float) -> N
         raise _Inexact
     index = mp3_index(source, packet.pos)
     ahead = round(
-        (stream.start_time or 0) * stream.time_base * index.rate
+        (stream.start_time or 0) * (stream.time_base or 0) * index.rate
     )  # the encoder's delay, which FFmpeg leaves off
     if index.rate != stream.codec_context.sample_rate:
         raise _Inexact
     target = (begin + ahead) // index.samples
     number = max(0, target - MP3_FRAMES_BEFORE)
     last = math.ceil((enough + ahead) / index.samples) + 1
-    codec = av.CodecContext.create(stream.codec_context.name, "r")
+    codec = cast("AudioCodecContext", av.CodecContext.create(stream.codec_context.name, "r"))
     end = _mp3_end(index, last)
     packets = list(index.packets(number, last - number))
     skipped = _not_leant_on(packets[: target - number])
@@ -163,13 +176,12 @@ def _not_leant_on(packets: list[bytes]) -> int:
     return 0
 
 
-def _cut(frame, samples: int):
+def _cut(frame: AudioFrame, samples: int) -> AudioFrame:
     """The first samples of a planar frame."""
     import av
 
-    cut = av.AudioFrame.from_ndarray(
-        np.ascontiguousarray(frame.to_ndarray()[:, :samples]), format=frame.format.name, layout=frame.layout.name
-    )
+    kept: np.ndarray = np.ascontiguousarray(frame.to_ndarray()[:, :samples])
+    cut = av.AudioFrame.from_ndarray(kept, format=frame.format.name, layout=frame.layout.name)
     cut.sample_rate = frame.sample_rate
     return cut
 
@@ -181,7 +193,7 @@ def _mp3_end(index: Mp3Index, last: int) -> float:
     return math.inf
 
 
-def _from_start(container, source: Path | bytes, begin: int, enough: float) -> Numbered:
+def _from_start(container: InputContainer, _source: Path | bytes, begin: int, _enough: float) -> Numbered:
     """Frames that hold `begin` and what follows it; all before it are decoded too."""
     number, form = 0, None
     for frame in container.decode(audio=0):

@@ -183,8 +183,8 @@ def _check_projection(variables: Variables) -> None:
     embedding, projection = "decoder/embeddings/weight", "decoder/projection/weight"
     if projection not in variables.names() or variables.stored_name(projection) == variables.stored_name(embedding):
         return
-    stored = [variables.stored[variables.stored_name(name)].values for name in (embedding, projection)]
-    if not np.array_equal(*stored):
+    tied, own = (variables.stored[variables.stored_name(name)].values for name in (embedding, projection))
+    if not np.array_equal(tied, own):
         raise WeightsError(f"{variables.path} has an output layer of its own, which OpenAI's Whisper has not")
 
 

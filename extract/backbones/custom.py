@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from whisper_at_cli.extract.backbones.load import Backbone
 
 GROUP = "whisper_at_cli.backbones"
 ADDRESS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -32,14 +38,15 @@ def find_loader(model: str) -> Callable | None:
         return None
     module_name, function_name = model.split(":")
 
-    def load():
-        value = importlib.import_module(module_name)
+    def load() -> object:
+        value: object = importlib.import_module(module_name)
         for name in function_name.split("."):
             value = getattr(value, name)
         return value
 
-    if os.getcwd() not in sys.path:  # a file beside the user is meant, also from an installed program
-        sys.path.append(os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:  # a file beside the user is meant, also from an installed program
+        sys.path.append(here)
     return _load(load, model)
 
 
@@ -48,7 +55,7 @@ def names() -> list[str]:
     return sorted(entry_points(group=GROUP).names)
 
 
-def _load(load: Callable, what: str) -> Callable:
+def _load(load: Callable[[], object], what: str) -> Callable:
     try:
         loader = load()
     except (ImportError, AttributeError) as error:
@@ -60,7 +67,7 @@ def _load(load: Callable, what: str) -> Callable:
     return loader
 
 
-def load_custom(loader: Callable, model: str, *, device: torch.device, precision: str):
+def load_custom(loader: Callable, model: str, *, device: torch.device, precision: str) -> Backbone:
     """What the function makes, called with `device` and `precision`, once it is known to be a whole Backbone.
 
     Raises UsageError where it is none, and WhisperATError where the function fails.
@@ -77,13 +84,13 @@ def load_custom(loader: Callable, model: str, *, device: torch.device, precision
     return checked_backbone(backbone, model)
 
 
-def checked_backbone(backbone, model: str):
+def checked_backbone(backbone: object, model: str) -> Backbone:
     """`backbone`, if it has all that a Backbone has. Raises UsageError that names everything it lacks."""
 
-    def is_count(value) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+    def is_count(value: object) -> bool:
+        return not isinstance(value, bool) and isinstance(value, Integral) and int(value) > 0
 
-    wanted = {
+    wanted: dict[str, tuple[Callable[[object], object], str]] = {
         "name": (lambda value: isinstance(value, str) and value, "a name"),
         "weights_sha256": (
             lambda value: isinstance(value, str) and value,
@@ -107,10 +114,10 @@ def checked_backbone(backbone, model: str):
         raise UsageError(
             f"{model} gives a {type(backbone).__name__}, which is no backbone: {'; '.join(problems)}. {GUIDE}"
         )
-    return backbone
+    return cast("Backbone", backbone)
 
 
-def clip_samples(backbone, clip_seconds: float) -> int:
+def clip_samples(backbone: Backbone, clip_seconds: float) -> int:
     """Samples of a clip, as the backbone says, or by its sample rate. Raises UsageError for a length it cannot take."""
     if callable(own := getattr(backbone, "clip_samples", None)):
         return own(clip_seconds)
@@ -119,7 +126,7 @@ def clip_samples(backbone, clip_seconds: float) -> int:
     return round(clip_seconds * backbone.sample_rate)
 
 
-def checked_features(backbone, features, clips: int):
+def checked_features(backbone: Backbone, features: object, clips: int) -> Tensor:
     """`features`, if they are what `encode` promises. Raises WhisperATError otherwise."""
     from whisper_at_cli.extract.cache.schema import FRAMES
 

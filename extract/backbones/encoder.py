@@ -5,6 +5,9 @@ B clips, M mel bands, P positions (50 a second), T pooled frames (25), D channel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -153,10 +156,11 @@ class WhisperEncoder(nn.Module):
     def __init__(self, *, mels: int, layers: int, dim: int, heads: int):
         super().__init__()
         self.mels, self.dim = mels, dim
+        self.positions: Tensor
         self.stem1 = PlainLinear(3 * mels, dim)
         self.stem2 = PlainLinear(3 * dim, dim)
         self.register_buffer("positions", torch.zeros(MAX_POSITIONS, dim))
-        self.blocks = nn.ModuleList([EncoderBlock(dim, heads) for _ in range(layers)])
+        self.blocks = cast("Sequence[EncoderBlock]", nn.ModuleList([EncoderBlock(dim, heads) for _ in range(layers)]))
 
     def forward(self, mel_BMF: Tensor) -> Tensor:
         mel_BFM = mel_BMF.transpose(1, 2).to(self.stem1.weight.dtype)
@@ -173,8 +177,9 @@ class WhisperEncoder(nn.Module):
         """Move to `device`, cast what runs in `precision`, lay weights out for speed; for inference from here on."""
         dtype = PRECISIONS[precision]
         pack = device.type == "cpu" and PackedLinear.works_for(dtype)
-        for module in (self, *self.blocks):
-            set_precision(module, module.LINEAR, dtype, pack=pack)
+        set_precision(self, self.LINEAR, dtype, pack=pack)
+        for block in self.blocks:
+            set_precision(block, block.LINEAR, dtype, pack=pack)
         return self.requires_grad_(False).eval().to(device)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -99,8 +100,8 @@ def read_whisper_folder(folder: Path) -> tuple[dict[str, Tensor], int, int]:
     """State dict as in OpenAI's checkpoints of the Whisper in `folder`, and the number of attention heads of its
     encoder and of its decoder. Raises WeightsError."""
     config = read_config(folder)
-    heads = [config.get(f"{side}_attention_heads") for side in ("encoder", "decoder")]
-    if not all(isinstance(count, int) and count > 0 for count in heads):
+    audio_heads, text_heads = (config.get(f"{side}_attention_heads") for side in ("encoder", "decoder"))
+    if not (isinstance(audio_heads, int) and isinstance(text_heads, int) and min(audio_heads, text_heads) > 0):
         raise WeightsError(f"{folder / 'config.json'} does not say how many attention heads there are")
     if config.get("activation_function", "gelu") != "gelu" or config.get("scale_embedding"):
         raise WeightsError(f"{folder} is another model than OpenAI's: its activation or its embedding differs")
@@ -112,7 +113,7 @@ def read_whisper_folder(folder: Path) -> tuple[dict[str, Tensor], int, int]:
     for name, tensor in tensors.items():
         if (ours := openai_name(name)) is not None:
             state[ours] = tensor
-    return state, *heads
+    return state, audio_heads, text_heads
 
 
 # within a block, and outside of the blocks
@@ -165,19 +166,20 @@ def download_folder(name: str) -> Path:
         try:
             folder = Path(snapshot_download(name, allow_patterns=_files_of(name)))
         except Exception as error:  # of the hub, its transport or the disk; an earlier download will do
-            folder = _earlier_download(name)
-            if folder is None:
+            earlier = _earlier_download(name)
+            if earlier is None:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise WeightsError(
                     f"{name} is no file or folder here, and could not be downloaded from the Hugging Face hub "
                     f"({reason})"
                 ) from error
+            folder = earlier
     _check_downloads(folder)
     return folder
 
 
 @contextlib.contextmanager
-def _quiet_hub():
+def _quiet_hub() -> Iterator[None]:
     """Without the hub's report of each attempt; a progress bar only on a terminal."""
     from huggingface_hub import utils
 
@@ -199,7 +201,7 @@ def _earlier_download(name: str) -> Path | None:
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
-    except Exception:  # of the hub: there is none, or the name cannot be one
+    except Exception:  # noqa: BLE001 - whatever the hub has for "there is none", or for a name that cannot be one
         return None
     return folder if any((folder / file).exists() for file in WEIGHT_FILES) else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,26 @@ from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE, filters_and_window
 from whisper_at_cli.extract.backbones.weights import WhisperWeights, folder_kind, read_weights, whisper_names
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
+
+if TYPE_CHECKING:
+    from whisper.model import Whisper
+
+
+class EncoderFacts(Protocol):
+    """What a cache records of the encoder that fills it. A Backbone says it of itself."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weights_sha256(self) -> str: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def device(self) -> object: ...
 
 
 class Backbone(Protocol):
@@ -111,7 +131,7 @@ def _from_folder(folder: Path, name: str | None, *, device: torch.device, precis
     return WhisperBackbone.from_weights(read_weights(folder, name=name), device=device, precision=precision)
 
 
-def load_whisper(model: str | Path | WhisperWeights, *, device: str = "auto"):
+def load_whisper(model: str | Path | WhisperWeights, *, device: str = "auto") -> Whisper:
     """An `openai-whisper` model with these weights, ready to `transcribe`. Takes Whisper in all of its forms, and
     weights that were read already."""
     from whisper.model import ModelDimensions, Whisper

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,24 @@ NORM_EPSILON = 1e-7  # as in transformers' Wav2Vec2FeatureExtractor
 UNUSED = ("masked_spec_embed", "adapter.")  # weights for training, or behind the last layer
 
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from transformers import PretrainedConfig
+
+    class SpeechEncoder(nn.Module):
+        layers: nn.ModuleList
+        pos_conv_embed: nn.Module
+
+    class SpeechModel(nn.Module):
+        """What transformers' classes of this family have in common."""
+
+        config: PretrainedConfig
+        encoder: SpeechEncoder
+        feature_projection: nn.Module
+        adapter: nn.Module | None
+
+
 class SpeechBackbone:
     """A model of the wav2vec 2.0 family. Layer l is the output of its l-th Transformer block.
 
@@ -39,10 +59,11 @@ class SpeechBackbone:
     sample_rate = SAMPLE_RATE
 
     def __init__(
-        self, model: nn.Module, *, name: str, weights_sha256: str, normalise: bool, device: torch.device, precision: str
-    ):
+        self, model: SpeechModel, *, name: str, weights_sha256: str, normalise: bool, device: torch.device,
+        precision: str,
+    ):  # fmt: skip
         self.name, self.weights_sha256, self.precision, self.device = name, weights_sha256, precision, device
-        self.layers, self.dim, self.normalise = len(model.encoder.layers), model.config.hidden_size, normalise
+        self.layers, self.dim, self.normalise = len(model.encoder.layers), int(model.config.hidden_size), normalise
         self.model = _prepare(model, precision=precision, device=device)
         self._pass = threading.local()
         for layer in self.model.encoder.layers:
@@ -97,13 +118,13 @@ class SpeechBackbone:
         finally:
             del self._pass.pooled
 
-    def _arithmetic(self):
+    def _arithmetic(self) -> contextlib.AbstractContextManager:
         """Matrix products in `precision`; layer norms and the residual stream stay float32."""
         if self.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, PRECISIONS[self.precision])
 
-    def _pool(self, layer: nn.Module, inputs: tuple, output) -> None:
+    def _pool(self, layer: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         self._pass.pooled.append(pool_frames(hidden))
 
@@ -117,8 +138,8 @@ def normalise(waveforms: Tensor) -> Tensor:
 class _CastingLinear(PackedLinear):
     """A packed linear layer that takes activations of any type."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.bias.dtype))
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        return super().forward(x.to(self.bias.dtype), gelu=gelu)
 
 
 def _input_normalisation(folder: Path) -> bool:
@@ -137,7 +158,7 @@ def _input_normalisation(folder: Path) -> bool:
     return bool(settings.get("do_normalize", True))
 
 
-def _load(folder: Path, kind: str) -> nn.Module:
+def _load(folder: Path, kind: str) -> SpeechModel:
     """The model, float32, with every weight that its layers use taken from the folder; never runs code from it."""
     try:
         import transformers
@@ -161,7 +182,7 @@ def _load(folder: Path, kind: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _quiet(transformers):
+def _quiet(transformers: ModuleType) -> Iterator[None]:
     """Without transformers' progress bars, and its reports of weights that no layer here needs."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -175,7 +196,7 @@ def _quiet(transformers):
             logging.enable_progress_bar()
 
 
-def _prepare(model: nn.Module, *, precision: str, device: torch.device) -> nn.Module:
+def _prepare(model: SpeechModel, *, precision: str, device: torch.device) -> SpeechModel:
     """Everything random off, weights laid out and cast for `precision`; for inference from here on."""
     config = model.config
     config.layerdrop, config.apply_spec_augment = 0.0, False  # eval mode leaves both out as well
@@ -200,7 +221,7 @@ def _prepare(model: nn.Module, *, precision: str, device: torch.device) -> nn.Mo
     return model.to(device)
 
 
-def _in_float32(module: nn.Module, inputs: tuple, output):
+def _in_float32(_module: nn.Module, _inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
     """The residual stream begins here: what is added to it may be of a lower precision, the sum is not."""
     return (output[0].float(), *output[1:]) if isinstance(output, tuple) else output.float()
 

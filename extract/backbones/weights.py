@@ -225,7 +225,7 @@ def _download(name: str, path: Path) -> Path:
     try:
         with warnings.catch_warnings():  # that the file is downloaded again: the message below says why it was not
             warnings.simplefilter("ignore")
-            return Path(whisper._download(url, str(path.parent), False))
+            return Path(str(whisper._download(url, str(path.parent), in_memory=False)))
     except (urllib.error.URLError, RuntimeError, OSError) as error:
         raise WeightsError(
             f"{damaged}{name} could not be downloaded ({error}); give the path of a .pt file or of a CTranslate2 or "

@@ -17,12 +17,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.extract.progress import Progress
+
+if TYPE_CHECKING:
+    import h5py
 
 KEY = "arr_0"
 LABELS_CSV, SETTINGS_JSON = "labels.csv", "cache.json"
@@ -111,7 +115,7 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
     try:
         absolute.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, absolute)
+        temporary.replace(absolute)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise CacheError(f"cannot write {out}: {reason}; make room or choose another place") from error
@@ -151,7 +155,9 @@ def _write_labels(path: Path, cache: FeatureCache, rows: np.ndarray, files: list
             writer.writerow([cache.ids[row], name, cache.paths[row], fold, cache.split[row], frames, labels])
 
 
-def _add(file, name: str, dims: tuple[str, ...], values: np.ndarray | None = None, **options):
+def _add(
+    file: h5py.File, name: str, dims: tuple[str, ...], values: np.ndarray | None = None, **options: Any
+) -> h5py.Dataset:
     """A dataset whose dimensions have names and the scales of those names."""
     if values is not None and values.dtype.kind in "UO":
         import h5py
@@ -165,7 +171,7 @@ def _add(file, name: str, dims: tuple[str, ...], values: np.ndarray | None = Non
     return dataset
 
 
-def _add_scales(file, cache: FeatureCache, rows: np.ndarray) -> None:
+def _add_scales(file: h5py.File, cache: FeatureCache, rows: np.ndarray) -> None:
     spec = cache.spec
     scales = {
         "clip": rows, "layer": np.arange(1, spec.layers + 1), "frame": np.arange(spec.frames),
@@ -175,12 +181,12 @@ def _add_scales(file, cache: FeatureCache, rows: np.ndarray) -> None:
         file[name] = values
     if spec.class_names:
         file["class"] = list(spec.class_names)
-        scales["class"] = spec.class_names
+        scales["class"] = np.array(spec.class_names)
     for name in scales:
         file[name].make_scale(name)
 
 
-def _add_features(file, cache: FeatureCache, rows: np.ndarray, progress: Progress | None) -> None:
+def _add_features(file: h5py.File, cache: FeatureCache, rows: np.ndarray, progress: Progress | None) -> None:
     L, T, D = cache.spec.layers, cache.spec.frames, cache.spec.dim
     dtype = "float16" if cache.spec.dtype == "float16" else "float32"
     features = _add(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.errors import UsageError
 
@@ -27,13 +27,32 @@ class Fold:
     train: np.ndarray
     test: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert len(self.train) and len(self.test), f"fold {self.number} has an empty side"
 
 
-def cache_folds(cache: FeatureCache, *, seed: int) -> tuple[list[Fold], list[str]]:
-    """`evaluation_folds` of the finished clips of a cache (or of whatever has such columns), with their recordings told
-    from their names."""
+class ClipColumns(Protocol):
+    """What divides clips: the columns of a cache, or of a list of clips that has none."""
+
+    def __len__(self) -> int: ...
+    @property
+    def path(self) -> object: ...
+    @property
+    def fold(self) -> np.ndarray: ...
+    @property
+    def split(self) -> np.ndarray: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+    @property
+    def done(self) -> np.ndarray: ...
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def paths(self) -> np.ndarray: ...
+
+
+def cache_folds(cache: ClipColumns, *, seed: int) -> tuple[list[Fold], list[str]]:
+    """`evaluation_folds` of the finished clips, with their recordings told from their names."""
     return evaluation_folds(
         cache.fold, cache.split, cache.labels, cache.done, seed=seed,
         sources=lambda: source_recordings(cache.ids, cache.paths),

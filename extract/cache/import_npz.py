@@ -220,7 +220,8 @@ def _clip_table(listed: list[_ListedClip], names: tuple[str, ...]) -> ClipTable:
 
 def _common_shape(paths: list[Path]) -> tuple[int, int, int]:
     """The shape that most of some evenly spread files have. Raises UsageError where none of them can be read."""
-    shapes, problem = Counter(), ""
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    problem = ""
     for at in np.unique(np.linspace(0, len(paths) - 1, SHAPE_SAMPLES).astype(int)).tolist():
         try:
             shapes[_read_npz(paths[at]).shape] += 1
@@ -297,7 +298,7 @@ def _fill(block: ShardBlock, slot: int, features: np.ndarray | str, shape: tuple
     if not stored.finite.all():
         return f"layer {int(stored.finite[0].int().argmin()) + 1} holds a value too large for {dtype}; use float32"
     block.features[slot], block.mean[slot] = stored.features[0].numpy(), stored.mean[0].numpy()
-    if stored.scale is not None:
+    if block.scale is not None and stored.scale is not None:
         block.scale[slot] = stored.scale[0].numpy()
     block.status[slot] = Status.DONE
     return ""

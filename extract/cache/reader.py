@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,11 @@ from whisper_at_cli.extract.cache.schema import CacheSpec, Status
 from whisper_at_cli.extract.cache.shards import ShardFile, read_chunk
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.errors import CacheError, UsageError
+
+if TYPE_CHECKING:
+    import zarr
+
+Rows = Sequence[int] | np.ndarray  # of a cache, from 0
 
 OPEN_SHARDS = 128  # files kept open per array
 
@@ -36,9 +42,9 @@ class FeatureCache:
         try:
             with store.asking("features"):
                 self._group = zarr.open_group(store.zarr(), mode="r", zarr_format=3)
-                features = self._group["features"]
-            clips, self.clips_per_shard = features.shape[0], features.shards[0]
-        except (KeyError, ValueError, OSError, TypeError) as error:
+                features = self._array("features")
+            clips, self.clips_per_shard = features.shape[0], (features.shards or ())[0]
+        except (LookupError, ValueError, OSError, TypeError) as error:
             raise CacheError(f"{store} is damaged ({error}); restore it or extract again to another path") from error
         self.damaged_chunks: dict[str, set[int]] = {"status": set(), "valid_frames": set()}
         self.status = self._bytes_per_clip("status", clips)
@@ -129,25 +135,33 @@ class FeatureCache:
         self.store.map(read, range(schema.shard_count(clips, S)))
         return out
 
+    def _array(self, name: str) -> zarr.Array:
+        import zarr
+
+        array = self._group[name]
+        if not isinstance(array, zarr.Array):
+            raise CacheError(f"{self.store} is damaged ({name} is no array); restore it or extract again elsewhere")
+        return array
+
     def _column(self, name: str) -> np.ndarray:
         with self.store.asking(name):
-            return self._group[name][:]
+            return np.asarray(self._array(name)[:])
 
     def _strings(self, name: str) -> np.ndarray:
         return np.asarray(self._column(name)).astype(object).astype(str)
 
-    def features(self, rows) -> np.ndarray:
+    def features(self, rows: Rows) -> np.ndarray:
         """All layers of some clips: (n, L, T, D), float16 or float32 as stored; int8 is decoded to float32."""
         out = self.stored_features(rows)
         if self.spec.dtype == "int8":
             return out.astype(np.float32) * self.scale(rows)[:, :, None, :]
         return out
 
-    def scale(self, rows=None) -> np.ndarray:
+    def scale(self, rows: Rows | None = None) -> np.ndarray:
         """With int8: what stored features are multiplied by, (n, L, D) float32."""
         return self._per_layer("scale", self._real_rows(rows), range(self.spec.layers))
 
-    def stored_features(self, rows) -> np.ndarray:
+    def stored_features(self, rows: Rows) -> np.ndarray:
         """All layers of some clips as they lie on disk: (n, L, T, D) float16, float32 or int8."""
         rows = self._real_rows(rows)
         L, T, D = self.spec.layers, self.spec.frames, self.spec.dim
@@ -160,7 +174,7 @@ class FeatureCache:
         self.store.map(read, range(len(rows)))
         return out
 
-    def layer(self, layer: int, rows=None, *, dtype="float32") -> np.ndarray:
+    def layer(self, layer: int, rows: Rows | None = None, *, dtype: str = "float32") -> np.ndarray:
         """One layer of some clips (all that are done by default): (n, T, D). Reads that layer's bytes only.
 
         With the stored type as `dtype` nothing is converted, which is faster.
@@ -182,7 +196,7 @@ class FeatureCache:
             return (out * self._per_layer("scale", rows, [index])[:, 0, None, :]).astype(dtype, copy=False)
         return out.astype(dtype, copy=False)
 
-    def mean(self, layer: int | None = None, rows=None) -> np.ndarray:
+    def mean(self, layer: int | None = None, rows: Rows | None = None) -> np.ndarray:
         """Mean over frames of some clips (all that are done by default): (n, L, D) float32, or (n, D) for one layer."""
         rows = self._real_rows(rows)
         if layer is not None:
@@ -211,11 +225,11 @@ class FeatureCache:
     def _per_layer_dtype(self, name: str) -> np.dtype:
         return np.dtype(self.spec.mean_dtype if name == "mean" else "float16").newbyteorder("<")
 
-    def _real_rows(self, rows) -> np.ndarray:
+    def _real_rows(self, rows: Rows | None) -> np.ndarray:
         if rows is None:
             return np.flatnonzero(self.done)
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise UsageError(
                 f"{self.path} has rows 0 to {len(self) - 1}; row {rows.min()} to {rows.max()} was asked for"
             )

@@ -15,15 +15,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from whisper_at_cli.extract.cache.shards import ZSTD_LEVEL
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 from whisper_at_cli.extract.errors import CacheError, UsageError
+
+if TYPE_CHECKING:
+    import zarr
 
 FORMAT_NAME = "whisper-at-cli feature cache"
 FORMAT_VERSION = 1
@@ -59,7 +64,7 @@ class CacheSpec:
     class_names: tuple[str, ...] = ()
     frames: int = FRAMES
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
         if self.dtype not in DTYPES:
             raise UsageError(f"storage type {self.dtype!r} is not known; choose from {', '.join(DTYPES)}")
@@ -109,13 +114,12 @@ class ClipTable:
     split: np.ndarray  # (N,) str, empty where there is none
     labels: np.ndarray  # (N, C) uint8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         lengths = {len(column) for column in (self.ids, self.paths, self.fold, self.split, self.labels)}
         if len(lengths) != 1:
             raise ValueError(f"columns differ in length: {sorted(lengths)}")
         if len(set(self.ids)) != len(self.ids):
-            seen: set[str] = set()
-            twice = next(name for name in self.ids if name in seen or seen.add(name))
+            twice = next(name for name, count in Counter(self.ids).items() if count > 1)
             raise UsageError(f"the dataset names two clips {str(twice)!r}; ids must be unique")
 
     def __len__(self) -> int:
@@ -132,7 +136,10 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
     N, L, T, D, S = len(clips), spec.layers, spec.frames, spec.dim, clips_per_shard
 
-    def add(name, shape, dtype, dims, *, chunks, shards=None, fill_value=0):
+    def add(
+        name: str, shape: tuple[int, ...], dtype: str, dims: tuple[str, ...], *, chunks: tuple[int, ...],
+        shards: tuple[int, ...] | None = None, fill_value: float = 0,
+    ) -> zarr.Array:  # fmt: skip
         return group.create_array(
             name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, dimension_names=dims,
             compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()] if name == "scale" else Crc32cCodec(),
@@ -172,7 +179,7 @@ def array_shapes(spec: CacheSpec, clips: int) -> dict[str, tuple[tuple[int, ...]
         "status": ((N,), "uint8"),
         "fold": ((N,), "int16"),
     }
-    shapes |= {name: ((N,), "") for name in ("id", "path", "split", "error")}
+    shapes |= dict.fromkeys(("id", "path", "split", "error"), ((N,), ""))
     if spec.dtype == "int8":
         shapes["scale"] = ((N, L, D), "float16")
     if spec.class_names:

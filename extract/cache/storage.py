@@ -20,7 +20,8 @@ class Stored(NamedTuple):
     scale: Tensor | None  # (B, L, D) float16, with int8 features
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Stored:
-        return Stored(*(None if tensor is None else function(tensor) for tensor in self))
+        scale = None if self.scale is None else function(self.scale)
+        return Stored(function(self.features), function(self.mean), function(self.finite), scale)
 
 
 def to_storage(features_BLTD: Tensor, dtype: str) -> Stored:

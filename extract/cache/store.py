@@ -22,8 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from whisper_at_cli.extract.errors import StoreError, UsageError, WhisperATError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from zarr.storage import ObjectStore
 
 BUFFERS = 1024  # that the system takes in one call
 REQUESTS = 32  # that a bucket is asked side by side
@@ -72,7 +78,7 @@ class LocalStore:
                 for first in range(0, len(buffers), BUFFERS):
                     _writev(file.fileno(), buffers[first : first + BUFFERS])
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
@@ -119,9 +125,9 @@ class LocalFile:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         self.size = os.fstat(self._file).st_size
         if hasattr(os, "preadv"):  # not on macOS
-            self.readv = partial(os.preadv, self._file)
+            self.readv = partial(os.preadv, self._file)  # type: ignore[method-assign]  # one call less a read
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, "_file"):
             os.close(self._file)
 
@@ -147,8 +153,8 @@ class BucketStore:
             raise UsageError(f"{address} is no address of a cache; give a path, or a bucket and a name after {kinds}")
         self._obs = _obstore()
         _refuse_fork(self.address)
-        options = {"connect_timeout": CONNECT_TIMEOUT, "timeout": REQUEST_TIMEOUT}
-        options["allow_http"] = True  # takes effect only where the endpoint that the user names begins with http://
+        # allow_http takes effect only where the endpoint that the user names begins with http://
+        options = {"connect_timeout": CONNECT_TIMEOUT, "timeout": REQUEST_TIMEOUT, "allow_http": True}
         try:
             self._store = self._obs.store.from_url(self.address, client_options=options, retry_config=RETRIES)
         except (self._obs.exceptions.BaseError, ValueError) as error:
@@ -202,7 +208,7 @@ class BucketStore:
         with self.asking(name):
             return memoryview(self._obs.get_range(self._store, name, start=start, length=length))
 
-    def zarr(self):
+    def zarr(self) -> ObjectStore:
         from zarr.storage import ObjectStore
 
         return ObjectStore(self._store)
@@ -242,7 +248,7 @@ class BucketStore:
             return UsageError(f"{what}: there is no bucket {bucket!r}; create it, or mend the address")
         if "169.254.169.254" in text:  # where machines in a cloud ask for their keys
             return StoreError(f"{what}: no credentials were found; set {keys}")
-        reason = found[1] if (found := re.search(r"<Message>(.*?)</Message>", text, re.S)) else text
+        reason = found[1] if (found := re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)) else text
         if isinstance(error, denied):
             return StoreError(f"{what}: access is denied ({reason}); check what these keys may do: {keys}")
         if "HTTP error" in text:
@@ -269,7 +275,7 @@ class BucketFile:
         return _scatter(self._store.read_range(self._name, start, length), buffers)
 
 
-def _obstore():
+def _obstore() -> ModuleType:
     try:
         import obstore
         import obstore.exceptions

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whisper_at_cli.extract.cache.reader import FeatureCache
+from whisper_at_cli.extract.cache.reader import FeatureCache, Rows
 from whisper_at_cli.extract.errors import UsageError
 
 BUFFER_MB = 1024  # eight shards of the usual size
@@ -23,7 +23,8 @@ READ_BYTES = 8 << 20  # of features read at once on their way into the buffer
 
 PASSES = 8  # over the cache in one epoch, at most, where clips come several times
 
-Batch = tuple[np.ndarray, Tensor, Tensor]  # rows (B,) int64, features (B, L, T, D), labels (B, C) float32
+# rows (B,) int64, features (B, L, T, D), labels (B, C) float32; with `stored` int8 also its scale (B, L, D)
+Batch = tuple[np.ndarray, Tensor, Tensor, *tuple[Tensor, ...]]
 
 
 class FeatureDataset(torch.utils.data.Dataset):
@@ -33,7 +34,7 @@ class FeatureDataset(torch.utils.data.Dataset):
     another thread reads. int8 is decoded to float32.
     """
 
-    def __init__(self, cache: FeatureCache | str | Path, rows=None):
+    def __init__(self, cache: FeatureCache | str | Path, rows: Rows | None = None):
         self.cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
         self.rows = self.cache._real_rows(rows)
 
@@ -51,8 +52,9 @@ class FeatureDataset(torch.utils.data.Dataset):
 
 
 def stream_batches(
-    cache: FeatureCache, batch_size: int, *, rows=None, seed=0, buffer_mb: float = BUFFER_MB, pin: bool = False,
-    prefetch: int = 2, reads: str = "features", repeats: bool = False,
+    cache: FeatureCache, batch_size: int, *, rows: Rows | None = None, seed: int | Sequence[int] = 0,
+    buffer_mb: float = BUFFER_MB, pin: bool = False, prefetch: int = 2, reads: str = "features",
+    repeats: bool = False,
 ) -> Iterator[Batch]:  # fmt: skip
     """One epoch over the finished clips (or these rows), each once, in an order that the seed alone decides.
 
@@ -126,8 +128,8 @@ class _ShuffleBuffer:
 
 
 def _draw_epoch(
-    cache: FeatureCache, rows: np.ndarray, batch_size: int, seed, buffer_mb: float, pin: bool, stop: threading.Event,
-    reads: str,
+    cache: FeatureCache, rows: np.ndarray, batch_size: int, seed: int | Sequence[int], buffer_mb: float, pin: bool,
+    stop: threading.Event, reads: str,
 ) -> Iterator[Batch]:  # fmt: skip
     rng = np.random.default_rng(seed)
     pin = pin and torch.cuda.is_available()
@@ -217,7 +219,7 @@ def _feed(batches: Iterator[Batch], waiting: Queue, stop: threading.Event) -> No
             waiting.put(batch)
             if stop.is_set():
                 return
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - raised where the batches are taken
         waiting.put(error)
     else:
         waiting.put(None)

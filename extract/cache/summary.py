@@ -56,8 +56,7 @@ def _slots(cache: FeatureCache) -> list[dict]:
 
     Empty in a bucket, which has no locks and so no trace of the tasks.
     """
-    files = lock_files(cache.store.path) if isinstance(cache.store, LocalStore) else {}
-    if not files:
+    if not isinstance(cache.store, LocalStore) or not (files := lock_files(cache.store.path)):
         return []
     running = running_slots(cache.store.path)
     of = max(files, key=lambda slot: files[slot].stat().st_mtime)[1]

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -237,7 +238,7 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
@@ -254,7 +255,7 @@ def _create_in_folder(path: Path, create_arrays: Callable[[Path], None]) -> None
     shutil.rmtree(temporary, ignore_errors=True)
     create_arrays(temporary)
     with contextlib.suppress(OSError):  # another process of the same job was first: continue its cache
-        os.rename(temporary, path)
+        temporary.rename(path)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -275,10 +276,10 @@ def _create_in_bucket(store: BucketStore, create_arrays: Callable[[Path], None])
             )
         if not others:
             store.map(lambda name: store.write_whole(name, [here.read(name)]), names)
-            store.write_first(schema.METADATA, here.read(schema.METADATA))
+            store.write_first(schema.METADATA, (here.path / schema.METADATA).read_bytes())
 
 
-def _lock_slot(path: Path, slot: tuple[int, int]):
+def _lock_slot(path: Path, slot: tuple[int, int]) -> IO:
     """Hold this process's slot. Raises CacheError if a running process holds a slot whose shards overlap."""
     index, of = slot
     folder = lock_folder(path)
@@ -293,7 +294,7 @@ def _lock_slot(path: Path, slot: tuple[int, int]):
                     f"another process is writing to {path} as --shard {other_index}/{other_of}; wait for it, or "
                     "give every process its own --shard I/N with the same N"
                 )
-        held = open(folder / f"{index}-of-{of}", "w")
+        held = open(folder / f"{index}-of-{of}", "w")  # noqa: SIM115 - the lock lasts as long as it is open
         take_lock(held)
     return held
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -147,7 +147,7 @@ def labels_as_rows(named: list[tuple[str, ...]], class_names: tuple[str, ...]) -
     return [tuple(sorted({index[name] for name in names})) for names in named]
 
 
-def refuse_too_many_classes(class_names, place: object) -> None:
+def refuse_too_many_classes(class_names: Sized, place: object) -> None:
     if len(class_names) > MAX_CLASSES:
         raise UsageError(
             f"{place} has {len(class_names)} different labels; at most {MAX_CLASSES} make sense. Is its column of "
@@ -162,6 +162,6 @@ def _stem(path: str) -> str:
     return Path(path).stem
 
 
-def _without_suffix(path: str) -> str:
-    path = Path(path)
+def _without_suffix(text: str) -> str:
+    path = Path(text)
     return path.with_suffix("").as_posix() if path.name else path.as_posix()

@@ -27,12 +27,12 @@ def read(root: Path) -> Dataset:
             missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
                 raise UsageError(f"{path} lacks the column {missing[0]!r}; it has {reader.fieldnames}")
-            rows = [(reader.line_num, *(row[column] for column in COLUMNS)) for row in reader]
+            rows = [(reader.line_num, [row[column] for column in COLUMNS]) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} is not a readable CSV file: {error}") from error
     targets: dict[int, str] = {}
     entries = []
-    for line, filename, fold, target, category in rows:
+    for line, (filename, fold, target, category) in rows:
         try:
             entries.append((filename, int(fold), int(target)))
         except (TypeError, ValueError) as error:

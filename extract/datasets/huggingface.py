@@ -6,12 +6,16 @@ import threading
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from whisper_at_cli.extract.audio.decode import load_clip
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text
 from whisper_at_cli.extract.errors import AudioError, MissingAudioError, UsageError
+
+if TYPE_CHECKING:
+    import datasets
 
 LAYOUT = "a folder that datasets.save_to_disk wrote, with an Audio column; labels from its ClassLabel column"
 MARKS = ("dataset_dict.json", "state.json")
@@ -37,7 +41,7 @@ class TableDataset(Dataset):
             audio = self._audio(row)
         except AudioError:
             return False
-        return audio.get("bytes") is not None or bool(audio.get("path")) and (self.root / audio["path"]).exists()
+        return audio.get("bytes") is not None or (bool(audio.get("path")) and (self.root / audio["path"]).exists())
 
     def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
         audio = self._audio(row)
@@ -106,7 +110,7 @@ def _dataset(path: Path, splits: dict) -> TableDataset:
     for split, table in splits.items():
         if str(table.features.get(label)) != str(first.features.get(label)):
             raise UsageError(f"{path}: the splits differ in their classes")
-        clips += _clips(table, split, label, len(class_names), column)
+        clips += _clips(table, split, label, len(class_names))
         tables.append(table.cast_column(column, datasets.Audio(decode=False)).select_columns([column]))
     if len({clip.id for clip in clips}) != len(clips):
         clips = [Clip(f"{clip.split}/{clip.id}", *_rest(clip)) for clip in clips]
@@ -122,7 +126,7 @@ def _rest(clip: Clip) -> tuple:
     return clip.path, clip.labels, clip.fold, clip.split
 
 
-def _clips(table, split: str, label: str, classes: int, column: str) -> list[Clip]:
+def _clips(table: datasets.Dataset, split: str, label: str, classes: int) -> list[Clip]:
     rows = range(len(table))
     values = table[label][:] if label else [()] * len(table)
     ids = [as_text(str(name)) for name in table["id"][:]] if "id" in table.features else [str(row) for row in rows]
@@ -139,11 +143,11 @@ def _clips(table, split: str, label: str, classes: int, column: str) -> list[Cli
     return clips
 
 
-def _column(features, kind: type) -> str | None:
+def _column(features: datasets.Features, kind: type) -> str | None:
     return next((name for name, feature in features.items() if isinstance(feature, kind)), None)
 
 
-def _label_column(features) -> tuple[str, tuple[str, ...]]:
+def _label_column(features: datasets.Features) -> tuple[str, tuple[str, ...]]:
     """The first column of class labels, or of lists of them, and the names; ("", ()) without one."""
     import datasets
 

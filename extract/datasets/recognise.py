@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from whisper_at_cli.extract.datasets import (
     audioset,
@@ -32,7 +33,17 @@ class Format:
     takes_labels: bool = False  # a list of classes, from the user
 
 
-def _format(reader, *, takes_labels: bool = False) -> Format:
+class Reader(Protocol):
+    """What each module of this folder that reads a layout has."""
+
+    LAYOUT: str
+
+    def recognise(self, path: Path, /) -> bool: ...
+
+    def read(self, path: Path, /) -> Dataset: ...
+
+
+def _format(reader: Reader, *, takes_labels: bool = False) -> Format:
     return Format(reader.LAYOUT, reader.recognise, reader.read, takes_labels)
 
 

@@ -22,7 +22,7 @@ def audio_files(root: Path) -> Iterator[str]:
 
 
 def _below(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    status = os.stat(folder)
+    status = Path(folder).stat()
     if (status.st_dev, status.st_ino) in seen:
         return  # a link to where we have been
     seen.add((status.st_dev, status.st_ino))

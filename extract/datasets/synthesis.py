@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def synthesise(
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
             _write(unfinished, settings, lambda done: progress(done, total) if progress else None)
-            os.replace(unfinished, folder)
+            unfinished.replace(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     if progress:
@@ -153,7 +153,9 @@ def _tone(frequency: np.ndarray | float, n: int) -> np.ndarray:
     return np.cumsum(np.broadcast_to(frequency, n)) / SAMPLE_RATE
 
 
-def _ring(seconds: float, frequencies, decay_seconds: float, rng: Generator) -> np.ndarray:
+def _ring(
+    seconds: float, frequencies: Sequence[float] | np.ndarray, decay_seconds: float, rng: Generator
+) -> np.ndarray:
     """A struck body: decaying modes, higher ones faster."""
     t = _seconds(round(seconds * SAMPLE_RATE))
     modes = [
@@ -297,8 +299,9 @@ def knocking(rng: Generator, n: int) -> np.ndarray:
     events, start = [], rng.uniform(0, 1.2)
     while start < n / SAMPLE_RATE:
         knocks, rate = rng.integers(2, 7), rng.uniform(2.5, 8)
-        for knock in range(knocks):
-            events.append((start + knock / rate, rng.uniform(0.5, 1) * _ring(0.3, modes, decay, rng)))
+        events += [
+            (start + knock / rate, rng.uniform(0.5, 1) * _ring(0.3, modes, decay, rng)) for knock in range(knocks)
+        ]
         start += knocks / rate + rng.uniform(0.4, 2.5)
     return _place(n, events)
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import SupportsFloat
 
 from whisper_at_cli.extract.errors import UsageError
 
@@ -36,7 +37,7 @@ def plain_csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
     with _opened(path, "CSV") as lines:
         number = 0
 
-        def counted():
+        def counted() -> Iterator[str]:
             nonlocal number
             for line in lines:
                 number += 1
@@ -108,7 +109,7 @@ class _opened:
                 raise UsageError(f"{self.path} is not a readable {self.kind} file: a line is longer than a megabyte")
             yield line
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.file.close()
         if isinstance(error, UnicodeDecodeError | csv.Error | OSError):
             raise UsageError(f"{self.path} is not a readable {self.kind} file: {error}") from error
@@ -120,7 +121,7 @@ def as_name(value: object, what: str, place: str, *, most: int = NAME_CHARACTERS
         value = f"{value}"
     if not isinstance(value, str):
         raise UsageError(f"{place}: {what} is {_shown(value)}, not text")
-    if len(value) > most or "\0" in value or "\n" in value.strip() and what != "audio":
+    if len(value) > most or "\0" in value or ("\n" in value.strip() and what != "audio"):
         raise UsageError(f"{place}: {what} is {_shown(value)}; give at most {most} characters on one line")
     value = value.strip() if what != "audio" else value
     try:
@@ -135,7 +136,7 @@ def as_seconds(value: object, what: str, place: str) -> float | None:
     if value is None or value == "":
         return None
     try:
-        seconds = math.nan if isinstance(value, bool | list | dict) else float(value)
+        seconds = float(value) if isinstance(value, str | SupportsFloat) and not isinstance(value, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0 <= seconds < 1e9:

@@ -22,7 +22,8 @@ def read(path: Path) -> Dataset:
     table = path / TABLE
     if not table.is_file():
         raise UsageError(f"{table} does not exist; UrbanSound8K's layout is {LAYOUT}")
-    files, folds, numbers, names = [], [], [], {}
+    files, folds, numbers = [], [], []
+    names: dict[int, str] = {}
     for place, row in tables.csv_rows(table, needs=COLUMNS):
         fold = tables.as_fold(row["fold"], place)
         number = row["classID"]

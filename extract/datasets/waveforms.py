@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from whisper_at_cli.extract.audio.decode import clip_from_samples
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
 from whisper_at_cli.extract.datasets.classes import classes_beside
 from whisper_at_cli.extract.errors import AudioError, UsageError
+
+if TYPE_CHECKING:
+    import h5py
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 PANNS_RATE = 32000  # of packs that do not say
@@ -90,7 +94,7 @@ def read(path: Path, *, labels: Path | None = None) -> WaveformPack:
     return WaveformPack(path.stem, path, clips, class_names, notes=tuple(notes + more), rate=rate)
 
 
-def _opened(path: Path):
+def _opened(path: Path) -> h5py.File:
     import h5py
 
     try:
@@ -106,7 +110,7 @@ def _name(value: object, path: Path) -> str:
     return as_text(name.replace("\0", ""))
 
 
-def _rate(pack, path: Path) -> tuple[int, list[str]]:
+def _rate(pack: h5py.File, path: Path) -> tuple[int, list[str]]:
     for place in (pack, pack["waveform"]):
         if "sample_rate" in place.attrs:
             rate = int(place.attrs["sample_rate"])
@@ -116,7 +120,7 @@ def _rate(pack, path: Path) -> tuple[int, list[str]]:
     return PANNS_RATE, [f"{path} does not say its sample rate; {PANNS_RATE} Hz was taken, as PANNs has it"]
 
 
-def _check_waveform(waveform, clips: int, path: Path) -> None:
+def _check_waveform(waveform: h5py.Dataset, clips: int, path: Path) -> None:
     if waveform.ndim != 2 or len(waveform) != clips or waveform.dtype.kind not in "if":
         raise UsageError(
             f"{path}: waveform is {waveform.shape} of {waveform.dtype}; {clips} names need ({clips}, samples) of int16 "

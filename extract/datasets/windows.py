@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -51,7 +52,7 @@ def _window_count(dataset: Dataset, clip: Clip, window: float, hop: float) -> in
     return max(0, min(begin_before_the_end, 1 - (-max(0, rest - length) // step)))
 
 
-def _windows(clip: Clip, count: int, window: float, hop: float):
+def _windows(clip: Clip, count: int, window: float, hop: float) -> Iterator[Clip]:
     if not count:
         yield clip
         return

@@ -128,7 +128,7 @@ class _Examination:
         except WhisperATError as error:
             found, _, do = str(error).partition("; ")
             self.add(f"{what}: {found}", do or GUIDE)
-        except Exception as error:  # whatever a broken library brings a check to
+        except Exception as error:  # noqa: BLE001 - whatever a broken library brings a check to
             self.add_unless_known(f"{what}: {one_line(error)}", GUIDE)
         return None
 

@@ -172,7 +172,7 @@ def _examine(requirement, imported: bool) -> Dependency:
     try:
         if imported:
             _import_quietly(_module_of(distribution))
-    except Exception as error:  # a broken package can raise anything: OSError of a library, AttributeError, ...
+    except Exception as error:  # noqa: BLE001 - a broken package can raise anything: OSError of a library, AttributeError, ...
         return Dependency(name, needs, version, "broken", one_line(error))
     return Dependency(name, needs, version, "ok")
 

@@ -32,8 +32,9 @@ def encode_to_host(backbone: Backbone, waveforms: Tensor, dtype: str) -> Stored:
             f"half a batch of {len(waveforms)} clips does not fit in the memory of {backbone.device}; "
             f"give --batch-size {max(1, len(waveforms) // 4)} or free some memory, and run the same command again"
         ) from error
-    parts = zip(*halves, strict=True)
-    return Stored(*(None if part[0] is None else torch.cat(part) for part in parts))
+    features, mean, finite = (torch.cat(parts) for parts in zip(*(half[:3] for half in halves), strict=True))
+    scales = [half.scale for half in halves if half.scale is not None]
+    return Stored(features, mean, finite, torch.cat(scales) if scales else None)
 
 
 def _encode_to_host(backbone: Backbone, waveforms: Tensor, dtype: str) -> Stored:

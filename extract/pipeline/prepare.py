@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from whisper_at_cli import __version__
-from whisper_at_cli.extract.backbones.load import Backbone
+from whisper_at_cli.extract.backbones.load import Backbone, EncoderFacts
 from whisper_at_cli.extract.cache.schema import CacheSpec, Status
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter
@@ -49,10 +49,10 @@ def compile_backbone(backbone: Backbone) -> None:
 
 
 def open_cache(
-    cache: str | Path, dataset: Dataset, backbone, clip_seconds: float, dtype: str, batch_size: int, *,
+    cache: str | Path, dataset: Dataset, backbone: EncoderFacts, clip_seconds: float, dtype: str, batch_size: int, *,
     shard_mb: float, slot: tuple[int, int],
 ) -> CacheWriter:  # fmt: skip
-    """The cache of this extraction, new or continued. `backbone` is a Backbone or says the same of itself."""
+    """The cache of this extraction, new or continued."""
     spec = CacheSpec(
         backbone=backbone.name, weights_sha256=backbone.weights_sha256, layers=backbone.layers, dim=backbone.dim,
         clip_seconds=clip_seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
@@ -62,7 +62,7 @@ def open_cache(
     return CacheWriter.create(cache, spec, dataset.table(), shard_mb=shard_mb, slot=slot, provenance=provenance)
 
 
-def _provenance(backbone, dataset: Dataset, batch_size: int) -> dict:
+def _provenance(backbone: EncoderFacts, dataset: Dataset, batch_size: int) -> dict:
     return {
         "tool_version": __version__,
         "torch_version": torch.__version__,

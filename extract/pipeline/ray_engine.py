@@ -13,6 +13,7 @@ a core, each task would begin with importing torch: that halved the speed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -21,8 +22,12 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, Status
+from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.pipeline import prepare
@@ -30,6 +35,10 @@ from whisper_at_cli.extract.pipeline.ray_worker import Encoder, EncoderInfo, Par
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
 from whisper_at_cli.extract.pipeline.shard_run import batch_slots
 from whisper_at_cli.extract.progress import Progress
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
 
 SHARDS_EACH = 2  # one that is encoded, one that is decoded meanwhile
 DECODE_CLIPS = 16  # clips that one task decodes, about
@@ -106,7 +115,7 @@ def _connected(address: str | None) -> Iterator[None]:
         if mine:
             _knock(address)
             try:
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = str(error).splitlines()[0]
                 raise UsageError(f"no Ray cluster answers at {address or 'the known address'}: {reason}") from error
@@ -141,11 +150,11 @@ class _Fleet:
         self.ready: dict = {}  # encoder -> EncoderInfo
         self.lost = 0
         self.on_gpu = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
-        wants = {"num_gpus": 1, "num_cpus": 0} if self.on_gpu else {"num_cpus": ENCODER_CPUS}
+        wants: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if self.on_gpu else {"num_cpus": ENCODER_CPUS}
         # where a bucket is, every worker learns from here; its keys are the nodes' own
         settings = {name: os.environ[name] for name in BUCKET_SETTINGS if name in os.environ}
         wants |= {"runtime_env": {"env_vars": settings}} if settings else {}
-        self.actor = ray.remote(Encoder).options(
+        self.actor: Any = ray.remote(Encoder).options(
             max_concurrency=SHARDS_EACH if self.on_gpu else 1, max_restarts=0, **wants
         )
         self.decode = ray.remote(decode_clips).options(
@@ -202,7 +211,7 @@ class _Fleet:
                 progress(0, 1, "waiting for a worker with room for an encoder")
         return next(iter(self.ready.values()))
 
-    def drop(self, actor) -> None:
+    def drop(self, actor: ActorHandle) -> None:
         import ray
 
         if self.ready.pop(actor, None):
@@ -213,7 +222,10 @@ class _Fleet:
 class _Drive:
     """One extraction: hands shards to the fleet and counts what comes back."""
 
-    def __init__(self, dataset, writer, fleet, samples, batch_size, redo, in_tasks, progress):
+    def __init__(
+        self, dataset: Dataset, writer: CacheWriter, fleet: _Fleet, samples: int, batch_size: int, redo: np.ndarray,
+        in_tasks: bool, progress: Progress | None,
+    ):  # fmt: skip
         self.dataset, self.writer, self.fleet, self.progress = dataset, writer, fleet, progress
         self.samples, self.batch_size, self.redo, self.in_tasks = samples, batch_size, redo, in_tasks
         self.waiting = deque(writer.shards_of(redo))
@@ -240,11 +252,13 @@ class _Drive:
             self.fleet.admit()
             self._hand_out()
             calls = [*self.in_flight, *self.fleet.starting]
-            finished = ray.wait(calls, timeout=POLL_SECONDS)[0] if calls else time.sleep(POLL_SECONDS)
+            finished = ray.wait(calls, timeout=POLL_SECONDS)[0] if calls else []
+            if not calls:
+                time.sleep(POLL_SECONDS)
             now = time.perf_counter()
             self.encoder_seconds += (now - before) * len(self.fleet.ready)
             before = now
-            for call in finished or ():
+            for call in finished:
                 if call in self.in_flight:
                     self._take(call)
 
@@ -257,7 +271,7 @@ class _Drive:
                     self.in_flight[self._submit(actor, number)] = (actor, number)
                     load[actor] += 1
 
-    def _submit(self, actor, number: int):
+    def _submit(self, actor: ActorHandle, number: int) -> ObjectRef:
         rows = self.writer.rows(number)
         needed = [rows[slot] for slots in batch_slots(rows, self.redo, self.batch_size) for slot in slots]
         todo = tuple(row for row in rows if self.redo[row])
@@ -268,7 +282,7 @@ class _Drive:
         decoded = [self.fleet.decode.remote(self.dataset.part(part), part, self.samples) for part in parts]
         return actor.extract_shard.remote(shard, None, *decoded)
 
-    def _take(self, call) -> None:
+    def _take(self, call: ObjectRef) -> None:
         """Count a finished shard, or give it to another encoder where its own was lost."""
         import ray
 
@@ -312,7 +326,7 @@ class _Drive:
         self.progress(self.skipped + self.written + self.failed, self.total, ", ".join(notes))
 
 
-def _result(call):
+def _result(call: ObjectRef) -> Any:
     """What a call returned. Raises what it raised if that is for users, as it was; Ray's own error if it was lost."""
     import ray
 

@@ -7,7 +7,9 @@ import queue
 import time
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.pipeline.local import extract
@@ -25,7 +27,7 @@ def slots_of(shard: tuple[int, int], count: int) -> list[tuple[int, int]]:
 
 def extract_on_devices(
     dataset: str | Path, cache: str | Path, *, model: str | Path, devices: list[str], shard: tuple[int, int] = (1, 1),
-    progress: Progress | None = None, **options,
+    progress: Progress | None = None, **options: Any,
 ) -> ExtractReport:  # fmt: skip
     """`extract` with one process per device; the cache has the same bytes as from one. Options are those of `extract`.
 
@@ -35,8 +37,8 @@ def extract_on_devices(
         raise UsageError("several devices need the model by name or path, so that each process can load it")
     started = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    processes = []
+    messages: Queue = context.Queue()
+    processes: list[BaseProcess] = []
     for number, (device, slot) in enumerate(zip(devices, slots_of(shard, len(devices)), strict=True)):
         arguments = {"dataset": dataset, "cache": cache, "model": model, "device": device, "shard": slot, **options}
         process = context.Process(target=_extract_in_process, args=(number, messages, arguments), daemon=True)
@@ -45,13 +47,13 @@ def extract_on_devices(
     try:
         reports = _collect(processes, devices, messages, progress)
     finally:
-        for process in processes:
-            process.terminate()
+        for started_process in processes:
+            started_process.terminate()
     return _merged(reports, time.perf_counter() - started)
 
 
-def _extract_in_process(number: int, messages, arguments: dict) -> None:
-    def progress(done: int, total: int, message: str = "") -> None:
+def _extract_in_process(number: int, messages: Queue, arguments: dict) -> None:
+    def progress(done: int, total: int, _message: str = "") -> None:
         messages.put((number, "progress", (done, total)))
 
     try:
@@ -60,7 +62,9 @@ def _extract_in_process(number: int, messages, arguments: dict) -> None:
         messages.put((number, "error", error))
 
 
-def _collect(processes: list[BaseProcess], devices: list[str], messages, progress) -> list[ExtractReport]:
+def _collect(
+    processes: list[BaseProcess], devices: list[str], messages: Queue, progress: Progress | None
+) -> list[ExtractReport]:
     """Wait for every process's report, adding up their progress."""
     so_far: dict[int, tuple[int, int]] = {}
     reports: dict[int, ExtractReport] = {}

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from whisper_at_cli.extract.backbones.load import Backbone
 from whisper_at_cli.extract.cache.schema import FRAMES, Status
 from whisper_at_cli.extract.cache.storage import Stored
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
-from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.devices import one_thread_per_operation, streams_of
 from whisper_at_cli.extract.errors import AudioError
 from whisper_at_cli.extract.pipeline.encode import encode_to_host
@@ -67,6 +67,14 @@ def batch_slots(rows: range, redo: np.ndarray, batch_size: int) -> list[range]:
     return [slots for slots in parts if redo[rows[slots.start] : rows[slots.stop - 1] + 1].any()]
 
 
+class Waveforms(Protocol):
+    """Where the audio of the cache's rows comes from: the dataset, or what was sent of it."""
+
+    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
+        """(samples,) float32, and how many of them are real. Raises AudioError."""
+        ...
+
+
 class ShardRun:
     """One extraction: audio decoded ahead of the encoder, and encoded shards written behind it.
 
@@ -75,7 +83,7 @@ class ShardRun:
     """
 
     def __init__(
-        self, dataset: Dataset, backbone: Backbone, writer: CacheWriter, redo: np.ndarray, samples: int,
+        self, dataset: Waveforms, backbone: Backbone, writer: CacheWriter, redo: np.ndarray, samples: int,
         batch_size: int, workers: int, progress: Progress | None, streams: int | None = None,
     ):  # fmt: skip
         self.dataset, self.backbone, self.writer = dataset, backbone, writer
@@ -96,7 +104,9 @@ class ShardRun:
         """Extract the clips in `redo` that this slot holds."""
         started = time.perf_counter()
         self._report_progress()
-        waiting, decoding, encoding = self._batches(), deque(), {}
+        waiting = self._batches()
+        decoding: deque[_Batch] = deque()
+        encoding: dict[Future[_Encoded], _Batch] = {}
         try:
             with one_thread_per_operation(self.backbone.device.type == "cpu"):
                 while True:
@@ -172,7 +182,7 @@ class ShardRun:
         redo = self.redo[np.array(self.writer.rows(batch.shard))]
         shard.block.errors |= {slot: error for slot, error in encoded.errors.items() if redo[slot]}
         if encoded.stored is not None:
-            self._fill(shard.block, encoded, redo)
+            self._fill(shard.block, encoded, encoded.stored, redo)
         slots = np.array(batch.slots)[redo[batch.slots.start : batch.slots.stop]]
         done = int((shard.block.status[slots] == Status.DONE).sum())
         self.done += done
@@ -184,16 +194,16 @@ class ShardRun:
             del self.open_shards[batch.shard]
             self.writing.append(self.disk.submit(self.writer.write, batch.shard, shard.block))
 
-    def _fill(self, block: ShardBlock, encoded: _Encoded, redo: np.ndarray) -> None:
+    def _fill(self, block: ShardBlock, encoded: _Encoded, stored: Stored, redo: np.ndarray) -> None:
         """Copy what was encoded into the block, where it was asked for and is finite."""
-        stored, slots = encoded.stored, np.array(encoded.slots)
+        slots = np.array(encoded.slots)
         finite = stored.finite.numpy()
         good = finite.all(axis=1) & redo[slots]
         at = slots[good]
         keep = slice(None) if good.all() else good
         block.features[at] = stored.features.numpy()[keep]
         block.mean[at] = stored.mean.numpy()[keep]
-        if stored.scale is not None:
+        if block.scale is not None and stored.scale is not None:
             block.scale[at] = stored.scale.numpy()[keep]
         block.valid_frames[at] = np.array(encoded.valid_frames)[good]
         block.status[at] = Status.DONE

@@ -58,7 +58,7 @@ class SlurmJob:
     name: str = "whisper-at"
     setup: str | None = None  # a shell line that makes the command available
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for what, value, least in (
             ("tasks", self.tasks, 1), ("cpus", self.cpus, 1), ("gpus", self.gpus, 0), ("memory-gb", self.memory_gb, 1),
         ):  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +13,7 @@ from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.options import DEVICE, SEED, command
 from whisper_at_cli.extract.output import printable
 from whisper_at_cli.extract.progress import progress_on_stderr
+from whisper_at_cli.heads.options import Decorator, Function
 
 FORMATS = ("json", "txt", "srt", "vtt", "rttm", "tsv", "html")
 AUDIO = click.argument("audio", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -20,10 +23,10 @@ HEAD = click.option(
 MODEL = click.option("--model", help="The model that the head was trained on.  [default: the one that the head names]")
 
 
-def _together(*options):
+def _together(*options: Decorator) -> Decorator:
     """One decorator of several options, in this order."""
 
-    def register(function):
+    def register(function: Function) -> Function:
         for option in reversed(options):
             function = option(function)
         return function
@@ -91,7 +94,10 @@ WHISPER_OPTIONS = _together(
 @SEED
 @DEVICE
 @click.pass_context
-def transcribe_command(ctx, audio, head, model, form, out, seed, device, as_json, **options):  # fmt: skip
+def transcribe_command(
+    ctx: click.Context, /, audio: tuple[Path, ...], head: Path, model: str | None, form: str, out: Path | None,
+    seed: int, device: str, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
     """What was said and what was heard in each AUDIO, with the encoder run once.
 
     The text is that of openai-whisper with the same options, character for character; a folder stands for the audio
@@ -124,7 +130,7 @@ def transcribe_command(ctx, audio, head, model, form, out, seed, device, as_json
             failed += 1
             click.echo(f"failed: {' '.join(str(error).split())}", err=True)
             continue
-        if place:
+        if out and place:
             LocalStore(out).write_whole(place.name, [_as_text(result, form, out).encode()])
             click.echo(str(place))
         else:
@@ -144,7 +150,10 @@ def transcribe_command(ctx, audio, head, model, form, out, seed, device, as_json
 @click.option("--out", type=click.Path(path_type=Path), help="A file for the lines.  [default: stdout]")
 @DEVICE
 @click.pass_context
-def tag_command(ctx, audio, head, model, precision, out, device, as_json, **options):
+def tag_command(
+    ctx: click.Context, /, audio: tuple[Path, ...], head: Path, model: str | None, precision: str, out: Path | None,
+    device: str, as_json: bool, **options: Any,  # noqa: ARG001 - its lines are JSON in any case
+) -> None:  # fmt: skip
     """What was heard in each AUDIO, without text: one line of JSON a file (path, tags, events), with --json or without.
 
     A folder stands for the audio files in it. A file that cannot be read has its error on its line, and exit status
@@ -161,17 +170,14 @@ def tag_command(ctx, audio, head, model, precision, out, device, as_json, **opti
     options = _tag_options(options)
     tagger = Tagger.from_checkpoint(head, model=model, device=device, precision=precision)
     failed = 0
-    stream = open(out, "w") if out else None
-    try:
-        with progress_on_stderr("tag", "files", quiet=ctx.obj["quiet"]) as progress:
-            for result in tagger.tag(paths, progress=progress, **options):
-                if "error" in result:
-                    failed += 1
-                    click.echo(f"failed: {printable(result['path'])}: {result['error']}", err=True)
-                click.echo(json.dumps(result), file=stream)
-    finally:
-        if stream:
-            stream.close()
+    with ExitStack() as stack:
+        stream = stack.enter_context(open(out, "w")) if out else None
+        progress = stack.enter_context(progress_on_stderr("tag", "files", quiet=ctx.obj["quiet"]))
+        for result in tagger.tag(paths, progress=progress, **options):
+            if "error" in result:
+                failed += 1
+                click.echo(f"failed: {printable(result['path'])}: {result['error']}", err=True)
+            click.echo(json.dumps(result), file=stream)
     if failed:
         ctx.exit(1)
 
@@ -212,7 +218,7 @@ def _places(paths: list[Path], out: Path | None, form: str) -> list[Path | None]
         if form == "html" and len(paths) > 1:
             raise UsageError(f"{len(paths)} pages cannot go to one place: give --out FOLDER")
         return [None] * len(paths)
-    places = [out / f"{path.stem}.{form}" for path in paths]
+    places: list[Path | None] = [out / f"{path.stem}.{form}" for path in paths]
     double = sorted({str(place) for place in places if places.count(place) > 1})
     if double:
         raise UsageError(f"several files would become {double[0]}: transcribe them into folders of their own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ class EventSettings:
     min_duration: float = 0.0  # seconds; shorter events are dropped, after merging
     merge_gap: float = 0.0  # seconds; events of a label that are no further apart become one
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.off <= self.on <= 1:
             raise UsageError(f"on is {self.on:g} and off {self.off:g}; choose 0 < off <= on <= 1")
         if not (self.min_duration >= 0 and self.merge_gap >= 0):
@@ -46,13 +47,15 @@ def cells(spans: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.
         return edges, np.where(covering > 0, running[:, :-1] / covering, np.nan)
 
 
-def find_events(spans: np.ndarray, probabilities: np.ndarray, names, settings: EventSettings) -> list[dict]:
+def find_events(
+    spans: np.ndarray, probabilities: np.ndarray, names: Sequence[str], settings: EventSettings
+) -> list[dict]:
     """Events in order of time: start and end in seconds, label, and probability, the highest in it."""
     if not len(spans):
         return []
     edges, values = cells(np.asarray(spans, dtype=np.float64), np.asarray(probabilities))
     found = []
-    for index in np.flatnonzero((values >= settings.on).any(axis=0)):
+    for index in np.flatnonzero((values >= settings.on).any(axis=0)).tolist():
         for start, end, peak in _events_of_one(edges, values[:, index], settings):
             found.append({"start": start, "end": end, "label": names[index], "probability": peak})
     return sorted(found, key=lambda event: (event["start"], event["end"], event["label"]))

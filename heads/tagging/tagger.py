@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from whisper_at_cli.extract.ahead import in_order
 from whisper_at_cli.extract.audio.decode import decode
 from whisper_at_cli.extract.backbones.encoder import clip_samples
-from whisper_at_cli.extract.backbones.load import WhisperBackbone, load_backbone, load_whisper
+from whisper_at_cli.extract.backbones.load import Backbone, WhisperBackbone, load_backbone, load_whisper
 from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.backbones.weights import WhisperWeights
 from whisper_at_cli.extract.datasets.scan import audio_files as audio_files_below
@@ -34,9 +35,15 @@ from whisper_at_cli.extract.devices import (
 from whisper_at_cli.extract.errors import AudioError, UsageError, WhisperATError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import load_head
+from whisper_at_cli.heads.forms import Head
 from whisper_at_cli.heads.tagging.events import EventSettings, find_events
 from whisper_at_cli.heads.tagging.frames import ExactFile, SharedTags, Window
 from whisper_at_cli.heads.tagging.windows import SAMPLES_PER_POSITION, TagGrid, tag_grid, within
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from whisper.model import Whisper
 
 TAG_WINDOWS = ("shared", "exact")
 FILES_AHEAD = 4  # decoded before their turn
@@ -55,7 +62,7 @@ class TagSettings:
     all_labels: bool = False  # every label of every window, whatever the threshold
     events: EventSettings | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tag_window not in TAG_WINDOWS:
             raise UsageError(f"tag window {self.tag_window!r} is not known; choose from {', '.join(TAG_WINDOWS)}")
         if not 0 <= self.threshold <= 1:
@@ -70,19 +77,24 @@ class Tagger:
     One `transcribe` runs at a time; another thread's waits. `tag` may run beside others.
     """
 
-    def __init__(self, head: nn.Module, *, model=None, device: str = "auto", precision: str = "float32"):
-        """head as `load_head` gives it; model an OpenAI name, a path, or an `openai-whisper` model that is loaded."""
+    def __init__(
+        self, head: Head, *, model: str | Path | Whisper | None = None, device: str = "auto", precision: str = "float32"
+    ):
+        """Head as `load_head` gives it; model an OpenAI name, a path, or an `openai-whisper` model that is loaded."""
         self.description = head.description
         self.device = choose_device(device) if model is None or isinstance(model, str | Path) else model.device
         self.head = head.to(self.device).eval()
-        self.model = self.description.backbone if model is None else model
+        self.model: str | Path | Whisper = self.description.backbone if model is None else model
         self.precision = precision
         self._whisper = None if isinstance(self.model, str | Path) else self._fitting_whisper(self.model)
-        self._backbone = None
+        self._backbone: Backbone | None = None
         self._loading, self._transcribing = threading.Lock(), threading.Lock()
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path, *, model=None, device: str = "auto", precision="float32") -> Tagger:
+    def from_checkpoint(
+        cls, folder: str | Path, *, model: str | Path | Whisper | None = None, device: str = "auto",
+        precision: str = "float32",
+    ) -> Tagger:  # fmt: skip
         """A tagger from the folder that `train-head --out` wrote. Without `model`, the backbone that the head names."""
         return cls(load_head(folder), model=model, device=device, precision=precision)
 
@@ -91,19 +103,22 @@ class Tagger:
         return str(self.model) if isinstance(self.model, str | Path) else self.description.backbone
 
     @property
-    def whisper(self):
+    def whisper(self) -> Whisper:
         """The `openai-whisper` model, loaded when it is first asked for. Raises UsageError if it is not the head's."""
         with self._loading:
             if self._whisper is None:
+                assert isinstance(self.model, str | Path), "a model that came loaded was kept"
                 self._whisper = self._fitting_whisper(load_whisper(self.model, device=str(self.device)))
         return self._whisper
 
     @property
-    def backbone(self):
+    def backbone(self) -> Backbone:
         """The encoder for un-padded clips, loaded when it is first asked for."""
         with self._loading:
             if self._backbone is None:
+                backbone: Backbone
                 if self._whisper is None:
+                    assert isinstance(self.model, str | Path), "a model that came loaded was kept"
                     backbone = load_backbone(self.model, device=str(self.device), precision=self.precision)
                 else:
                     weights = _weights_of(self._whisper, self.description.backbone)
@@ -112,7 +127,7 @@ class Tagger:
                 self._backbone = backbone
         return self._backbone
 
-    def _fitting_whisper(self, model):
+    def _fitting_whisper(self, model: Whisper) -> Whisper:
         weights = _weights_of(model, self.description.backbone)
         self._check_fits(weights.encoder_sha256(), weights.dims["n_audio_layer"], weights.dims["n_audio_state"])
         return model
@@ -150,12 +165,13 @@ class Tagger:
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """(W, C): the softmax for a head trained with cross-entropy, else the sigmoid of each logit."""
-        logits = torch.from_numpy(logits)
-        return (logits.softmax(dim=-1) if self.description.loss == "ce" else logits.sigmoid()).numpy()
+        found = torch.from_numpy(logits)
+        return (found.softmax(dim=-1) if self.description.loss == "ce" else found.sigmoid()).numpy()
 
     def transcribe(
-        self, audio: str | Path | np.ndarray, *, seed: int | None = None, progress: Progress | None = None, **options
-    ) -> dict:
+        self, audio: str | Path | np.ndarray, *, seed: int | None = None, progress: Progress | None = None,
+        **options: Any,
+    ) -> dict:  # fmt: skip
         """What was said and what was heard, with the encoder run once: see docs/transcribe.md for the fields.
 
         audio is a file or samples at 16 kHz; options are those of TagSettings and of `whisper.transcribe`. Raises
@@ -189,12 +205,12 @@ class Tagger:
             "head": self._about_head(),
             "settings": self._about_settings(settings, grid) | {
                 "encoder_passes": done.encoder_passes,
-                "whisper": {name: value for name, value in whisper_options.items()},
+                "whisper": dict(whisper_options),
             },
         }  # fmt: skip
 
     def tag(
-        self, audio: str | Path | Iterable[str | Path], *, progress: Progress | None = None, **options
+        self, audio: str | Path | Iterable[str | Path], *, progress: Progress | None = None, **options: Any
     ) -> Iterator[dict]:
         """Tags of files and of all audio files in folders, without text: one dictionary a file, in order.
 
@@ -206,7 +222,9 @@ class Tagger:
         paths = audio_files([audio] if isinstance(audio, str | Path) else audio)
         return self._tag(paths, settings, self.grid(settings), progress)
 
-    def _tag(self, paths: list[Path], settings: TagSettings, grid: TagGrid, progress) -> Iterator[dict]:
+    def _tag(
+        self, paths: list[Path], settings: TagSettings, grid: TagGrid, progress: Progress | None
+    ) -> Iterator[dict]:
         done = 0
         with ThreadPoolExecutor(min(cores(), FILES_AHEAD)) as pool:
             files = in_order(pool, lambda path: self._open(path, grid), paths, FILES_AHEAD)
@@ -256,13 +274,15 @@ class Tagger:
         size, side_by_side = fitting_batch_size(backbone, samples), streams_of(backbone.device)
         batches = iter(lambda: list(islice(clips, size)), [])
         on_cpu = backbone.device.type == "cpu"
-        threads = {"initializer": torch.set_num_threads, "initargs": (1,)} if on_cpu else {}
+        threads: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)} if on_cpu else {}
         with ThreadPoolExecutor(side_by_side, **threads) as pool, one_thread_per_operation(on_cpu):
             stacked = (torch.stack(batch) for batch in batches)
             for features in in_order(pool, backbone.encode, stacked, side_by_side):
                 yield from features
 
-    def _told(self, windows, logits: np.ndarray, grid: TagGrid, settings: TagSettings, duration: float) -> dict:
+    def _told(
+        self, windows: list[Window], logits: np.ndarray, grid: TagGrid, settings: TagSettings, duration: float
+    ) -> dict:
         """`tags` and `events` of a result."""
         probabilities, names = self.probabilities(logits), self.description.class_names
         spans = np.array(windows, dtype=np.float64).reshape(-1, 2) * grid.frame_seconds
@@ -289,17 +309,17 @@ class Tagger:
 
 
 def transcribe(
-    audio: str | Path | np.ndarray, *, head: str | Path, model=None, device: str = "auto", seed: int | None = None,
-    progress: Progress | None = None, **options,
+    audio: str | Path | np.ndarray, *, head: str | Path, model: str | Path | Whisper | None = None,
+    device: str = "auto", seed: int | None = None, progress: Progress | None = None, **options: Any,
 ) -> dict:  # fmt: skip
     """Text and tags of one file in one encoder pass: `Tagger.from_checkpoint(head, model=model).transcribe(audio)`."""
     tagger = Tagger.from_checkpoint(head, model=model, device=device)
     return tagger.transcribe(audio, seed=seed, progress=progress, **options)
 
 
-def labels_of(probabilities: np.ndarray, logits: np.ndarray, names, settings: TagSettings) -> list[dict]:
+def labels_of(probabilities: np.ndarray, logits: np.ndarray, names: Sequence[str], settings: TagSettings) -> list[dict]:
     """The labels of one window that are to be told, most probable first."""
-    order = np.argsort(-probabilities, kind="stable")
+    order = np.argsort(-probabilities, kind="stable").tolist()
     if not settings.all_labels:
         order = [index for index in order[: settings.top] if probabilities[index] >= settings.threshold]
     return [
@@ -345,7 +365,7 @@ def _samples_of(audio: str | Path | np.ndarray | Tensor) -> np.ndarray:
     return samples
 
 
-def _weights_of(model, name: str) -> WhisperWeights:
+def _weights_of(model: Whisper, name: str) -> WhisperWeights:
     """The weights of an `openai-whisper` model that is loaded."""
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     return WhisperWeights(name, "memory", asdict(model.dims), state)
@@ -363,5 +383,7 @@ class _seeded:
         if self.seed is not None:
             torch.manual_seed(self.seed)
 
-    def __exit__(self, *exception) -> None:
-        self.fork.__exit__(*exception)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.fork.__exit__(kind, error, trace)

@@ -11,10 +11,11 @@ import copy
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ import whisper
 from torch import Tensor, nn
 from whisper.audio import N_FRAMES, N_SAMPLES, pad_or_trim
 from whisper.decoding import DecodingOptions
-from whisper.model import MultiHeadAttention
+from whisper.model import AudioEncoder, MultiHeadAttention, Whisper
 
 from whisper_at_cli.extract.backbones.mel import HOP, MEL_FRAMES_PER_SECOND, N_FFT, SAMPLE_RATE, filters_and_window
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
@@ -51,8 +52,8 @@ class Transcription:
 
 
 def transcribe_once(
-    model, samples: np.ndarray, *, receiver: Receiver | None = None, frame_positions: int = 1,
-    progress: Progress | None = None, **options,
+    model: Whisper, samples: np.ndarray, *, receiver: Receiver | None = None, frame_positions: int = 1,
+    progress: Progress | None = None, **options: Any,
 ) -> Transcription:  # fmt: skip
     """`whisper.transcribe(model, samples, **options)` with the encoder run once a window; its layers go to `receiver`.
 
@@ -117,7 +118,7 @@ def log_mel_in_pieces(audio: np.ndarray, n_mels: int, padding: int) -> Tensor:
     return torch.maximum(log, log.max() - 8.0, out=log).add_(4.0).div_(4.0)
 
 
-def _checked(options: dict, model) -> dict:
+def _checked(options: dict, model: Whisper) -> dict:
     """Options with `fp16` settled. Raises UsageError for a name that `whisper.transcribe` does not have."""
     known = set(inspect.signature(whisper.transcribe).parameters) | set(DECODE_OPTIONS)
     unknown = set(options) - known | {"model", "audio", "prompt"} & set(options)
@@ -127,7 +128,7 @@ def _checked(options: dict, model) -> dict:
     return options | {"fp16": bool(options.get("fp16", True)) and not on_cpu}
 
 
-def _with_names(**names) -> Callable:
+def _with_names(**names: object) -> Callable:
     """A copy of `whisper.transcribe` in which these names mean something else."""
     function = whisper.transcribe
     its_globals = vars(sys.modules[function.__module__])
@@ -145,7 +146,7 @@ def _with_names(**names) -> Callable:
 class EncoderOnce(nn.Module):
     """Whisper's encoder, which answers from memory what it was asked last, as long as it was the same to the bit."""
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: AudioEncoder):
         super().__init__()
         self.encoder = encoder
         self.passes = 0
@@ -159,6 +160,7 @@ class EncoderOnce(nn.Module):
             self._answer = self.encoder(mel)
             self._asked = (mel, MultiHeadAttention.use_sdpa)
             self.passes += 1
+        assert self._answer is not None
         return self._answer
 
     def _remembers(self, mel: Tensor) -> bool:
@@ -171,14 +173,17 @@ class EncoderOnce(nn.Module):
 class _Follower:
     """Goes along with one transcription: knows where each window lies, hands on what the blocks put out."""
 
-    def __init__(self, model, receiver, frame_positions, parts, fp16, progress):
+    def __init__(
+        self, model: Whisper, receiver: Receiver | None, frame_positions: int, parts: list[tuple[int, int]],
+        fp16: bool, progress: Progress | None,
+    ):  # fmt: skip
         self.receiver, self.frame_positions, self.parts, self.progress = receiver, frame_positions, parts, progress
         self.dtype = torch.float16 if fp16 else torch.float32
         self.encoder = EncoderOnce(model.encoder)
         self.model = copy.copy(model)  # the same decoder and weights; the caller's own model stays as it is
         self.model._modules = model._modules | {"encoder": self.encoder}
-        self.in_order = all(before[1] <= after[0] for before, after in zip(parts, parts[1:], strict=False))
-        self.mel: Tensor | None = None
+        self.in_order = all(before[1] <= after[0] for before, after in pairwise(parts))
+        self.mel: Tensor  # of the file, as soon as Whisper asks for it
         self.heard = 0  # mel frames of the file up to here have been through the encoder
         self.span: Span | None = None  # of the window whose layers are wanted next
         self.last_span: Span | None = None
@@ -196,7 +201,7 @@ class _Follower:
             if self.parts and self.parts[0][0] == 0 and self.parts[0][1] >= N_FRAMES:
                 self._expect(0, N_FRAMES)
         else:
-            seek, size = mel.storage_offset() - self.mel.storage_offset(), mel.shape[1]
+            seek, size = int(mel.storage_offset() - self.mel.storage_offset()), mel.shape[1]
             self._catch_up(seek)
             self._expect(seek, size)
             if self.progress:
@@ -232,7 +237,7 @@ class _Follower:
                     self.encoder(window.to(self.model.device).to(self.dtype)[None])
 
     @contextmanager
-    def listening(self):
+    def listening(self) -> Iterator[None]:
         """Collects the output of the encoder's blocks while the transcription runs."""
         blocks = self.encoder.encoder.blocks
         hooks = [block.register_forward_hook(self._after_block) for block in blocks]
@@ -243,12 +248,12 @@ class _Follower:
             for hook in hooks:
                 hook.remove()
 
-    def _after_block(self, block: nn.Module, inputs, output: Tensor) -> None:
+    def _after_block(self, block: nn.Module, inputs: tuple, output: Tensor) -> None:
         if self.span is not None:
             self.layers.append(self.span.pool(output[0]))
 
-    def _after_encoder(self, encoder: nn.Module, inputs, output: Tensor) -> None:
-        if self.span is not None:
+    def _after_encoder(self, encoder: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if self.span is not None and self.receiver is not None:
             window = self.span.gather(self.layers)
             self.last_span, self.span, self.layers, self.encoder.listened = self.span, None, [], False
             self.receiver.add(window)

@@ -8,8 +8,9 @@ M heads side by side, B in a batch, L layers, T frames, D channels, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +34,9 @@ class Draw:
 
 
 def draw_epoch(
-    positions: np.ndarray, recipe: Recipe, rng: np.random.Generator, *, frames: int, layers: int, weights=None
-) -> Draw:
+    positions: np.ndarray, recipe: Recipe, rng: np.random.Generator, *, frames: int, layers: int,
+    weights: np.ndarray | None = None,
+) -> Draw:  # fmt: skip
     """An epoch over these positions: each clip once in random order, or with `weights` (n,) drawn with replacement.
 
     Mixup partners are neighbours in the batch, so they are drawn as clips are; or uniform over all positions, also
@@ -91,10 +93,15 @@ def steps(draws: list[Draw | None], batch_size: int, *, rank: int = 0, world: in
         active = [number < len(of_head) for of_head in bounds]
         width = max(world, *(end - start for start, end in (of_head[number] for of_head in bounds if of_head[number:])))
         part = slice(width * rank // world, width * (rank + 1) // world)
-        rows = [_row(draws[m], *bounds[m][number], width) if active[m] else None for m in range(len(draws))]
-        filler = next(row for row in rows if row is not None)
-        rows = [(*filler[:-1], np.zeros_like(filler[-1])) if row is None else row for row in rows]
-        yield Step(*(np.stack(column)[:, part] for column in zip(*rows, strict=True)), np.array(active))
+        taken = [
+            None if draw is None or number >= len(of_head) else _row(draw, *of_head[number], width)
+            for draw, of_head in zip(draws, bounds, strict=True)
+        ]
+        filler = next(row for row in taken if row is not None)
+        rows = [(*filler[:-1], np.zeros_like(filler[-1])) if row is None else row for row in taken]
+        columns = (np.stack(column)[:, part] for column in zip(*rows, strict=True))
+        clip, partner, share, mask_start, mask_end, weight = columns
+        yield Step(clip, partner, share, mask_start, mask_end, weight, np.array(active))
 
 
 def _row(draw: Draw, start: int, end: int, width: int) -> tuple[np.ndarray, ...]:
@@ -125,8 +132,14 @@ class Collected:
     mask_end: Tensor  # (M x B, L or 1)
     weight: Tensor  # (M, B)
 
-    def tensors(self) -> list[Tensor | None]:
-        return list(vars(self).values())
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in vars(self).values() if tensor is not None]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Collected:
+        changed: dict[str, Any] = {
+            name: None if tensor is None else function(tensor) for name, tensor in vars(self).items()
+        }
+        return Collected(**changed)
 
 
 class Places:

@@ -17,7 +17,8 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UsageError("--tensorboard needs tensorboard: pip install 'whisper-at-cli[board]'") from error
-        self.folder, self._make, self._writers = folder, SummaryWriter, {}
+        self.folder, self._make = folder, SummaryWriter
+        self._writers: dict[str, SummaryWriter] = {}
 
     def add(self, line: dict) -> None:
         """A line of metrics.jsonl. An epoch that is done again after a kill replaces what came after the one before."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from whisper_at_cli.extract.cache.store import LocalStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def draw_curve(lines: list[dict], finals: dict[str, float], metric: str, path: Path, title: str) -> None:
@@ -42,7 +46,7 @@ def draw_curve(lines: list[dict], finals: dict[str, float], metric: str, path: P
     LocalStore(path.parent).write_whole(path.name, [picture.getvalue()])
 
 
-def _draw_mean(axes, curves: list[list[tuple[int, float]]]) -> None:
+def _draw_mean(axes: Axes, curves: list[list[tuple[int, float]]]) -> None:
     if len(curves) < 2:
         return
     epochs = sorted(set.intersection(*(set(dict(curve)) for curve in curves)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -66,15 +66,16 @@ class Clips:
     def stored(self, positions: Tensor, *, pin: bool = False) -> tuple[Tensor, Tensor | None]:
         """Features of some clips and their scale as they are held, where they are held; pinned for a fast copy."""
         positions = positions.to(self.features.device)
-        return _rows_of(self.features, positions, pin), _rows_of(self.scale, positions, pin)
+        scale = None if self.scale is None else _rows_of(self.scale, positions, pin)
+        return _rows_of(self.features, positions, pin), scale
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedClips(Clips):
     """Clips that stay in the cache. `features` has a shape and a type but no content (it is on the meta device)."""
 
-    cache: FeatureCache | None = None
-    reads: str = "features"
+    cache: FeatureCache = field(kw_only=True)
+    reads: str = field(kw_only=True)
 
     @property
     def tier(self) -> str:
@@ -86,9 +87,7 @@ class StreamedClips(Clips):
         return parts[0], parts[1] if len(parts) > 1 else None
 
 
-def _rows_of(values: Tensor | None, positions: Tensor, pin: bool) -> Tensor | None:
-    if values is None:
-        return None
+def _rows_of(values: Tensor, positions: Tensor, pin: bool) -> Tensor:
     if not pin:
         return values.index_select(0, positions)
     out = torch.empty((len(positions), *values.shape[1:]), dtype=values.dtype, pin_memory=True)
@@ -108,7 +107,9 @@ def load_clips(
     labels = torch.from_numpy(cache.labels[rows])
     if tier == "stream":
         shape, dtype = shapes[0]
-        return StreamedClips(rows, torch.empty(shape, dtype=dtype, device="meta"), labels, device, None, cache, reads)
+        return StreamedClips(
+            rows, torch.empty(shape, dtype=dtype, device="meta"), labels, device, cache=cache, reads=reads
+        )
     place = device if tier == "device" else torch.device("cpu")
     parts = [torch.empty(shape, dtype=dtype, device=place) for shape, dtype in shapes]
     step = max(1, READ_BYTES * max(1, len(rows)) // max(1, size))
@@ -137,15 +138,17 @@ def choose_tier(size: int, device: torch.device, tier: str = "auto", *, processe
     if free["memory"] is not None:
         free["memory"] //= processes
     if tier in free:
-        if free[tier] is not None and size > free[tier]:
+        room = free[tier]
+        if room is not None and size > room:
             raise WhisperATError(
-                f"the features to train on take {size / 1e9:.1f} GB and {free[tier] / 1e9:.1f} GB of {tier} memory are "
+                f"the features to train on take {size / 1e9:.1f} GB and {room / 1e9:.1f} GB of {tier} memory are "
                 "free: leave out --tier, or give --tier stream"
             )
         return tier
     if tier == "auto":
         for name in ("device", "memory")[device.type == "cpu" :]:
-            if free[name] is None or size <= SHARE_OF_FREE[name] * free[name]:
+            room = free[name]
+            if room is None or size <= SHARE_OF_FREE[name] * room:
                 return name
     return "stream"
 
@@ -156,15 +159,15 @@ def _shapes(cache: FeatureCache, count: int, reads: str) -> list[tuple[tuple[int
     mean = getattr(torch, cache.spec.mean_dtype)
     if reads != "features":
         return [((count, L if reads == "mean" else 1, 1, D), mean)]
-    features = [((count, L, T, D), getattr(torch, cache.spec.dtype))]
-    return features + [((count, L, D), torch.float16)] if cache.spec.dtype == "int8" else features
+    features = ((count, L, T, D), getattr(torch, cache.spec.dtype))
+    return [features, ((count, L, D), torch.float16)] if cache.spec.dtype == "int8" else [features]
 
 
 def _read(cache: FeatureCache, rows: np.ndarray, reads: str) -> list[np.ndarray]:
     """What is held of these rows, in the types that `_shapes` gives (means come as float32)."""
     if reads == "features":
-        features = [cache.stored_features(rows)]
-        return features + [cache.scale(rows)] if cache.spec.dtype == "int8" else features
+        features = cache.stored_features(rows)
+        return [features, cache.scale(rows)] if cache.spec.dtype == "int8" else [features]
     if reads == "mean":
         return [cache.mean(rows=rows)[:, :, None, :]]
     return [cache.mean(layer=cache.spec.layers, rows=rows)[:, None, None, :]]

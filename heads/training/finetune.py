@@ -11,6 +11,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def finetune(
             note = f"on {results[-1]['validation_clips']} clips held out"
             _save(trained, folder, job, each.train, results[-1]["value"], note)
     values = [result["value"] for result in results]
-    if whole:
+    if out and whole:
         rows = np.unique(np.concatenate([each.test for each in job.folds]))
         trained = trainer.train(rows, number=0)
         note = f"mean over {len(values)} folds, of models trained without the fold; this one was trained on all clips"
@@ -105,7 +106,7 @@ def finetune(
     if job.audio.failures:
         job.warnings.append(job.audio.failure_note())
     return FinetuneResult(
-        model=job.weights.name, head=head, dim=width or job.dim, params=sum(p.numel() for p in trained.parameters()),
+        model=job.weights.name, head=head, dim=width or job.dim, params=trainer.parameters,
         encoder_lr=job.recipe.lr * encoder_lr_share, metric=job.metric, value=float(np.mean(values)),
         std=float(np.std(values)), folds=results, losses=trainer.losses, seconds=time.monotonic() - started,
         samples_per_second=trainer.samples / trainer.seconds, checkpoint=str(out) if out else None,
@@ -147,7 +148,11 @@ class _Job:
         return new_model(self.weights, head, pools=self.pools)
 
 
-def _plan(dataset, model, head, width, recipe, changes, share, clip_seconds, format, fold, device) -> _Job:
+def _plan(
+    dataset: str | Path | Dataset, model: str | Path | WhisperWeights, head: str, width: int | None,
+    recipe: Recipe | str | None, changes: dict, share: float, clip_seconds: float | None, format: str,
+    fold: int | None, device: str,
+) -> _Job:  # fmt: skip
     """Settle recipe and folds, and refuse what cannot work, before any audio is read."""
     if not 0 <= share <= 1:
         raise UsageError(f"the encoder's share of the learning rate is {share}, and must be from 0 to 1")
@@ -191,7 +196,7 @@ class _Trainer:
     def __init__(self, job: _Job, progress: Progress | None, trainings: int):
         self.job, self.progress = job, progress
         self.epochs_done, self.epochs = 0, trainings * job.recipe.epochs
-        self.samples, self.seconds = 0, 0.0
+        self.samples, self.seconds, self.parameters = 0, 0.0, 0
         self.losses: list[list[float]] = []
 
     def train(self, rows: np.ndarray, number: int) -> EncoderWithHead:
@@ -201,6 +206,7 @@ class _Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
             model = job.new_model()
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.losses.append([])
         model = self._fit(model.to(job.device), rows, rng)
         self.seconds += time.monotonic() - started
@@ -232,9 +238,11 @@ class _Trainer:
             self._after_epoch(epoch, losses)
             if averaged is not None and recipe.averages(epoch):
                 averaged.update_parameters(model)
-        return averaged.module if averaged is not None else model
+        return cast("EncoderWithHead", averaged.module) if averaged is not None else model
 
-    def _step(self, model, optimizer, batch: Batch, waveforms: Tensor, place: Tensor) -> Tensor | None:
+    def _step(
+        self, model: EncoderWithHead, optimizer: torch.optim.Optimizer, batch: Batch, waveforms: Tensor, place: Tensor
+    ) -> Tensor | None:
         """One step on a batch; None where none of its clips could be read."""
         recipe, device = self.job.recipe, self.job.device
         mixed, targets, kept = mix_waveforms(batch, waveforms, place, self.job.labels, recipe)
@@ -338,7 +346,7 @@ def _validate(model: EncoderWithHead, fold: Fold, job: _Job) -> dict:
     }  # fmt: skip
 
 
-def _save(model, folder: Path, job: _Job, rows: np.ndarray, value: float, value_of: str) -> None:
+def _save(model: EncoderWithHead, folder: Path, job: _Job, rows: np.ndarray, value: float, value_of: str) -> None:
     frames = FRAMES if job.pools else round(job.clip_seconds * POSITIONS_PER_SECOND)
     read = [row for row in rows.tolist() if row not in job.audio.failures]
     description = HeadDescription(

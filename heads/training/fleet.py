@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_at_cli.heads.forms import WAMLP, LastMLP
+from whisper_at_cli.heads.forms import WAMLP, Head, LastMLP
 from whisper_at_cli.heads.training.loader import Batch
 from whisper_at_cli.heads.training.ranks import Ranks
 from whisper_at_cli.heads.training.recipe import Recipe
@@ -31,7 +31,7 @@ class Fleet:
     """M heads with their optimiser and averages, on one device. `recipe` holds what they share; learning rates are
     each head's own. A head that does not take a step keeps its weights and its running means."""
 
-    def __init__(self, modules: list[nn.Module], recipe: Recipe, device: torch.device):
+    def __init__(self, modules: list[Head], recipe: Recipe, device: torch.device):
         self.module = copy.deepcopy(modules[0]).to(device)
         self.stacked = isinstance(self.module, STACKABLE)
         assert self.stacked or len(modules) == 1, "only MLP heads train side by side"
@@ -108,10 +108,11 @@ class Fleet:
     @torch.no_grad()
     def keep_as_best(self, which: np.ndarray) -> None:
         """The weights of the heads `which` (M,) bool, as they are now, are those of their best epoch so far."""
+        assert self.best is not None, "only recipes with patience ask for it"
         mask = torch.from_numpy(which).to(self.device)
         self.best[mask] = self.weights[mask]
 
-    def head(self, index: int, *, final: bool = True) -> nn.Module:
+    def head(self, index: int, *, final: bool = True) -> Head:
         """A head by itself: as it is now, or finally with its averaged weights, else those of its best epoch where
         training stops early."""
         own = self.weights

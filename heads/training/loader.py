@@ -69,6 +69,7 @@ class Epochs:
     def _collected(self, draws: list[Draw | None], seed: tuple[int, ...]) -> Iterator[Work]:
         if isinstance(self.clips, StreamedClips):
             (draw,) = draws
+            assert draw is not None, "the one head of a stream trains, else nobody asks for its batches"
             return _streamed(self.clips, draw, self.recipe, self.ranks, seed)
         planned = steps(draws, self.recipe.batch_size, rank=self.ranks.rank, world=self.ranks.world)
         places = Places(len(self.clips.rows))
@@ -135,13 +136,14 @@ def _streamed(clips: StreamedClips, draw: Draw, recipe: Recipe, ranks: Ranks, se
         weight = np.full(len(rows), 1 / len(rows), dtype=np.float32)
         columns = (clip, partner, draw.share[here], draw.mask_start[here], draw.mask_end[here], weight)
         part = slice(len(rows) * ranks.rank // ranks.world, len(rows) * (ranks.rank + 1) // ranks.world)
-        step = Step(*(column[None, part] for column in columns), np.ones(1, dtype=bool))
+        clip_part, partner, share, mask_start, mask_end, weight = (column[None, part] for column in columns)
+        step = Step(clip_part, partner, share, mask_start, mask_end, weight, np.ones(1, dtype=bool))
         streamed = (features, scale[0] if scale else None, labels)
         yield _picked(clips, step, clip, streamed, places), step.active
 
 
 def _picked(
-    clips: StreamedClips, step: Step, there: np.ndarray, streamed: tuple[Tensor | None, ...], places: Places
+    clips: StreamedClips, step: Step, there: np.ndarray, streamed: tuple[Tensor, Tensor | None, Tensor], places: Places
 ) -> Collected:
     """A step of what the stream gave for the positions `there`; partners that are not among them are read besides."""
     own = step.clip[0]
@@ -153,16 +155,18 @@ def _picked(
     absent = torch.from_numpy(needed[~found])
     read = (*clips.stored(absent), clips.labels[absent]) if len(absent) else (None, None, None)
 
-    def joined(of_stream: Tensor | None, of_cache: Tensor | None) -> Tensor | None:
-        if of_stream is None:
-            return None
+    def joined(of_stream: Tensor, of_cache: Tensor | None) -> Tensor:
         out = torch.empty((len(needed), *of_stream.shape[1:]), dtype=of_stream.dtype, pin_memory=of_stream.is_pinned())
         out[torch.from_numpy(found)] = of_stream[torch.from_numpy(at[found])]
         if of_cache is not None:
             out[torch.from_numpy(~found)] = of_cache.to(of_stream.dtype)
         return out
 
-    return _with_draws(*(joined(*pair) for pair in zip(streamed, read, strict=True)), partner, step)
+    features, scale, labels = streamed
+    return _with_draws(
+        joined(features, read[0]), None if scale is None else joined(scale, read[1]), joined(labels, read[2]), partner,
+        step,
+    )  # fmt: skip
 
 
 def _copied_ahead(work: Iterator[Work], device: torch.device) -> Iterator[Work]:
@@ -170,7 +174,7 @@ def _copied_ahead(work: Iterator[Work], device: torch.device) -> Iterator[Work]:
     stream, waiting = torch.cuda.Stream(device), None
     for part, active in work:
         with torch.cuda.stream(stream):
-            moved = Collected(*(None if t is None else t.to(device, non_blocking=True) for t in part.tensors()))
+            moved = part.map(lambda tensor: tensor.to(device, non_blocking=True))
             arrived = stream.record_event()
         if waiting:
             yield _arrived(*waiting[:3])
@@ -179,9 +183,9 @@ def _copied_ahead(work: Iterator[Work], device: torch.device) -> Iterator[Work]:
         yield _arrived(*waiting[:3])
 
 
-def _arrived(moved: Collected, active: np.ndarray, arrived) -> Work:
+def _arrived(moved: Collected, active: np.ndarray, arrived: torch.Event) -> Work:
     current = torch.cuda.current_stream()
     current.wait_event(arrived)
-    for tensor in filter(lambda tensor: tensor is not None, moved.tensors()):
+    for tensor in moved.tensors():
         tensor.record_stream(current)
     return moved, active

@@ -13,15 +13,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from whisper_at_cli.extract.devices import one_thread_per_operation
 from whisper_at_cli.extract.errors import WhisperATError
 from whisper_at_cli.heads.evaluate import predict
+from whisper_at_cli.heads.forms import Head
 from whisper_at_cli.heads.metrics import Metrics, evaluate_scores
 from whisper_at_cli.heads.training.batches import Draw, balancing_weights, draw_epoch
 from whisper_at_cli.heads.training.board import Board
@@ -60,6 +61,7 @@ class Trained:
         return self.record["metrics"]
 
     def value(self, metric: str) -> float:
+        assert self.metrics is not None, f"{self.training.name} has no test clips"
         value = self.metrics[metric]
         return math.nan if value is None else value
 
@@ -71,7 +73,7 @@ class Workplace:
     clips: Clips
     labels: np.ndarray  # (n, C), by position
     metric: str
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
     folder: RunFolder | None = None
     board: Board | None = None
     after_epoch: Callable[[int, float], None] | None = None  # told how many heads had an epoch, and their loss
@@ -82,7 +84,7 @@ class Workplace:
 
 
 def train_group(
-    trainings: list[Training], place: Workplace, new_module: Callable[[], nn.Module], group: str
+    trainings: list[Training], place: Workplace, new_module: Callable[[], Head], group: str
 ) -> list[Trained]:
     """Train heads of one form side by side, from the last epoch that `group` saved in the run's folder.
 
@@ -100,7 +102,7 @@ def train_group(
 class _Course:
     """Trainings of one group on their way."""
 
-    def __init__(self, trainings: list[Training], place: Workplace, new_module, group: str):
+    def __init__(self, trainings: list[Training], place: Workplace, new_module: Callable[[], Head], group: str):
         self.trainings, self.place, self.group = trainings, place, group
         modules = [_new_module(training, new_module) for training in trainings]
         self.fleet = Fleet(modules, trainings[0].recipe, place.clips.device)
@@ -136,7 +138,8 @@ class _Course:
         place, fleet, started, waited = self.place, self.fleet, time.monotonic(), 0.0
         recipe = self.trainings[0].recipe
         draws = self._draws(self.epoch)
-        losses, rates = [], np.zeros(len(fleet))
+        losses: list[Tensor] = []
+        rates = np.zeros(len(fleet))
         taken = [max(1, -(-len(draw) // recipe.batch_size)) if draw else 1 for draw in draws]
         for batch in self.epochs.batches(draws, self._seed(self.epoch)):
             waited += batch.waited
@@ -153,10 +156,10 @@ class _Course:
         return [
             {
                 "training": training.name, "seed": training.recipe.seed, "fold": training.number, "epoch": self.epoch,
-                "lr": rates[m], "loss": loss[m], "samples": len(draws[m]) if draws[m] else 0,
+                "lr": rates[m], "loss": loss[m], "samples": len(draw) if draw else 0,
                 "seconds": seconds / len(fleet), "waiting_seconds": waited / len(fleet),
             }
-            for m, training in enumerate(self.trainings)
+            for m, (training, draw) in enumerate(zip(self.trainings, draws, strict=True))
         ]  # fmt: skip
 
     def _rates(self) -> np.ndarray:
@@ -247,7 +250,7 @@ class _Course:
         return done
 
 
-def _new_module(training: Training, new_module: Callable[[], nn.Module]) -> nn.Module:
+def _new_module(training: Training, new_module: Callable[[], Head]) -> Head:
     """A head whose first weights the training's seed and number decide; the caller's random numbers are left alone."""
     rng = np.random.default_rng([training.recipe.seed, training.number])
     with torch.random.fork_rng(devices=[]):

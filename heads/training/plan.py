@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.cache.folds import Fold, cache_folds
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.forms import build_head, head_form
+from whisper_at_cli.heads.forms import Head, build_head, head_form
 from whisper_at_cli.heads.training.data import choose_tier, every_clip_has_one_label, stored_bytes, why_not_accuracy
 from whisper_at_cli.heads.training.recipe import FAITHFUL, Recipe, default_recipe_name, named_recipe
 
@@ -49,7 +48,7 @@ class Job:
     def cross_validated(self) -> bool:
         return len(self.folds) > 1
 
-    def new_module(self) -> nn.Module:
+    def new_module(self) -> Head:
         spec = self.cache.spec
         return build_head(self.head, layers=spec.layers, dim=spec.dim, classes=len(spec.class_names), width=self.width)
 
@@ -80,7 +79,7 @@ class Job:
         }  # fmt: skip
 
 
-def _digest(content) -> str:
+def _digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 

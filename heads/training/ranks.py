@@ -10,11 +10,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from whisper_at_cli.extract.devices import choose_device
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Ranks:
             torch.distributed.all_reduce(values)
         return values
 
-    def from_lead(self, value):
+    def from_lead(self, value: Value) -> Value:
         """What the first process has; everything picklable."""
         if self.world == 1:
             return value

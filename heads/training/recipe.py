@@ -10,14 +10,21 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from whisper_at_cli.extract.errors import UsageError
 
-Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what it must be
+Value = TypeVar("Value")
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and what it must be
 
 
-def _setting(default, rule: Rule, help: str):
+def _setting(default: Value, rule: Rule, help: str) -> Value:
     return field(default=default, metadata={"rule": rule, "help": help})
+
+
+def _pair(value: object) -> object:
+    """A tuple also of what JSON has a list for."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _whole(least: int) -> Rule:
@@ -26,7 +33,7 @@ def _whole(least: int) -> Rule:
 
 def _whole_or_none(least: int) -> Rule:
     return (
-        lambda value: value is None or type(value) is int and value >= least,
+        lambda value: value is None or (type(value) is int and value >= least),
         f"None or a whole number from {least} on",
     )
 
@@ -42,7 +49,7 @@ def _one_of(*names: str) -> Rule:
 YES_OR_NO: Rule = (lambda value: isinstance(value, bool), "True or False")
 
 
-def _share(value) -> bool:
+def _share(value: float) -> bool:
     return 0 <= value <= 1
 
 
@@ -112,9 +119,8 @@ class Recipe:
     )  # fmt: skip
     seed: int = _setting(0, _whole(0), "For whatever is drawn at random.")
 
-    def __post_init__(self):
-        if isinstance(self.betas, list):  # as JSON has it
-            object.__setattr__(self, "betas", tuple(self.betas))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", _pair(self.betas))
         for setting in dataclasses.fields(self):
             (holds, rule), value = setting.metadata["rule"], getattr(self, setting.name)
             if not holds(value):
@@ -131,7 +137,7 @@ class Recipe:
                 "recipe: validate_every is 0 and must be 1 or more for patience, which asks for validation"
             )
 
-    def with_changes(self, **changes) -> Recipe:
+    def with_changes(self, **changes: Any) -> Recipe:
         """A copy with some settings replaced. Raises UsageError for a name that is no setting.
 
         Fewer epochs move the start of weight averaging with them, unless that is given too.

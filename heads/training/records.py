@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ class RunFolder:
     def __init__(self, path: str | Path, command: dict, *, restart: bool = False):
         self.path, self.store = _made(Path(path)), LocalStore(path)
         self._lock = _locked(self.path / HIDDEN / "lock")
-        self._next_save, self._metrics = 0.0, None
+        self._next_save = 0.0
+        self._metrics: TextIO | None = None
         try:
             self._run = self._begun(json.loads(json.dumps(command)), restart)
             self._write_run()
@@ -119,13 +121,14 @@ class RunFolder:
             return None
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["record"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+                return tensors, json.loads(file.metadata()["record"])
         except Exception as error:
             raise WhisperATError(f"{path} is damaged ({error}); give --restart to train anew") from error
 
     def append_metrics(self, lines: list[dict]) -> None:
         if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
+            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - until close()
         self._metrics.write("".join(json.dumps(line) + "\n" for line in lines))
         self._metrics.flush()
 

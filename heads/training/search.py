@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.progress import Progress
-from whisper_at_cli.heads.training.loop import Trained
+from whisper_at_cli.heads.training.loop import Trained, Training
 from whisper_at_cli.heads.training.plan import Job, plan
 from whisper_at_cli.heads.training.ranks import joined_ranks
 from whisper_at_cli.heads.training.recipe import Recipe
@@ -38,10 +39,10 @@ class SearchResult:
 
 
 def search_heads(
-    cache: FeatureCache, *, head: str, rates=None, widths=None, recipe: Recipe | str | None = None,
-    changes: dict | None = None, faithful: bool = False, out: str | Path | None = None, device: str = "auto",
-    tier: str = "auto", seed: int | None = None, seeds: int = 1, together: str = "auto", restart: bool = False,
-    tensorboard: bool = False, progress: Progress | None = None,
+    cache: FeatureCache, *, head: str, rates: Sequence[float] | None = None, widths: Sequence[int] | None = None,
+    recipe: Recipe | str | None = None, changes: dict | None = None, faithful: bool = False,
+    out: str | Path | None = None, device: str = "auto", tier: str = "auto", seed: int | None = None, seeds: int = 1,
+    together: str = "auto", restart: bool = False, tensorboard: bool = False, progress: Progress | None = None,
 ) -> SearchResult:  # fmt: skip
     """Train and validate every combination of learning rates and widths on a cache's folds or split; save no head.
 
@@ -52,8 +53,8 @@ def search_heads(
     started = time.monotonic()
     changes = (changes or {}) | ({} if seed is None else {"seed": seed})
     check_options(seeds, together, tensorboard, out)
-    if widths is None:
-        widths = [width for width in WIDTHS if width < cache.spec.dim] if head == "tl-tr" else []
+    if widths is None and head == "tl-tr":
+        widths = [width for width in WIDTHS if width < cache.spec.dim]
     with ExitStack() as stack:
         ranks, target = stack.enter_context(joined_ranks(device))
         jobs = [
@@ -61,7 +62,7 @@ def search_heads(
                 cache, head=head, width=width, recipe=recipe, changes=changes, faithful=faithful, device=target,
                 tier=tier, processes=ranks.here,
             )
-            for width in widths or [None]
+            for width in (widths or (None,))
         ]  # fmt: skip
         grid = [(job, _rates(job, rates)) for job in jobs]
         more = {"seeds": seeds, "search": [[job.dim, rates_of] for job, rates_of in grid]}
@@ -79,12 +80,12 @@ def search_heads(
     return result
 
 
-def _rates(job: Job, rates) -> list[float]:
+def _rates(job: Job, rates: Sequence[float] | None) -> list[float]:
     found = [job.recipe.lr * factor for factor in RATE_FACTORS] if rates is None else list(dict.fromkeys(rates))
     return [job.recipe.with_changes(lr=rate).lr for rate in found]
 
 
-def _trainings(job: Job, rates: list[float], seeds: int):
+def _trainings(job: Job, rates: list[float], seeds: int) -> list[Training]:
     return [
         dataclasses.replace(training, recipe=dataclasses.replace(training.recipe, lr=rate))
         for rate in rates

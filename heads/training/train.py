@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,12 +20,15 @@ from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import HeadDescription, save_head
 from whisper_at_cli.heads.training.board import Board
 from whisper_at_cli.heads.training.curve import draw_curve
-from whisper_at_cli.heads.training.data import load_clips
+from whisper_at_cli.heads.training.data import Clips, load_clips
 from whisper_at_cli.heads.training.loop import Trained, Training, Workplace, train_group
 from whisper_at_cli.heads.training.plan import Job, plan
 from whisper_at_cli.heads.training.ranks import Ranks, joined_ranks
 from whisper_at_cli.heads.training.recipe import Recipe
 from whisper_at_cli.heads.training.records import RunFolder, order_kept
+
+if TYPE_CHECKING:
+    from whisper_at_cli.heads.training.search import SearchResult
 
 TOGETHER = ("auto", "never")
 
@@ -100,17 +105,18 @@ def train_head(
         )
         trainings = fold_trainings(job, seeds)
         runner.expect(trainings, also=int(bool(out and job.cross_validated)))
-        done = runner.train(job, trainings, together, lambda each: _save_validated(each, job, out))
+        save = partial(_save_validated, job=job, out=out) if out else None
+        done = runner.train(job, trainings, together, save)
         if out and job.cross_validated:
             values = [each.value(job.metric) for each in done]
             kept = [_on_all_clips(job, done)]
-            done += runner.train(job, kept, together, lambda each: _save_kept(each, job, out, values))
+            done += runner.train(job, kept, together, partial(_save_kept, job=job, out=out, values=values))
         result = _result(job, done, runner, together, out, time.monotonic() - started)
         runner.finish(result, done)
     return result
 
 
-def check_options(seeds: int, together: str, tensorboard: bool, out) -> None:
+def check_options(seeds: int, together: str, tensorboard: bool, out: str | Path | None) -> None:
     if seeds < 1:
         raise UsageError(f"{seeds} seeds were asked for: give 1 or more")
     if together not in TOGETHER:
@@ -153,7 +159,7 @@ class Runner:
         self.ranks, self.folder, self.board, self.progress = ranks, folder, board, progress
         self.finished = ranks.from_lead(folder.finished if folder else {})
         self.epochs_done = self.epochs = self.groups = 0
-        self._clips = None
+        self._clips: Clips | None = None
         if folder:
             folder.keep_metrics([line for record in self.finished.values() for line in record["history"]])
 
@@ -183,7 +189,7 @@ class Runner:
             done += trained
         return done
 
-    def finish(self, result, done: list[Trained]) -> None:
+    def finish(self, result: TrainResult | SearchResult, done: list[Trained]) -> None:
         """The run is over: its curve and its result."""
         if self.folder is None:
             return
@@ -208,8 +214,9 @@ class Runner:
 
 @contextmanager
 def open_run(
-    job: Job, ranks: Ranks, out, more: dict, *, restart: bool, tensorboard: bool, progress: Progress | None
-) -> Iterator[Runner]:
+    job: Job, ranks: Ranks, out: str | Path | None, more: dict, *, restart: bool, tensorboard: bool,
+    progress: Progress | None,
+) -> Iterator[Runner]:  # fmt: skip
     """A runner with a hold on the folder `out`, if one is given and this is the first process."""
     folder = board = None
     try:
@@ -223,7 +230,9 @@ def open_run(
                 opened.close()
 
 
-def _result(job: Job, done: list[Trained], runner: Runner, together: str, out, seconds: float) -> TrainResult:
+def _result(
+    job: Job, done: list[Trained], runner: Runner, together: str, out: str | Path | None, seconds: float
+) -> TrainResult:
     validated = [each for each in done if each.metrics]
     by_seed = [seed_line(job, validated[i : i + len(job.folds)]) for i in range(0, len(validated), len(job.folds))]
     folds = [mean_of([of_seed["folds"][k] for of_seed in by_seed]) for k in range(len(job.folds))]
@@ -253,7 +262,7 @@ def seed_line(job: Job, trained: list[Trained]) -> dict:
     folds = [
         {
             "fold": fold.number, "value": each.value(job.metric), "train_clips": len(fold.train),
-            "validation_clips": len(fold.test), **each.metrics, "epochs": each.record["epochs"],
+            "validation_clips": len(fold.test), **(each.metrics or {}), "epochs": each.record["epochs"],
         }
         for fold, each in zip(job.folds, trained, strict=True)
     ]  # fmt: skip
@@ -293,6 +302,7 @@ def _save_kept(each: Trained, job: Job, out: str | Path, values: list[float]) ->
 
 def _save(each: Trained, folder: Path, job: Job, value: float, value_of: str) -> None:
     spec, recipe = job.cache.spec, each.training.recipe
+    assert each.module is not None, "what an earlier call finished, it has saved too"
     description = HeadDescription(
         head=job.head, width=job.width, layers=spec.layers, dim=spec.dim, frames=spec.frames,
         class_names=spec.class_names, backbone=spec.backbone, weights_sha256=spec.weights_sha256,

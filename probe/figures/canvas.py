@@ -8,18 +8,29 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 SUFFIXES = (".png", ".pdf", ".svg")
 COLUMN_INCHES = 3.15  # 80 mm, a column of Interspeech's template
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "os^Dv<>"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-FONTS = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "whisper-at-cli"}  # TrueType; the same ids again
+FONTS: dict[RcKeyType, object] = {
+    "pdf.fonttype": 42,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "whisper-at-cli",
+}  # TrueType; the same ids again
 DPI = 240  # of PNG; also what text is measured at
 TEXT, TICKS = 8, 7  # points
 AXIS_NAMES = {"accuracy": "Accuracy (%)", "mAP": "mAP (%)"}
@@ -37,16 +48,16 @@ def look(number: int) -> dict:
     }
 
 
-def new_figure(height: float):
+def new_figure(height: float) -> Figure:
     """A figure one column wide; `height` is in column widths."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(COLUMN_INCHES, height * COLUMN_INCHES), dpi=DPI, layout="constrained")
 
 
-def legend_above(figure, axes: Sequence) -> None:
+def legend_above(figure: Figure, axes: Iterable[Axes]) -> None:
     """One legend for all panels, above them, where it covers no curve; of names that several panels share one entry."""
-    entries = {}
+    entries: dict[str, Artist] = {}
     for panel in axes:
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(name, handle)
@@ -57,7 +68,7 @@ def legend_above(figure, axes: Sequence) -> None:
     )  # fmt: skip
 
 
-def tidy_axes(axes, x: str, y: str) -> None:
+def tidy_axes(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x, fontsize=TEXT)
     axes.set_ylabel(y, fontsize=TEXT)
     axes.tick_params(labelsize=TICKS, length=3)
@@ -74,7 +85,7 @@ def checked_path(path: str | Path) -> Path:
     return path
 
 
-def save(figure, numbers: dict, path: Path) -> dict:
+def save(figure: Figure, numbers: dict, path: Path) -> dict:
     """Write the picture by its suffix and the numbers beside it as JSON, each whole or not at all; the numbers again.
 
     The same numbers give the same bytes.
@@ -89,13 +100,13 @@ def save(figure, numbers: dict, path: Path) -> dict:
     return numbers
 
 
-def _picture(figure, form: str) -> bytes:
+def _picture(figure: Figure, form: str) -> bytes:
     """A figure as png, pdf or svg."""
     from matplotlib import rc_context
 
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(form, {})
     content = io.BytesIO()
     with _settings, rc_context(FONTS):
-        small = {"pil_kwargs": {"optimize": True}} if form == "png" else {}
+        small: dict[str, Any] = {"pil_kwargs": {"optimize": True}} if form == "png" else {}
         figure.savefig(content, format=form, metadata=undated, **small)
     return content.getvalue()

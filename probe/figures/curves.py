@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.figures import canvas
 from whisper_at_cli.probe.figures.inputs import PROBE, ROBUSTNESS, Result, as_result, of_kind, wer_curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BAND = "1 std over folds"
 
@@ -38,7 +42,7 @@ def draw_figure_1(results: Sequence[Result], path: str | Path, *, wer: str = "wh
         raise UsageError(f"{other.source} is a result of {other.kind}; figure 1 takes those of probe and robustness")
     if not results:
         raise UsageError("figure 1 has nothing to draw; give caches, or results of probe and robustness")
-    numbers = {
+    numbers: dict[str, Any] = {
         "figure": 1,
         "upper": _upper(robust, wer) if robust else None,
         "lower": _lower(probes) if probes else None,
@@ -85,7 +89,7 @@ def _layer_curve(result: Result) -> dict:
     }
 
 
-def _draw_wer(axes, numbers: dict, looks: dict) -> None:
+def _draw_wer(axes: Axes, numbers: dict, looks: dict) -> None:
     for curve in numbers["curves"]:
         percent = [100 * value for value in curve["wer"]]
         axes.plot(curve["snr"], percent, markersize=3, linewidth=1.2, label=curve["name"], **looks[curve["name"]])
@@ -94,7 +98,7 @@ def _draw_wer(axes, numbers: dict, looks: dict) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _draw_layers(axes, numbers: dict, looks: dict) -> None:
+def _draw_layers(axes: Axes, numbers: dict, looks: dict) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for curve in numbers["curves"]:
@@ -106,7 +110,7 @@ def _draw_layers(axes, numbers: dict, looks: dict) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
 
 
-def _draw_layer_curve(axes, curve: dict, look: dict) -> None:
+def _draw_layer_curve(axes: Axes, curve: dict, look: dict) -> None:
     layers, value = curve["layers"], [100 * v for v in curve["value"]]
     std = [100 * s for s in curve["std"]]
     if len(layers) == 1:  # too narrow for a band

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.figures import canvas
 from whisper_at_cli.probe.figures.curves import layer_ticks
 from whisper_at_cli.probe.figures.inputs import PROBE, Result, only
 from whisper_at_cli.probe.scores import best_layers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def draw_figure_3(results: Sequence[Result], path: str | Path) -> dict:
@@ -59,7 +63,7 @@ def _histogram(result: Result) -> dict:
     }
 
 
-def _draw(axes, panel: dict) -> None:
+def _draw(axes: Axes, panel: dict) -> None:
     from matplotlib.ticker import MaxNLocator
 
     layers, tied = panel["layers"], panel["of_these_tied"]
@@ -73,7 +77,7 @@ def _draw(axes, panel: dict) -> None:
     canvas.tidy_axes(axes, "Best layer", "Number of classes")
     axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
     axes.set_xticks([tick for tick in layer_ticks(max(layers)) if tick >= min(layers)])
-    axes.set_ylim(top=max(1, max(panel["classes"])) * 1.08)
+    axes.set_ylim(top=max(1, *panel["classes"]) * 1.08)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     said = f"{sum(tied)} of {sum(panel['classes'])} classes tie" if any(tied) else "no class ties"
     axes.set_title(f"{panel['name']}: {said}", fontsize=canvas.TICKS, loc="right")

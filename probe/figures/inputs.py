@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.output import as_data
 
 PROBE, ROBUSTNESS, HEAD = "probe", "robustness", "train-head"
 COMMANDS = {
@@ -31,13 +32,13 @@ class Result:
     content: dict
 
 
-def as_result(name: str, content, source: str = "") -> Result:
+def as_result(name: str, found: object, source: str = "") -> Result:
     """A ProbeResult, or the JSON of any result. Raises UsageError for anything else."""
-    content = asdict(content) if is_dataclass(content) else content
-    return Result(_kind_of(content, source or name), name, source or name, content)
+    kind, content = _recognised(as_data(found), source or name)
+    return Result(kind, name, source or name, content)
 
 
-def load_results(places: Sequence[str], probe: Callable[[Path], object]) -> list[Result]:
+def load_results(places: Sequence[str], probe: Callable[[Path | str], object]) -> list[Result]:
     """A result for each place, in order; `probe` makes the result of a cache. Raises UsageError with what is wrong."""
     results = [_load(str(place), probe) for place in places]
     known: dict[tuple[str, str], str] = {}
@@ -48,16 +49,15 @@ def load_results(places: Sequence[str], probe: Callable[[Path], object]) -> list
     return results
 
 
-def _load(place: str, probe: Callable[[Path], object]) -> Result:
+def _load(place: str, probe: Callable[[Path | str], object]) -> Result:
     name, equals, path = place.partition("=")
     if not equals or Path(place).exists():
         name, path = "", place
     if "://" in path or Path(path).is_dir():
-        content = probe(path if "://" in path else Path(path))
-        content = asdict(content) if is_dataclass(content) else content
+        found = as_data(probe(path if "://" in path else Path(path)))
     else:
-        content = _read_json(Path(path))
-    kind = _kind_of(content, path)
+        found = _read_json(Path(path))
+    kind, content = _recognised(found, path)
     return Result(kind, name or _name_of(kind, content, path), path, content)
 
 
@@ -74,14 +74,15 @@ def _read_json(path: Path) -> object:
         ) from error
 
 
-def _kind_of(content: object, source: str) -> str:
+def _recognised(content: object, source: str) -> tuple[str, dict]:
+    """The kind of a result, and the result."""
     if isinstance(content, dict):
         if content.get("kind") == ROBUSTNESS or _rows(content, "results", "snr"):
-            return ROBUSTNESS
+            return ROBUSTNESS, content
         if _rows(content, "layers", "layer"):
-            return PROBE
+            return PROBE, content
         if {"head", "value", "metric"} <= set(content):
-            return HEAD
+            return HEAD, content
     found = f"its fields are {', '.join(sorted(content)[:8])}" if isinstance(content, dict) and content else "it is not"
     raise UsageError(f"{source} is not a result of {', '.join(COMMANDS)}: {found}; make one with: {COMMANDS[PROBE]}")
 

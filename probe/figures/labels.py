@@ -7,8 +7,12 @@ crowd choose first, and all choose again until none moves. The result depends on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DISTANCES = (0.5, 3, 6, 10, 15, 21, 28, 36, 45)  # points of 1/72 inch between the mark and the label
 DIRECTIONS = tuple((np.cos(a), np.sin(a)) for a in np.arange(16) * np.pi / 8)
@@ -21,7 +25,7 @@ COVERED = 20.0  # and to cover anything, beside 10 for each square point
 
 
 def label_points(
-    axes, x: Sequence[float], y: Sequence[float], names: Sequence[str], *, fontsize: float, mark: float,
+    axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequence[str], *, fontsize: float, mark: float,
     line: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> int:  # fmt: skip
     """Annotate points whose marks are `mark` points wide, around the ends (x, y) of a straight line if there is one.
@@ -29,18 +33,20 @@ def label_points(
 
     Fixes the figure's layout: draw everything else first.
     """
-    figure = axes.figure
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     scale = 72 / figure.dpi  # pixels to points
     at = axes.transData.transform(np.column_stack([x, y])) * scale
     sizes = np.array([_size(axes, name, fontsize) for name in names]) * scale + 2 * PADDING
-    inside = axes.bbox.extents * scale
+    inside = np.array(axes.bbox.extents) * scale
     places = [_places(point, size, mark) for point, size in zip(at, sizes, strict=True)]
     marks = np.hstack([at - mark / 2, at + mark / 2])
     avoided = np.empty((0, 4))
     if line is not None:
-        along = axes.transData.transform(np.linspace(*np.transpose(line), LINE_MARKS)) * scale
+        first, last = np.transpose(line)
+        along = axes.transData.transform(np.linspace(first, last, LINE_MARKS)) * scale
         avoided = np.hstack([along - 0.5, along + 0.5])
     chosen = _arrange(places, marks, avoided, sizes, inside)
     for point, size, place, name in zip(at, sizes, chosen, names, strict=True):
@@ -48,7 +54,7 @@ def label_points(
         own = np.linalg.norm(np.clip(point, place, place + size) - point)
         near = own - mark / 2 < LEADER_FROM and own <= gaps.min() + 1e-9
         annotation = axes.annotate(
-            name, axes.transData.inverted().transform(point / scale), xytext=tuple(place + PADDING - point),
+            name, tuple(axes.transData.inverted().transform(point / scale)), xytext=tuple(place + PADDING - point),
             textcoords="offset points", fontsize=fontsize, ha="left", va="bottom", zorder=4,
             arrowprops=None if near else {
                 "arrowstyle": "-", "color": "0.55", "linewidth": 0.4, "shrinkA": 0, "shrinkB": mark / 2,
@@ -61,7 +67,7 @@ def label_points(
     return int(np.triu(overlap, 1).sum())
 
 
-def _size(axes, text: str, fontsize: float) -> tuple[float, float]:
+def _size(axes: Axes, text: str, fontsize: float) -> tuple[float, float]:
     """Width and height of a text in pixels, without keeping it."""
     drawn = axes.text(0, 0, text, fontsize=fontsize)
     box = drawn.get_window_extent()

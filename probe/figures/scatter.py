@@ -6,13 +6,17 @@ a high SNR to a low one. The line is fitted to all classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.figures import canvas
 from whisper_at_cli.probe.figures.inputs import PROBE, ROBUSTNESS, Result, of_kind, wer_at
 from whisper_at_cli.probe.figures.labels import label_points
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LOW_SNR, HIGH_SNR = -10.0, 20.0
 LEAST_CLASSES = 3
@@ -40,7 +44,7 @@ def draw_figure_2(
             f"{probes[0].source} and {robust[0].source} have {len(common)} classes in common, and a line needs "
             f"{LEAST_CLASSES}; the first has {_some(score)}, the second {_some(low)}"
         )
-    points = [
+    points: list[dict[str, Any]] = [
         {"class": name, "score": score[name], "wer_increase": low[name] - high[name], "wer": [low[name], high[name]]}
         for name in common
     ]
@@ -73,7 +77,7 @@ def _class_scores(result: Result, layer: int | None) -> tuple[dict[str, float], 
     return {name: value for name, value in layers[layer][field].items() if value is not None}, layer
 
 
-def _some(names) -> str:
+def _some(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)[:4]) or "none"
 
 
@@ -91,7 +95,7 @@ def _correlation(x: list[float], y: list[float]) -> dict:
     }
 
 
-def _draw(axes, numbers: dict) -> int:
+def _draw(axes: Axes, numbers: dict) -> int:
     points = numbers["classes"]
     x, y = ([100 * point[field] for point in points] for field in ("score", "wer_increase"))
     axes.plot(x, y, linestyle="", marker="o", markersize=MARK, color=canvas.COLOURS[0], zorder=3)
@@ -101,9 +105,11 @@ def _draw(axes, numbers: dict) -> int:
         axes, f"Class-wise {name} (%)", f"WER increase, {high:g} to {low:g} dB (points)".replace("-", MINUS)
     )
     axes.margins(0.1)
+    line = None
     if numbers["line"]:
         ends = [min(x), max(x)]
         fitted = [100 * numbers["line"]["intercept"] + numbers["line"]["slope"] * end for end in ends]
+        line = (ends, fitted)
         axes.plot(ends, fitted, linestyle="--", linewidth=1, color="0.35", zorder=2)
         r, p = numbers["pearson"]["r"], numbers["pearson"]["p"]
         probability = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
@@ -111,4 +117,4 @@ def _draw(axes, numbers: dict) -> int:
         axes.set_title(said, fontsize=canvas.TICKS, loc="right")
     axes.invert_yaxis()  # as in the paper: the less disturbed, the higher
     names = [point["class"].replace("_", " ") for point in points]
-    return label_points(axes, x, y, names, fontsize=LABEL, mark=MARK, line=(ends, fitted) if numbers["line"] else None)
+    return label_points(axes, x, y, names, fontsize=LABEL, mark=MARK, line=line)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.figures import canvas
 from whisper_at_cli.probe.figures.inputs import HEAD, PROBE, ROBUSTNESS, Result, clean_wer, of_kind, wer_at
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 POSITIONS = 448  # of the decoder
 
@@ -37,7 +41,7 @@ def draw_figure_5(
         }
         for result in of_kind(results, ROBUSTNESS)
     ]
-    numbers = {
+    numbers: dict[str, Any] = {
         "figure": 5,
         "metric": metrics.pop() if metrics else None,
         "tagging": sorted(taggers, key=_order),
@@ -59,7 +63,7 @@ def draw_figure_5(
     return canvas.save(figure, numbers, path)
 
 
-def _order(point: dict):
+def _order(point: dict) -> tuple[int, str]:
     return point["parameters"], point["model"]
 
 
@@ -122,7 +126,7 @@ def _curve(point: dict) -> str:
     return f"{'probe' if of.startswith('probe') else of}, {kind}"
 
 
-def _draw(axes, points: list[dict], field: str, y: str, looks: dict) -> None:
+def _draw(axes: Axes, points: list[dict], field: str, y: str, looks: dict) -> None:
     for name in dict.fromkeys(map(_curve, points)):
         curve = [point for point in points if _curve(point) == name]
         millions, percent = (
@@ -134,7 +138,7 @@ def _draw(axes, points: list[dict], field: str, y: str, looks: dict) -> None:
     axes.margins(x=0.08, y=0.12)
 
 
-def _draw_ticks(axes, millions: list[float]) -> None:
+def _draw_ticks(axes: Axes, millions: list[float]) -> None:
     """At the models' own sizes, as far as they can be read beside each other on a logarithmic axis."""
     kept: list[int] = []
     for tick in sorted({max(1, round(size)) for size in millions}):

@@ -162,7 +162,7 @@ def _beside(x: float, y: float, name: str, placed: list[tuple[float, float, floa
     for dx, dy, anchor in ((6, 3.5, "start"), (-6, 3.5, "end"), (0, -7, "middle"), (0, 14, "middle")):
         left = x + dx - {"start": 0, "middle": length / 2, "end": length}[anchor]
         box = (left, y + dy - LABEL_HEIGHT + 2, left + length, y + dy + 2)
-        inside = LEFT < box[0] and box[2] < WIDTH and box[1] > 0 and box[3] < HEIGHT - BOTTOM
+        inside = box[0] > LEFT and box[2] < WIDTH and box[1] > 0 and box[3] < HEIGHT - BOTTOM
         own = (x - 4, y - 4, x + 4, y + 4)
         if inside and not any(_overlap(box, other) for other in placed if other != own):
             placed.append(box)

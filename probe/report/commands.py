@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +14,9 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.options import DEVICE, SEED, command
 from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
+
+if TYPE_CHECKING:
+    from whisper_at_cli.probe.report.page import Source
 
 JSON_FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -32,7 +37,10 @@ JSON_FILE = click.Path(path_type=Path, dir_okay=False)
 @SEED
 @DEVICE
 @click.pass_context
-def report_command(ctx, sources, out, robustness, heads, title, seed, device, as_json):
+def report_command(
+    ctx: click.Context, sources: tuple[str, ...], out: Path, robustness: tuple[Path, ...], heads: tuple[Path, ...],
+    title: str | None, seed: int, device: str, as_json: bool,
+) -> None:  # fmt: skip
     """Write one self-contained HTML page about the layers of each CACHE: charts, classes, confusion, provenance.
 
     A CACHE is probed, layer by layer, as by `probe CACHE --layer all`; a file that ends in .json is taken as the
@@ -65,7 +73,7 @@ def report_command(ctx, sources, out, robustness, heads, title, seed, device, as
     click.echo(f"report: {out} ({len(page) / 1e6:.2f} MB)")
 
 
-def _probe(source: str, *, seed: int, device: str, quiet: bool):
+def _probe(source: str, *, seed: int, device: str, quiet: bool) -> Source:
     """The probe of a cache, made now or read."""
     from whisper_at_cli.probe.report.page import Source
 
@@ -81,7 +89,7 @@ def _probe(source: str, *, seed: int, device: str, quiet: bool):
     return Source(source, asdict(result), summarise(source))
 
 
-def _read(path: Path, command: str, fits):
+def _read(path: Path, command: str, fits: Callable[[dict], bool]) -> Source:
     """A result from a file. Raises UsageError for a file that is not there, not JSON, or something else's JSON."""
     from whisper_at_cli.probe.report.page import Source
 
@@ -100,7 +108,7 @@ def _read(path: Path, command: str, fits):
     return Source(str(path), result)
 
 
-def _is_probe(result) -> bool:
+def _is_probe(result: dict) -> bool:
     metric = result.get("metric", "accuracy")
     return (
         metric in ("accuracy", "mAP")
@@ -109,11 +117,11 @@ def _is_probe(result) -> bool:
     )
 
 
-def _is_robustness(result) -> bool:
+def _is_robustness(result: dict) -> bool:
     return all({"snr", "wer"} <= set(level) for level in result["results"]) and bool(result["results"])
 
 
-def _is_head(result) -> bool:
+def _is_head(result: dict) -> bool:
     return "value" in result or "mAP" in result or "accuracy" in result
 
 

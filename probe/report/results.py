@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -91,7 +91,7 @@ def clean_wer(noisy: Source, key: str = "wer") -> float | None:
     return (noisy.result.get("clean") or {}).get(key)
 
 
-def wer_at(noisy: Source, edge) -> float | None:
+def wer_at(noisy: Source, edge: Callable[..., dict]) -> float | None:
     """At the highest (max) or lowest (min) SNR."""
     return edge(noisy.result["results"], key=lambda level: level["snr"])["wer"]
 

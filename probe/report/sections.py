@@ -62,13 +62,13 @@ def glance(probes: Sequence[Probe], robustness: Sequence[Source], heads: Sequenc
         ]
         parts.append(table(("Model in noise", "WER, clean (%)", "WER, highest SNR (%)", "WER, lowest SNR (%)"), rows))
     if heads:
-        rows = []
+        trained = []
         for head in heads:
             value = head_value(head.result)
             shown = _with_std(value["value"], head.result.get("std"))
             size = (head.result.get("dim"), head.result.get("params"))
-            rows.append((head_name(head), *size, shown, value["metric"], head.path))
-        parts.append(table(("Head", "Channels", "Parameters", "Value (%)", "Metric", "From"), rows))
+            trained.append((head_name(head), *size, shown, value["metric"], head.path))
+        parts.append(table(("Head", "Channels", "Parameters", "Value (%)", "Metric", "From"), trained))
     return section("At a glance", "".join(parts), "± is one standard deviation over folds.")
 
 
@@ -98,17 +98,18 @@ def _layer_curves(probes: Sequence[Probe], metric: str) -> str:
             if value is not None and probe.metric == metric
         ]
         if points:
-            curves.append(Curve(probe.name, *map(list, zip(*points, strict=True))))
+            numbers, values, stds = (list(column) for column in zip(*points, strict=True))
+            curves.append(Curve(probe.name, numbers, values, stds))
     if not curves:
         return ""
-    every = [layer for curve in curves for layer in curve.x]
+    every = [int(layer) for curve in curves for layer in curve.x]
     title = METRICS[metric][0]
     chart = line_chart(
         curves, x_ticks=whole_ticks(min(every), max(every)), x_label="Encoder layer", y_label=f"{title} (%)",
         about=f"{title} against encoder layer",
     )  # fmt: skip
-    numbers = "".join(_layer_numbers(probe) for probe in probes if probe.metric == metric)
-    return _chart(f"{title} of a probe of each layer", chart, numbers)
+    told = "".join(_layer_numbers(probe) for probe in probes if probe.metric == metric)
+    return _chart(f"{title} of a probe of each layer", chart, told)
 
 
 def _layer_numbers(probe: Probe) -> str:

@@ -24,7 +24,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence], *, kind: str = "") ->
     return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cell(value) -> str:
+def _cell(value: str | int | float | None) -> str:
     if value is None:
         return '<td class="number">–</td>'
     if isinstance(value, float):

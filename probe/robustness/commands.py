@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +12,9 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.options import DEVICE, command
 from whisper_at_cli.extract.output import print_json, print_notes, print_table, printable, score
 from whisper_at_cli.extract.progress import progress_on_stderr
+
+if TYPE_CHECKING:
+    from whisper_at_cli.probe.robustness.measure import RobustnessReport, Skip
 
 SKIPS_SHOWN = 20
 
@@ -46,7 +51,9 @@ SKIPS_SHOWN = 20
 @click.option("--batch-size", default="auto", show_default=True, help="Utterances decoded together.")
 @DEVICE
 @click.pass_context
-def robustness_command(ctx, as_json, batch_size, noise_format, **options):
+def robustness_command(
+    ctx: click.Context, /, as_json: bool, batch_size: str, noise_format: str, **options: Any
+) -> None:
     """Mix speech with noise, transcribe it, and print the word error rate at each SNR and for each class of noise.
 
     Utterance i is mixed with clip i of every class. Transcripts are kept in --out: the same command continues a run
@@ -69,7 +76,8 @@ def robustness_command(ctx, as_json, batch_size, noise_format, **options):
         print_json(report)
     else:
         print_robustness(report)
-    return 1 if report.failed else 0
+    if report.failed:
+        ctx.exit(1)
 
 
 def _batch_size(value: str) -> int | None:
@@ -80,17 +88,19 @@ def _batch_size(value: str) -> int | None:
     return int(value)
 
 
-def _print_skips(skips) -> None:
+def _print_skips(skips: Sequence[Skip]) -> None:
     for skip in skips[:SKIPS_SHOWN]:
         click.echo(f"{'failed' if skip.failed else 'skipped'}: {printable(skip.what)}: {skip.reason}", err=True)
     if len(skips) > SKIPS_SHOWN:
         click.echo(f"... and {len(skips) - SKIPS_SHOWN} more; all are in results.json", err=True)
 
 
-def print_robustness(report) -> None:
+def print_robustness(report: RobustnessReport) -> None:
     """WER at each SNR, then of each class, both after Whisper's normaliser; the paper's scoring beside the first."""
-    header = ("SNR", "WER", "WER (paper)", "utterances", "mixtures", "skipped")
-    rows = [("clean", score(report.clean.wer), score(report.clean.wer_paper), report.clean.utterances, "", "")]
+    header: tuple[str, ...] = ("SNR", "WER", "WER (paper)", "utterances", "mixtures", "skipped")
+    rows: list[tuple[object, ...]] = [
+        ("clean", score(report.clean.wer), score(report.clean.wer_paper), report.clean.utterances, "", "")
+    ]
     rows += [
         (f"{level.snr:g} dB", score(level.wer), score(level.wer_paper), level.utterances, level.mixtures, level.skipped)
         for level in report.results

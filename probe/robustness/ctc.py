@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ import torch
 from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError, WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Wav2Vec2Processor
 
 BATCH_SIZE = {"cpu": 4}
 GPU_BATCH_SIZE = 16
@@ -27,7 +31,8 @@ class CTCRecogniser:
     reads_int16 = False
 
     def __init__(
-        self, model, processor, *, name: str, weights_sha256: str, device: torch.device, language: str = "en"
+        self, model: PreTrainedModel, processor: Wav2Vec2Processor, *, name: str, weights_sha256: str,
+        device: torch.device, language: str = "en",
     ):  # fmt: skip
         from whisper_at_cli.probe.robustness.recognisers import default_streams
 
@@ -129,5 +134,6 @@ def load_ctc(model: str | Path, *, device: str = "auto", language: str = "en") -
         raise UsageError(f"{model} wants {processor.feature_extractor.sampling_rate} Hz; only {SAMPLE_RATE} is known")
     chosen, name = choose_device(device), Path(model).resolve().name if local else str(model)
     sha256 = state_sha256(loaded.state_dict())
-    known = {"name": name, "weights_sha256": sha256, "device": chosen, "language": language}
-    return CTCRecogniser(loaded.to(chosen).eval(), processor, **known)
+    return CTCRecogniser(
+        loaded.to(chosen).eval(), processor, name=name, weights_sha256=sha256, device=chosen, language=language
+    )

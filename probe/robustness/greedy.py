@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
+from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask, PyTorchInference
+from whisper.model import Whisper
 
 ENDED_SHARE = 0.2  # of a batch that leaves at once: each time, what is kept of the rest is copied
 
@@ -16,12 +17,13 @@ ENDED_SHARE = 0.2  # of a batch that leaves at once: each time, what is kept of 
 class GreedyBatch(DecodingTask):
     """A DecodingTask at temperature 0. `run` takes mels, or windows that are encoded already."""
 
-    def _main_loop(self, audio_features: Tensor, tokens: Tensor):
+    def _main_loop(self, audio_features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
         """Whisper's own loop over one token at a time, on fewer and fewer rows."""
+        assert isinstance(self.inference, PyTorchInference)
         B = tokens.shape[0]
         rows = torch.arange(B, device=tokens.device)  # of the batch, that are still in `tokens`
         sums = torch.zeros(B, device=audio_features.device)
-        ended = [None] * B
+        ended: list[Tensor | None] = [None] * B
         ended_sums = torch.zeros_like(sums)
         no_speech = [float("nan")] * B
         try:
@@ -39,7 +41,7 @@ class GreedyBatch(DecodingTask):
                 over = tokens[:, -1] == self.tokenizer.eot
                 if over.float().mean() >= ENDED_SHARE:
                     for at in over.nonzero().flatten().tolist():
-                        ended[rows[at]], ended_sums[rows[at]] = tokens[at], sums[at]
+                        ended[int(rows[at])], ended_sums[rows[at]] = tokens[at], sums[at]
                     stay = (~over).nonzero().flatten()
                     rows, tokens, sums, audio_features = rows[stay], tokens[stay], sums[stay], audio_features[stay]
                     for module, kept in self.inference.kv_cache.items():
@@ -48,11 +50,12 @@ class GreedyBatch(DecodingTask):
             self.inference.cleanup_caching()
         for at, row in enumerate(rows.tolist()):
             ended[row], ended_sums[row] = tokens[at], sums[at]
-        padded = torch.nn.utils.rnn.pad_sequence(ended, batch_first=True, padding_value=self.tokenizer.eot)
+        found = [row for row in ended if row is not None]  # all of them, by now
+        padded = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=self.tokenizer.eot)
         return padded, ended_sums, no_speech
 
 
-def decode_greedily(model, windows: Tensor, language: str) -> list[DecodingResult]:
+def decode_greedily(model: Whisper, windows: Tensor, language: str) -> list[DecodingResult]:
     """What `whisper.decode` gives for each window at temperature 0, with timestamps, in float32.
 
     windows (B, mels, 3000) log-mel, or (B, 1500, channels) encoded. Not safe between threads that share a model:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -100,7 +100,7 @@ class RobustnessReport:
 
 
 def measure_robustness(
-    speech: str | Path, noise: str | Path, *, model: str | Path | Recogniser, snrs=PAPER_SNRS,
+    speech: str | Path, noise: str | Path, *, model: str | Path | Recogniser, snrs: Iterable[float] = PAPER_SNRS,
     out: str | Path | None = None, utterances: int = PAPER_UTTERANCES, clips_per_class: int | None = None,
     mixing: str = "exact", language: str = "en", fallback: bool = False, batch_size: int | None = None,
     device: str = "auto", format: str = "auto", progress: Progress | None = None,
@@ -137,9 +137,11 @@ def measure_robustness(
     return report
 
 
-def _check(snrs, utterances, clips_per_class, mixing, batch_size) -> tuple[float, ...]:
+def _check(
+    asked: Iterable[float], utterances: int, clips_per_class: int | None, mixing: str, batch_size: int | None
+) -> tuple[float, ...]:
     """The SNRs from high to low, each once. Raises UsageError for values out of range."""
-    snrs = tuple(sorted({float(snr) + 0.0 for snr in snrs}, reverse=True))
+    snrs = tuple(sorted({float(snr) + 0.0 for snr in asked}, reverse=True))
     if not snrs:
         raise UsageError("no SNR was asked for; give --snr DB, as often as you like")
     if wrong := [snr for snr in snrs if not (math.isfinite(snr) and abs(snr) <= 100)]:
@@ -213,7 +215,9 @@ class _Worker:
     ) -> tuple[dict[Key, Transcript], tuple[Skip, ...]]:
         """Every transcript is on disk when it counts as done."""
         batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
-        total, made, skips = len(jobs) + done, {}, {}
+        total = len(jobs) + done
+        made: dict[Key, Transcript] = {}
+        skips: dict[Skip, None] = {}
         if progress:
             progress(done, total)
         for batch, transcripts, skipped in self._results(batches):
@@ -273,9 +277,10 @@ class _Worker:
                 raise SilenceError("the speech is silent")
             samples, snr, peak = speech, None, float(np.abs(speech).max())
         else:
+            assert job.key.snr is not None, "a job with noise has an SNR"
             mixture = mix(speech, self._noise(job.row, len(speech)), job.key.snr, form=self.mixing)
-            samples, snr, peak = mixture.samples, mixture.snr_db, mixture.peak
-            snr = round(snr, 4) if math.isfinite(snr) else None
+            samples, peak = mixture.samples, mixture.peak
+            snr = round(mixture.snr_db, 4) if math.isfinite(mixture.snr_db) else None
         return to_int16(samples) if self.as_int16 else samples, snr, round(peak, 4)
 
     def _read_noise(self, row: int, samples: int) -> np.ndarray:
@@ -287,7 +292,10 @@ class _Worker:
         return noise[:real]
 
 
-def score(jobs: list[Job], transcripts: dict[Key, Transcript], class_names, snrs, language: str) -> dict:
+def score(
+    jobs: list[Job], transcripts: dict[Key, Transcript], class_names: Sequence[str], snrs: Sequence[float],
+    language: str,
+) -> dict:  # fmt: skip
     """Word error rates over the transcripts that are there: `clean` and `results` of a report."""
     normalisers = [lru_cache(maxsize=4096)(each) for each in (whisper_normaliser(language)[1], paper_normaliser())]
     counted = {}  # both scorings of every transcript; they add up
@@ -296,12 +304,13 @@ def score(jobs: list[Job], transcripts: dict[Key, Transcript], class_names, snrs
             text = transcripts[job.key].text
             counted[job.key] = [count_errors([job.utterance.text], [text], each) for each in normalisers]
 
-    def rates(keys: list[Key]) -> list[float | None]:
-        return [sum((counted[key][scoring] for key in keys), Errors()).rate for scoring in (0, 1)]
+    def rates(keys: list[Key]) -> tuple[float | None, float | None]:
+        plain, paper = (sum((counted[key][scoring] for key in keys), Errors()).rate for scoring in (0, 1))
+        return plain, paper
 
     clean = [key for key in counted if key.snr is None]
     planned = [job.key for job in jobs if job.row is not None]
-    heard = sorted({key.noise_class for key in planned}, key=list(class_names).index)
+    heard = sorted({key.noise_class for key in planned if key.noise_class is not None}, key=list(class_names).index)
     levels = []
     for snr in snrs:
         keys = [key for key in counted if key.snr == snr]
@@ -315,11 +324,12 @@ def score(jobs: list[Job], transcripts: dict[Key, Transcript], class_names, snrs
                 class_wer_paper={name: rate for name, (_, rate) in by_class.items()},
                 utterances=len({key.utterance for key in keys}), mixtures=len(keys),
                 skipped=sum(key.snr == snr for key in planned) - len(keys),
-                over_full_scale=sum(transcripts[key].peak > 1 for key in keys),
+                over_full_scale=sum((transcripts[key].peak or 0) > 1 for key in keys),
                 snr_measured={"lowest": min(measured, default=None), "highest": max(measured, default=None)},
             )
         )  # fmt: skip
-    return {"clean": Clean(*rates(clean), utterances=len(clean)), "results": tuple(levels)}
+    wer, wer_paper = rates(clean)
+    return {"clean": Clean(wer=wer, wer_paper=wer_paper, utterances=len(clean)), "results": tuple(levels)}
 
 
 def _fixed_settings(recogniser: Recogniser, mixing: str, speech: Speech, noises: Dataset) -> dict:
@@ -335,7 +345,9 @@ def _fixed_settings(recogniser: Recogniser, mixing: str, speech: Speech, noises:
     }
 
 
-def _free_settings(speech: Speech, noises: Dataset, snrs, jobs: list[Job], batch_size: int, recogniser) -> dict:
+def _free_settings(
+    speech: Speech, noises: Dataset, snrs: Sequence[float], jobs: list[Job], batch_size: int, recogniser: Recogniser
+) -> dict:
     """What a later run may change: it then takes the transcripts that are there and makes the others."""
     per_class = defaultdict(set)
     for job in jobs:

@@ -6,8 +6,9 @@ import copy
 import json
 import threading
 import zlib
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,11 @@ from whisper_at_cli.extract.backbones.encoder import WhisperEncoder, encoder_fro
 from whisper_at_cli.extract.backbones.mel import HOP
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from whisper.decoding import DecodingResult
+    from whisper.model import Whisper
 
 WINDOW_FRAMES = 3000  # of log-mel in 30 s
 PADDING = 800  # zeros after the audio, so that its last frames see silence and not their own reflection
@@ -53,7 +59,7 @@ class WhisperRecogniser:
     reads_int16 = True
 
     def __init__(
-        self, model, *, name: str, weights_sha256: str, decoder_sha256: str = "", language: str = "en",
+        self, model: Whisper, *, name: str, weights_sha256: str, decoder_sha256: str = "", language: str = "en",
         fallback: bool = False,
     ):  # fmt: skip
         check_language(language, multilingual=model.is_multilingual, name=name)
@@ -85,7 +91,7 @@ class WhisperRecogniser:
         return pad_or_trim(mel[:, : len(samples) // HOP], WINDOW_FRAMES)
 
     @torch.inference_mode()
-    def decode(self, mels: Tensor) -> list:
+    def decode(self, mels: Tensor) -> list[DecodingResult]:
         """What `whisper.decode` gives for each of these windows (B, mels, 3000)."""
         from whisper_at_cli.probe.robustness.greedy import decode_greedily
 
@@ -97,7 +103,7 @@ class WhisperRecogniser:
         # two at a time: on a CPU the activations of more fall out of the processor's cache
         return torch.cat([_encode(self.encoder, self.model.encoder.ln_post, pair) for pair in mels.split(2)])
 
-    def _text(self, result) -> str | None:
+    def _text(self, result: DecodingResult) -> str | None:
         """The text that `transcribe` makes of a first window; None where it would decode more."""
         probable = result.avg_logprob > -1.0
         silent = result.no_speech_prob > 0.6 and not probable
@@ -107,7 +113,7 @@ class WhisperRecogniser:
             return ""
         begin = self._timestamp_begin()
         stamps = [token >= begin for token in result.tokens]
-        goes_on = any(a and b for a, b in zip(stamps, stamps[1:], strict=False)) and stamps[-2:] != [False, True]
+        goes_on = any(a and b for a, b in pairwise(stamps)) and stamps[-2:] != [False, True]
         return None if goes_on else result.text
 
     def _transcribe_alone(self, samples: np.ndarray) -> str:
@@ -122,7 +128,7 @@ class WhisperRecogniser:
         multilingual, languages = self.model.is_multilingual, self.model.num_languages
         return get_tokenizer(multilingual, num_languages=languages, language=self.language).timestamp_begin
 
-    def _own_model(self):
+    def _own_model(self) -> Whisper:
         """This thread's own modules over the same weights: decoding hangs hooks on them."""
         if not hasattr(self._local, "model"):
             shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
@@ -132,7 +138,7 @@ class WhisperRecogniser:
     def _fitting_batch_size(self) -> int:
         dims = self.model.dims
         row = 2 * dims.n_text_layer * dims.n_audio_ctx * dims.n_text_state * 4
-        budget = CPU_BATCH_BYTES
+        budget: float = CPU_BATCH_BYTES
         if self.device.type == "cuda":
             budget = torch.cuda.mem_get_info(self.device)[0] * GPU_SHARE / default_streams(self.device)
         return int(max(1, min(LARGEST_BATCH, budget // row)))
@@ -155,13 +161,13 @@ def check_language(language: str, *, multilingual: bool = True, name: str = "") 
         raise UsageError(f"{name} knows English alone; leave out --language {language}, or take a multilingual model")
 
 
-def _fast_encoder(model) -> WhisperEncoder:
+def _fast_encoder(model: Whisper) -> WhisperEncoder:
     """The same encoder with its layers laid out for oneDNN: 0.26 against 0.41 s for 30 s of `tiny.en` on a core."""
     encoder = encoder_from_state(model.state_dict(), heads=model.dims.n_audio_head)
     return encoder.prepare(precision="float32", device=torch.device("cpu"))
 
 
-def _encode(encoder: WhisperEncoder, ln_post, mel_BMF: Tensor) -> Tensor:
+def _encode(encoder: WhisperEncoder, ln_post: nn.Module, mel_BMF: Tensor) -> Tensor:
     """Whole windows to what the decoder attends to, (B, 1500, D): nothing pooled, the final norm applied."""
     x_BPD = encoder.stem2(windows(encoder.stem1(windows(mel_BMF.transpose(1, 2), 1), gelu=True), 2), gelu=True)
     x_BPD = x_BPD + encoder.positions
@@ -212,5 +218,5 @@ def is_transformers(model: str | Path) -> bool:
         return kind is not None and kind != "whisper"
     # OWNER/NAME; Whisper's own are left to load_whisper
     parts = str(model).split("/")
-    hub_name = len(parts) == 2 and all(parts) and parts[0][0] not in ".~" and not path.suffix == ".pt"
+    hub_name = len(parts) == 2 and all(parts) and parts[0][0] not in ".~" and path.suffix != ".pt"
     return hub_name and not path.exists() and "whisper" not in str(model).lower()

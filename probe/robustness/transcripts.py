@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
@@ -70,7 +71,7 @@ class TranscriptFolder:
             self._lock = self._locked()
             try:
                 self._settle(settings)
-                self._file = open(self.path / TRANSCRIPTS, "a+b")
+                self._file = open(self.path / TRANSCRIPTS, "a+b")  # noqa: SIM115 - until close()
                 self.found = self._read()
             except BaseException:
                 self.close()
@@ -81,7 +82,7 @@ class TranscriptFolder:
     def __enter__(self) -> TranscriptFolder:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -114,8 +115,8 @@ class TranscriptFolder:
         if others:
             raise UsageError(f"{self.path} holds other things ({others[0]}) and no {SETTINGS}; choose another --out")
 
-    def _locked(self):
-        file = open(self.path / ".lock", "w")
+    def _locked(self) -> IO[str]:
+        file = open(self.path / ".lock", "w")  # noqa: SIM115 - the lock lasts as long as it is open
         if not take_lock(file):
             file.close()
             raise WhisperATError(f"another process is at work in {self.path}; wait for it, or choose another --out")

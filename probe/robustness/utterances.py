@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Speech:
         return listing_digest((utterance.path, self.root / utterance.path) for utterance in self.utterances)
 
 
-def listing_digest(files) -> str:
+def listing_digest(files: Iterable[tuple[str, Path]]) -> str:
     """The first 16 digits of SHA-256 over names and sizes of (name, path); a file that is not there has size -1."""
     digest = hashlib.sha256()
     for name, path in files:
