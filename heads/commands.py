@@ -22,6 +22,7 @@ from whisper_at_cli.heads.options import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from whisper_at_cli.heads.training.finetune import FinetuneResult
     from whisper_at_cli.heads.training.search import SearchResult
     from whisper_at_cli.heads.training.train import TrainResult
 
@@ -90,17 +91,23 @@ def _finetune(
     ctx: click.Context, dataset: Path | str, head: str | None, widths: tuple[int, ...], rates: tuple[float, ...],
     as_json: bool, *, changes: dict, faithful: bool, dataset_format: str, **options: Any,
 ) -> None:  # fmt: skip
-    from whisper_at_cli.heads.file_commands import finetune_command_body
+    from whisper_at_cli.heads.training.finetune import finetune
     from whisper_at_cli.heads.training.recipe import FAITHFUL
 
     if not options["model"]:
         raise UsageError("--unfreeze needs --model: the Whisper to start from, such as tiny.en")
     changes = (FAITHFUL if faithful else {}) | changes | ({"lr": one_of("--lr", rates)} if rates else {})
     options = {name: value for name, value in options.items() if name not in ONLY_FROZEN}
-    finetune_command_body(
-        dataset, head=head or "last-tr", dim=one_of("--dim", widths), changes=changes, format=dataset_format,
-        quiet=ctx.obj["quiet"], as_json=as_json, **options,
-    )  # fmt: skip
+    with progress_on_stderr(f"fine-tune {options['model']}", "epochs", quiet=ctx.obj["quiet"]) as progress:
+        result = finetune(
+            dataset, head=head or "last-tr", width=one_of("--dim", widths), changes=changes, format=dataset_format,
+            progress=progress, **options,
+        )  # fmt: skip
+    print_notes(result.warnings)
+    if as_json:
+        print_json(result)
+    else:
+        print_finetuning(result)
 
 
 def one_of(option: str, values: tuple[Value, ...]) -> Value | None:
@@ -142,11 +149,10 @@ def heads_command(model: str, classes: int, clip_seconds: float, as_json: bool) 
 
 
 def print_training(result: TrainResult) -> None:
-    folds = "  ".join(f"{fold['fold']}: {score(fold['value'])}" for fold in result.folds)
     rows = [
         ("head", f"{result.head}, {result.dim} channels, {result.params:,} parameters"),
         (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
-        ("folds", folds),
+        ("folds", _by_fold(result.folds)),
     ]
     if len(result.seeds) > 1:
         seeds = "  ".join(f"{of_seed['seed']}: {score(of_seed['value'])}" for of_seed in result.seeds)
@@ -159,6 +165,24 @@ def print_training(result: TrainResult) -> None:
     if result.curve:
         rows.append(("curve", result.curve))
     print_table(rows, ("training", ""))
+
+
+def print_finetuning(result: FinetuneResult) -> None:
+    print_table(
+        [
+            ("model", f"{result.model} with {result.head}, {result.params:,} parameters, all trained"),
+            ("learning rate", f"{result.recipe['lr']:g}, the encoder's {result.encoder_lr:g}"),
+            (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
+            ("folds", _by_fold(result.folds)),
+            ("time", f"{result.seconds:.1f} s, {result.samples_per_second:,.1f} samples/s"),
+            ("checkpoint", result.checkpoint or "not saved (give --out FOLDER)"),
+        ],
+        ("fine-tuning", ""),
+    )
+
+
+def _by_fold(folds: list[dict]) -> str:
+    return "  ".join(f"{fold['fold']}: {score(fold['value'])}" for fold in folds)
 
 
 def print_search(result: SearchResult) -> None:

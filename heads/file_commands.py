@@ -156,32 +156,6 @@ def table_command(number: int, results: tuple[Path, ...], form: str, as_json: bo
     click.echo(f"printed values: {table['source']}; the others are counted or measured here", err=True)
 
 
-def finetune_command_body(
-    dataset: str | Path, *, dim: int | None, quiet: bool, as_json: bool, model: str, **options: Any
-) -> None:
-    """What `train-head DATASET --unfreeze --model M` does: fine-tune from audio, and print the result."""
-    from whisper_at_cli.heads.training.finetune import finetune
-
-    with progress_on_stderr(f"fine-tune {model}", "epochs", quiet=quiet) as progress:
-        result = finetune(dataset, model=model, width=dim, progress=progress, **options)
-    print_notes(result.warnings)
-    if as_json:
-        print_json(result)
-        return
-    folds = "  ".join(f"{fold['fold']}: {score(fold['value'])}" for fold in result.folds)
-    print_table(
-        [
-            ("model", f"{result.model} with {result.head}, {result.params:,} parameters, all trained"),
-            ("learning rate", f"{result.recipe['lr']:g}, the encoder's {result.encoder_lr:g}"),
-            (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
-            ("folds", folds),
-            ("time", f"{result.seconds:.1f} s, {result.samples_per_second:,.1f} samples/s"),
-            ("checkpoint", result.checkpoint or "not saved (give --out FOLDER)"),
-        ],
-        ("fine-tuning", ""),
-    )
-
-
 def print_evaluation(found: Evaluation) -> None:
     trained_on = "not recorded" if found.clips_trained_on is None else f"{found.clips_trained_on}"
     print_table(

@@ -20,7 +20,6 @@ from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.heads import build_head, evaluate_end_to_end, evaluate_head, finetune, load_end_to_end, load_head
 from whisper_at_cli.heads.checkpoint import load_encoder_weights
 from whisper_at_cli.heads.endtoend import EncoderWithHead, Waveforms, openai_state, trainable_features
-from whisper_at_cli.heads.file_commands import finetune_command_body
 from whisper_at_cli.heads.training.finetune import Batch, hide_frames, mix_waveforms
 from whisper_at_cli.heads.training.recipe import Recipe
 
@@ -227,12 +226,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(sounds, weights):
         tune(sounds, weights, changes={"lr": 1e30}, encoder_lr_share=1.0)
 
 
-def test_the_commands_tune_and_evaluate_from_audio(capsys, sounds, weights, tmp_path):
-    finetune_command_body(
-        sounds, model=weights, head="wa-mlp", dim=None, recipe="esc50", changes={"epochs": 1, "batch_size": 16},
-        encoder_lr_share=0.1, fold=2, out=tmp_path / "tuned", seed=0, device="cpu", quiet=True, as_json=True,
+def test_the_commands_tune_and_evaluate_from_audio(capsys, sounds, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("whisper_at_cli.heads.training.finetune.read_weights", lambda _: weights)
+    status, out, err = run(
+        capsys, "train-head", sounds, "--unfreeze", "--model", "random", "--head", "wa-mlp", "--recipe", "esc50",
+        "--epochs", 1, "--batch-size", 16, "--encoder-lr-share", 0.1, "--fold", 2, "--out", tmp_path / "tuned",
+        "--device", "cpu", "--json",
     )  # fmt: skip
-    result = json.loads(capsys.readouterr().out)
+    assert status == 0, err
+    result = json.loads(out)
     assert {"head", "dim", "params", "metric", "value", "folds", "seconds", "checkpoint"} <= set(result)
     status, out, _ = run(capsys, "evaluate", tmp_path / "tuned", sounds, "--device", "cpu", "--json")
     assert status == 0 and json.loads(out)["accuracy"] == result["value"]
