@@ -9,7 +9,7 @@ TEST_THREADS ?= 1
 # ESC-10 and speech for the benchmarks that read them; without this folder those are left out.
 BENCH_DATA ?= ../shared/data
 
-.PHONY: demo test test-slow lint format bench bench-table clean
+.PHONY: demo test test-slow lint format coverage bench bench-table clean
 
 demo: $(INSTALLED)
 	$(BIN)/whisper-at-cli demo
@@ -32,6 +32,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix-only --exit-zero .
 	$(BIN)/ruff format .
 
+coverage: $(INSTALLED)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest --cov --cov-report=term-missing
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py $(if $(wildcard $(BENCH_DATA)/esc10),--data $(BENCH_DATA))
 
@@ -39,7 +42,7 @@ bench-table: $(INSTALLED)
 	$(BIN)/python benchmarks/table.py
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .coverage*
 
 # The torch that constraints.txt names is installed first and alone: a looser request may take another build of it.
 $(INSTALLED): pyproject.toml constraints.txt
