@@ -48,7 +48,7 @@ class Baseline:
 
         x = whisper.log_mel_spectrogram(torch.from_numpy(waveform), self.mels).to(self.device)[None]
         x = F.gelu(self.encoder.conv2(F.gelu(self.encoder.conv1(x)))).permute(0, 2, 1)
-        x = x + self.encoder.positional_embedding[: x.shape[1]]
+        x = x + self.encoder.get_buffer("positional_embedding")[: x.shape[1]]
         pooled = []
         for block in self.encoder.blocks:
             x = block(x)

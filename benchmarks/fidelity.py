@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.pipeline.local import extract
 from whisper_at_cli.probe import probe_layers
+from whisper_at_cli.probe.scores import LayerAccuracy
 
 ERRORS_ASKED = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 1.5e-2}
 WAYS = {  # name -> storage type, precision; the first is what the others are compared with
@@ -58,7 +60,7 @@ def errors_of_precisions(weights: WhisperWeights, dataset: Dataset, device: torc
 def stored(weights: WhisperWeights, dataset: Dataset, device: torch.device, folder: Path) -> Result:
     """Way -> bytes, error of each layer and accuracy of each layer's probe."""
     found: Result = {}
-    exact = np.empty(0)
+    exact: np.ndarray = np.empty(0)
     for name, (dtype, precision) in WAYS.items():
         backbone = WhisperBackbone.from_weights(weights, device=device, precision=precision)
         path = folder / f"{dtype}-{precision}.zarr"
@@ -70,11 +72,12 @@ def stored(weights: WhisperWeights, dataset: Dataset, device: torch.device, fold
             exact = features
         of_error, of_exact = ((part.astype(np.float64) ** 2).sum(axis=(0, 2, 3)) for part in (features - exact, exact))
         sizes = cache.store.sizes()
+        scores = cast("list[LayerAccuracy]", probe_layers(cache).layers)  # each clip has one label
         found[name] = {
             "bytes": sum(size for key, size in sizes.items() if key.startswith(("features/c", "scale/c"))),
             "bytes of the means": sum(size for key, size in sizes.items() if key.startswith("mean/c")),
             "error": [rounded(float(value), 3) for value in np.sqrt(of_error / of_exact)],
-            "accuracy": [round(layer.accuracy, 4) for layer in probe_layers(cache).layers],
+            "accuracy": [round(layer.accuracy, 4) for layer in scores],
         }
     return found
 

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ from whisper_at_cli.extract.devices import cores
 from whisper_at_cli.probe import probe_layers
 from whisper_at_cli.probe.faithful import fit
 from whisper_at_cli.probe.job import Job
+from whisper_at_cli.probe.scores import LayerAccuracy
 from whisper_at_cli.probe.solver import PRECONDITION_AT, solve
 
 CLIPS, LAYERS, DIM, CLASSES, FOLDS = 2000, 32, 1280, 50, 5
@@ -141,7 +142,7 @@ def loops(options: argparse.Namespace, cache: FeatureCache, problems: Problems) 
 
     def ours() -> list[float]:
         found = probe_layers(cache, strength=options.strength, device=options.device)
-        return [layer.accuracy for layer in found.layers]
+        return [layer.accuracy for layer in cast("list[LayerAccuracy]", found.layers)]  # each clip has one label
 
     default, tight = (functools.partial(problems.loop, problems.regression(tolerance)) for tolerance in (1e-4, 1e-5))
     original = functools.partial(problems.loop, problems.original)

@@ -189,6 +189,7 @@ class Timing:
 def best_of(rounds: int, work: Mapping[Any, Callable[[], Any]], repeats: Mapping[Any, int] | None = None) -> dict:
     """Name -> the best round of its work. Each round does all in turn: other work on the machine slows any of them."""
     best: dict[Any, Timing] = {}
+    result: Any = None  # of the last call
     for _ in range(rounds):
         for name, do in work.items():
             calls = (repeats or {}).get(name, 1)

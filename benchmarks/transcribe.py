@@ -49,9 +49,9 @@ PADDED_CLIPS = 20  # of each fold: each takes an encoder pass of its own
 class EncodesOnly(Whisper):
     """A Whisper that hears no speech: transcribing runs the encoder from window to window and nothing else."""
 
-    def decode(self, mel: Tensor, options: DecodingOptions) -> DecodingResult:
-        self.encoder(mel[None])
-        return DecodingResult(None, "en", no_speech_prob=1.0, avg_logprob=-9.0, temperature=0.0, compression_ratio=1.0)
+    def decode(self, mel: Tensor, options: DecodingOptions | None = None, **_settings: Any) -> DecodingResult:
+        heard = self.encoder(mel[None])[0]
+        return DecodingResult(heard, "en", no_speech_prob=1.0, avg_logprob=-9.0, temperature=0.0, compression_ratio=1.0)
 
 
 def esc_rows(sounds: Path) -> list[dict[str, Any]]:
@@ -108,6 +108,7 @@ def events_of_joined_files(head: Path, options: argparse.Namespace) -> dict[str,
     ways: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"shared": [], "exact": []}
     grid = {"resolution": options.resolution, "hop": options.hop, "events": EVENTS, "temperature": 0.0}
     model = None
+    names: list[str] = []
     for fold in range(1, FOLDS + 1):
         tagger = Tagger.from_checkpoint(head / f"fold-{fold}", model=model)
         model = tagger.whisper
@@ -133,6 +134,8 @@ def timed(
     """Seconds of whisper.transcribe and of text with tags, one after the other, and whether the texts are the same."""
     seconds: dict[str, list[float]] = {name: [] for name in ("whisper", *ways)}
     model = tagger.whisper  # loaded now: making it draws random numbers too
+    reference: dict[str, Any] = {}
+    passes = 0
     for _ in range(repeats):
         for name in seconds:
             torch.manual_seed(0)

@@ -6,12 +6,15 @@ Options stay free text, since a wrong value has its own message; `offer_values` 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem
 
 from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
+
+Completion = Callable[[click.Context, str], list[CompletionItem]]  # of what is typed so far
 
 DATASETS = (
     "auto", "audioset", "esc50", "fsd50k", "urbansound8k", "speech-commands", "hdf5", "huggingface", "json", "manifest",
@@ -65,16 +68,21 @@ def offer_values(group: click.Group) -> None:
     """Give the parameters of a group's commands what there is to suggest for them."""
     for name, command in group.commands.items():
         for parameter in command.params:
-            values = VALUES_OF.get((name, parameter.name)) or VALUES.get(parameter.name)
-            if (name, parameter.name) in MODELS:
-                parameter.shell_complete = _models
-            elif (name, parameter.name) in PATHS:
-                parameter.shell_complete = _paths
-            elif values:
-                parameter.shell_complete = _fixed(values)
+            completion = _completion(name, parameter.name)
+            if completion:
+                parameter.shell_complete = completion  # type: ignore[method-assign, assignment]  # one of its own
 
 
-def _fixed(values: tuple[str, ...]):
+def _completion(command: str, parameter: str) -> Completion | None:
+    values = VALUES_OF.get((command, parameter)) or VALUES.get(parameter)
+    if (command, parameter) in MODELS:
+        return _models
+    if (command, parameter) in PATHS:
+        return _paths
+    return _fixed(values) if values else None
+
+
+def _fixed(values: tuple[str, ...]) -> Completion:
     def complete(_ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(value) for value in values if value.startswith(incomplete)]
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from whisper_at_cli.extract.options import DEVICE, command
 from whisper_at_cli.extract.output import print_json
 from whisper_at_cli.extract.progress import progress_on_stderr
+
+if TYPE_CHECKING:
+    from whisper_at_cli.extract.doctor.decoding import Decoding
+    from whisper_at_cli.extract.doctor.disk import DiskSpeed, Folder
+    from whisper_at_cli.extract.doctor.examine import Estimate, Report, Weights
+    from whisper_at_cli.extract.doctor.installed import Dependency, Installation
 
 WIDTH = 79
 LABEL = 17  # columns of what stands before a value
@@ -26,7 +33,7 @@ UNITS = ((1 / 60, 3600, "s"), (1, 60, "minutes"), (48, 1, "hours"), (float("inf"
 @click.option("--quick", is_flag=True, help="Look, and measure nothing.")
 @DEVICE
 @click.pass_context
-def doctor_command(ctx, folder, quick, device, as_json):
+def doctor_command(ctx: click.Context, folder: Path, quick: bool, device: str, as_json: bool) -> None:
     """Say what is installed, what is missing and for what, and how fast this disk and device are.
 
     Exit status 1 if something that the core needs is missing, out of bounds or broken, or the folder cannot be written;
@@ -51,7 +58,7 @@ def doctor_command(ctx, folder, quick, device, as_json):
         ctx.exit(1)
 
 
-def _text(report) -> list[str]:
+def _text(report: Report) -> list[str]:
     """The report's lines."""
     sections = (
         (None, _installation(report.installation)),
@@ -76,7 +83,7 @@ def _row(label: str, value: str) -> list[str]:
     return textwrap.wrap(value, WIDTH, initial_indent=f"  {label:<{LABEL}}", subsequent_indent=indent) or [f"  {label}"]
 
 
-def _installation(found) -> list[str]:
+def _installation(found: Installation | None) -> list[str]:
     if found is None:
         return []
     lines = [
@@ -89,7 +96,7 @@ def _installation(found) -> list[str]:
     return lines + [line for one in found.dependencies for line in _dependency(one)]
 
 
-def _dependency(one) -> list[str]:
+def _dependency(one: Dependency) -> list[str]:
     line = f"  {MARKS[one.state]:<9}{one.name:<22}{one.version or '-':<18}{one.needs}".rstrip()
     return [line, *_indented(one.error)]
 
@@ -98,7 +105,7 @@ def _indented(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=" " * 11, subsequent_indent=" " * 11)
 
 
-def _extras(found) -> list[str]:
+def _extras(found: Installation | None) -> list[str]:
     lines = []
     for extra in found.extras if found else ():
         first, *rest = textwrap.wrap(extra.purpose or "-", WIDTH - 18)
@@ -110,7 +117,7 @@ def _extras(found) -> list[str]:
     return lines
 
 
-def _devices(report) -> list[str]:
+def _devices(report: Report) -> list[str]:
     found, memory = report.devices, report.free_memory_bytes
     cores = f"{report.processor}, {report.cores} core{'s' * (report.cores != 1)}"
     lines = _row("processor", cores)
@@ -124,20 +131,20 @@ def _devices(report) -> list[str]:
     says += f", with {' and '.join(types)}" * bool(types) + f", without {' and '.join(without)}" * bool(without)
     lines += _row("torch", says)
     for one in found.accelerators:
-        says = [one.name]
-        if one.memory_bytes:
-            says.append(f"{one.memory_bytes / 1e9:.0f} GB, {one.free_memory_bytes / 1e9:.0f} GB of them free")
+        parts = [one.name]
+        if one.memory_bytes and one.free_memory_bytes is not None:
+            parts.append(f"{one.memory_bytes / 1e9:.0f} GB, {one.free_memory_bytes / 1e9:.0f} GB of them free")
         if one.compute_capability:
-            says.append(f"compute capability {one.compute_capability}")
-        says.append("bfloat16 works" if one.bfloat16 else "no bfloat16")
-        lines += _row(one.device, ", ".join(says))
+            parts.append(f"compute capability {one.compute_capability}")
+        parts.append("bfloat16 works" if one.bfloat16 else "no bfloat16")
+        lines += _row(one.device, ", ".join(parts))
     if not found.accelerators:
         build = f"torch is built for CUDA {found.cuda_build}" if found.cuda_build else "torch is built without CUDA"
         lines += _row("GPU", f"none ({build}; no MPS)")
     return lines
 
 
-def _weights(found) -> list[str]:
+def _weights(found: Weights | None) -> list[str]:
     if found is None:
         return []
     lines = _row("tiny.en", "in the demo extra, checksum verified") if found.demo else []
@@ -145,7 +152,7 @@ def _weights(found) -> list[str]:
     return lines + _row("downloaded", f"{', '.join(sizes) or 'none'}, in {found.downloads_folder}")
 
 
-def _decoding(found) -> list[str]:
+def _decoding(found: Decoding | None) -> list[str]:
     if found is None:
         return []
     lines = _row("FFmpeg", f"{found.ffmpeg}, in PyAV {found.pyav}; no ffmpeg program is needed")
@@ -162,7 +169,7 @@ def _decoding(found) -> list[str]:
     return lines
 
 
-def _folder(found, disk) -> list[str]:
+def _folder(found: Folder, disk: DiskSpeed | None) -> list[str]:
     free = f", {found.free_bytes / 1e9:.0f} GB free" if found.free_bytes is not None else ""
     lines = _row("file system", f"{found.file_system or 'unknown'}{free}")
     if not found.writable:
@@ -181,7 +188,7 @@ def _folder(found, disk) -> list[str]:
     return lines
 
 
-def _speed(report) -> list[str]:
+def _speed(report: Report) -> list[str]:
     speed = report.speed
     if speed is None:
         return []
@@ -195,7 +202,7 @@ def _speed(report) -> list[str]:
     return lines
 
 
-def _estimate(found) -> list[str]:
+def _estimate(found: Estimate | None) -> list[str]:
     if found is None:
         return []
     lines = _row("for", f"extract --model {found.model}, float32, clips of {found.clip_seconds:g} s")
@@ -212,7 +219,7 @@ def _time(hours: float) -> str:
     return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
 
 
-def _problems(report) -> list[str]:
+def _problems(report: Report) -> list[str]:
     if not report.problems:
         return ["No problems found."]
     lines = ["Problems"]

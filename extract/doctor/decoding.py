@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -14,6 +16,9 @@ from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.datasets.synthesis import SAMPLE_RATE as SOUND_RATE
 from whisper_at_cli.extract.datasets.synthesis import synthesise_clip
 from whisper_at_cli.extract.errors import AudioError
+
+if TYPE_CHECKING:
+    from av import AudioFormat, AudioStream
 
 CLIP_SECONDS = 10.0
 CONTAINERS = {  # name: FFmpeg's format, codec, rate; stereo, as most recordings come
@@ -46,7 +51,7 @@ class Decoding:
     containers: tuple[Decoded, ...]
 
 
-def check_decoding(*, seconds: float, progress=None) -> Decoding:
+def check_decoding(*, seconds: float, progress: Callable[[str], None] | None = None) -> Decoding:
     """Decode a clip of 10 s in each container, over and over for `seconds`; 0 decodes each once, without a rate."""
     import av
 
@@ -102,9 +107,10 @@ def _encoded(sound: np.ndarray, container: str, codec: str, rate: int) -> bytes:
 
     file = io.BytesIO()
     with av.open(file, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=rate, layout="stereo")
+        stream = cast("AudioStream", out.add_stream(codec, rate=rate, layout="stereo"))  # as each codec here makes
+        sample_format = cast("AudioFormat | None", stream.codec_context.format)  # None where the codec takes any
         resampler = av.AudioResampler(
-            format=stream.codec_context.format or "s16", layout="stereo", rate=rate,
+            format=sample_format or "s16", layout="stereo", rate=rate,
             frame_size=stream.codec_context.frame_size or None,
         )  # fmt: skip
         frame = av.AudioFrame.from_ndarray(np.stack([sound, sound], 1).reshape(1, -1), format="s16", layout="stereo")

@@ -8,11 +8,15 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from whisper_at_cli.extract.backbones.encoder import PackedLinear
 from whisper_at_cli.extract.devices import cores, one_thread_per_operation
+
+if TYPE_CHECKING:
+    from whisper_at_cli.extract.backbones.load import Backbone
 
 MEASURED_DIM = {"cpu": 512}  # channels of the products that are measured; on an accelerator those of a large Whisper
 LARGE_DIM = 1280
@@ -130,7 +134,7 @@ def _products(device: torch.device, dtype: torch.dtype, dim: int, routine: str, 
     return products, sum(2 * rows * k * n for k, n in shapes)
 
 
-def encoder_rate(backbone, samples: int, batch_size: int, *, seconds: float) -> float:
+def encoder_rate(backbone: Backbone, samples: int, batch_size: int, *, seconds: float) -> float:
     """Clips per second of mel and encoder, with as many batches side by side as the pipeline runs."""
     device = backbone.device
     waveforms = torch.randn(batch_size, samples, device=device) * 0.1

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from whisper_at_cli.extract.doctor.disk import DiskSpeed, Folder, examine_folder, measure_disk
 from whisper_at_cli.extract.doctor.installed import PACKAGE, Dependency, Installation, examine_installation, one_line
@@ -20,6 +20,9 @@ from whisper_at_cli.extract.progress import Progress
 if TYPE_CHECKING:
     from whisper_at_cli.extract.doctor.decoding import Decoding
     from whisper_at_cli.extract.doctor.device import TorchDevices
+
+Arguments = ParamSpec("Arguments")
+Found = TypeVar("Found")
 
 CLIP_SECONDS = 10.0
 MEASURED_MODEL = "tiny.en"
@@ -114,10 +117,16 @@ class _Examination:
         if self.progress:
             self.progress(self.step, len(STEPS), message or STEPS[self.step])
 
-    def attempt(self, function: Callable, *arguments, **options):
-        """The function's result, or None where it fails; then there is a problem more."""
+    def begin(self) -> None:
+        """The next step."""
         self.step += 1
         self.say()
+
+    def attempt(
+        self, function: Callable[Arguments, Found], *arguments: Arguments.args, **options: Arguments.kwargs
+    ) -> Found | None:
+        """The function's result, or None where it fails; then there is a problem more."""
+        self.begin()
         what = STEPS[self.step]
         try:
             return function(*arguments, **options)
@@ -159,7 +168,8 @@ def examine(
     weights = seen.attempt(_weights, seen)
     decoding = seen.attempt(_decoding, 0.0 if quick else DECODE_SECONDS, seen)
     _judge_decoding(seen, decoding)
-    found = seen.attempt(examine_folder, folder)
+    seen.begin()
+    found = examine_folder(folder)  # which raises nothing
     _judge_folder(seen, found)
     disk = speed = estimate = None
     if not quick:
@@ -168,7 +178,8 @@ def examine(
         seen.step = STEPS.index("disk")
         rates = seen.attempt(_matrix_rates, device)
         if rates:
-            speed = Speed(*rates, seen.attempt(_encoder_speed, device, weights))
+            name, gflops = rates
+            speed = Speed(name, gflops, seen.attempt(_encoder_speed, device, weights))
         estimate = _estimate(speed, decoding, disk, cores()) if speed and decoding and disk else None
     if progress:
         progress(len(STEPS), len(STEPS), "")
@@ -318,13 +329,16 @@ def _encoder_speed(device: str, weights: Weights | None) -> EncoderSpeed | None:
     from whisper_at_cli.extract.devices import choose_device, fitting_batch_size
     from whisper_at_cli.extract.doctor.device import encoder_rate
 
-    chosen, read, rates = choose_device(device), read_weights(MEASURED_MODEL), {}
+    chosen, read = choose_device(device), read_weights(MEASURED_MODEL)
+    rates: dict[str, float] = {}
+    stored_bytes = 0
     for precision in ("float32", "bfloat16"):
         backbone = WhisperBackbone.from_weights(read, device=chosen, precision=precision)
         samples = backbone.clip_samples(CLIP_SECONDS)
         size = fitting_batch_size(backbone, samples)
         rates[precision] = encoder_rate(backbone, samples, size, seconds=MEASURE_SECONDS)
-    return EncoderSpeed(MEASURED_MODEL, CLIP_SECONDS, rates, 2 * backbone.layers * FRAMES * backbone.dim)
+        stored_bytes = 2 * backbone.layers * FRAMES * backbone.dim  # the same for each
+    return EncoderSpeed(MEASURED_MODEL, CLIP_SECONDS, rates, stored_bytes)
 
 
 def _estimate(speed: Speed, decoding: Decoding, disk: DiskSpeed, cores: int) -> Estimate | None:
@@ -344,4 +358,4 @@ def _estimate(speed: Speed, decoding: Decoding, disk: DiskSpeed, cores: int) -> 
         computing = min(limits["encoder"], limits["decoding"])
     rate = min(computing, limits["disk"])
     hours = {name: clips / rate / 3600 for name, clips in DATASETS.items()}
-    return Estimate(speed.encoder.model, CLIP_SECONDS, rate, limits, min(limits, key=limits.get), hours)
+    return Estimate(speed.encoder.model, CLIP_SECONDS, rate, limits, min(limits, key=limits.__getitem__), hours)

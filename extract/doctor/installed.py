@@ -11,10 +11,15 @@ import platform
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 PACKAGE = "whisper-at-cli"
 EXTRAS = {  # what each is for
@@ -81,7 +86,7 @@ class Installation:
     extras: tuple[Extra, ...]
 
 
-def examine_installation(progress=None) -> Installation:
+def examine_installation(progress: Callable[[str], None] | None = None) -> Installation:
     """Compare what is installed with the bounds in this package's metadata, and import each part.
 
     Raises ImportError where `packaging`, which reads the bounds, or this package's own metadata is not there.
@@ -129,7 +134,7 @@ def _extra_names(own: metadata.Distribution) -> list[str]:
     return [name for name in names if any(one.name != PACKAGE for one in _requirements(own, name))]
 
 
-def _extra(own: metadata.Distribution, name: str, source: str | None, progress) -> Extra:
+def _extra(own: metadata.Distribution, name: str, source: str | None, progress: Callable[[str], None] | None) -> Extra:
     what = f"{source}[{name}]" if source else f"{PACKAGE}[{name}]"
     return Extra(
         name=name,
@@ -139,10 +144,10 @@ def _extra(own: metadata.Distribution, name: str, source: str | None, progress) 
     )
 
 
-def _requirements(own: metadata.Distribution, extra: str) -> list:
+def _requirements(own: metadata.Distribution, extra: str) -> list[Requirement]:
     """What the package needs by itself, or with one extra more."""
     requirements = importlib.import_module("packaging.requirements")
-    found = []
+    found: list[Requirement] = []
     for requirement in map(requirements.Requirement, own.requires or ()):
         marker = requirement.marker
         always = marker is None or marker.evaluate({"extra": ""})
@@ -151,7 +156,9 @@ def _requirements(own: metadata.Distribution, extra: str) -> list:
     return found
 
 
-def _examined(requirements: list, progress, what: str, *, imported: bool = True) -> tuple[Dependency, ...]:
+def _examined(
+    requirements: list[Requirement], progress: Callable[[str], None] | None, what: str, *, imported: bool = True
+) -> tuple[Dependency, ...]:
     found = []
     for requirement in requirements:
         if progress:
@@ -160,7 +167,7 @@ def _examined(requirements: list, progress, what: str, *, imported: bool = True)
     return tuple(found)
 
 
-def _examine(requirement, imported: bool) -> Dependency:
+def _examine(requirement: Requirement, imported: bool) -> Dependency:
     name, needs = requirement.name, _bounds(requirement)
     try:
         distribution = metadata.distribution(name)
@@ -177,7 +184,7 @@ def _examine(requirement, imported: bool) -> Dependency:
     return Dependency(name, needs, version, "ok")
 
 
-def _bounds(requirement) -> str:
+def _bounds(requirement: Requirement) -> str:
     """The bounds in the order in which people write them: the lower one first."""
     return ",".join(sorted(map(str, requirement.specifier), key=lambda bound: (bound[0] != ">", bound)))
 

@@ -76,7 +76,9 @@ class ExactFile:
         real = len(samples) // SAMPLES_PER_POSITION // grid.frame_positions  # frames without padding
         self.plan: ExactPlan = plan_exact([(a, max(a + 1, min(b, real))) for a, b in windows], grid.clip_frames)
         self.features: dict[int, Tensor] = {}
-        self.added, self.ready, self.logits = 0, [], []
+        self.added = 0
+        self.ready: list[Tensor] = []
+        self.logits: list[np.ndarray] = []
         self.parts = deque(self.plan.parts)
 
     def clips(self) -> Iterator[Tensor]:

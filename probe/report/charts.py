@@ -145,8 +145,8 @@ def scatter_chart(
     fitted = fit_line(xs, ys)
     if fitted:
         slope, offset, _ = fitted
-        ends = [_clipped(frame, x, slope, offset) for x in (min(xs), max(xs))]
-        parts.append(f'<polyline class="line s7" stroke-dasharray="6 3" points="{_points(ends)}"/>')
+        line = [_clipped(frame, x, slope, offset) for x in (min(xs), max(xs))]
+        parts.append(f'<polyline class="line s7" stroke-dasharray="6 3" points="{_points(line)}"/>')
     placed = [(x - 4, y - 4, x + 4, y + 4) for x, y in (frame.at(*point) for point in points.values())]
     for name, point in points.items():
         x, y = frame.at(*point)
