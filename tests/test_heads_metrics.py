@@ -52,6 +52,7 @@ def test_what_is_undefined_is_nan():
     assert math.isnan(evaluate_scores(np.zeros((2, 2)), np.array([[1, 1], [1, 0]])).accuracy)
     empty = evaluate_scores(np.zeros((0, 3)), np.zeros((0, 3)))
     assert math.isnan(empty.mAP) and math.isnan(empty.accuracy) and empty.class_ap.shape == (3,)
+    assert (empty.classes_without_positives, empty.classes_without_negatives) == (3, 0)
 
 
 def test_d_prime_is_the_distance_of_two_normals_with_that_auc():
@@ -153,6 +154,36 @@ def test_half_precision_logits_are_ranked_as_their_exact_values():
     half = torch.from_numpy(scores).to(torch.bfloat16)
     found = evaluate_scores(half, labels)
     np.testing.assert_allclose(found.class_ap, average_precision_score(labels, half.double().numpy(), average=None))
+
+
+def test_whole_numbers_are_ranked_exactly():
+    scores = np.array([[2**24], [2**24 + 1]])  # the same in float32
+    assert evaluate_scores(scores, np.array([[0], [1]])).mAUC == 1
+
+
+@pytest.mark.parametrize("scores, labels", [((4, 3), (4, 2)), ((4, 3), (3, 4)), ((2, 2, 2), (2, 2, 2)), ((4,), (4,))])
+def test_scores_and_labels_of_other_shapes_than_clips_and_classes_are_refused(scores, labels):
+    with pytest.raises(ValueError, match=r"must both be \(clips, classes\)"):
+        evaluate_scores(np.zeros(scores), np.zeros(labels))
+
+
+def test_classes_are_ranked_in_runs_of_like_and_bounded_size():
+    positives = np.array([7, 100, 50, 49, 3, 99, 100, 1])
+    order = np.argsort(-positives, kind="stable")
+    runs = list(metrics._alike(order, positives, most=3))
+    assert [positives[run].tolist() for run in runs] == [[100, 100, 99], [50, 49], [7], [3], [1]]
+    assert [len(run) for run in metrics._alike(order, np.ones(8), most=8)] == [8]
+
+
+def test_the_notes_say_what_the_means_leave_out_and_nothing_else():
+    assert evaluate_scores(np.array([[1, 0], [0, 1], [0.4, 0.3]]), np.array([[0, 1], [0, 1], [1, 0]])).notes == []
+    nothing = evaluate_scores(np.zeros((3, 2)), np.zeros((3, 2)))
+    assert nothing.notes == [
+        "2 of 2 classes are in none of the clips and do not count in mAP and mAUC",
+        "accuracy is undefined: it needs exactly one label on every clip",
+    ]
+    wrong = evaluate_scores(np.array([[0, 1], [1, 0]]), np.eye(2))
+    assert wrong.notes == ["mAUC is exactly 0, for which d-prime is infinite"] and wrong.d_prime == -math.inf
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.events import EventSettings, cells, find_events
+from whisper_at_cli.heads.events import TOLERANCE, EventSettings, cells, find_events
 
 
 def events(values, *, spans=None, hop=1.0, **settings):
@@ -73,3 +73,26 @@ def test_nothing_heard_is_no_event():
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(UsageError):
         EventSettings(**wrong)
+
+
+def test_an_event_joins_the_one_just_before_it_and_no_earlier_one():
+    values = [0.9, 0.0, 0.0, 0.6, 0.0, 0.7, 0.0, 0.8]
+    assert events(values, merge_gap=1.0) == [(0, 1, "class0", 0.9), (3, 8, "class0", 0.8)]
+    assert events(values[::-1], merge_gap=1.0) == [(0, 5, "class0", 0.8), (7, 8, "class0", 0.9)]
+
+
+def test_a_probability_of_just_on_or_off_belongs_to_the_event():
+    assert events([0.5, 0.3, 0.5, 0.2], on=0.5, off=0.3) == [(0, 3, "class0", 0.5)]
+    assert events([1.0, 0.0], on=1, off=1) == [(0, 1, "class0", 1.0)]
+
+
+def test_lengths_may_miss_by_the_tolerance_and_by_no_more():
+    for missing, kept in ((TOLERANCE, 1), (1.5 * TOLERANCE, 0)):
+        assert len(events([0.9, 0.0], spans=[(0, 2 - missing), (3, 4)], min_duration=2)) == kept
+    for gap, found in ((TOLERANCE, 1), (1.5 * TOLERANCE, 2)):
+        assert len(events([0.9, 0.0, 0.9], spans=[(-1, 0), (3, 4), (gap, 1)])) == found
+
+
+def test_events_that_begin_together_are_in_order_of_their_end_and_then_of_their_label():
+    values = [[0.9, 0.9, 0.9], [0.9, 0.0, 0.0]]
+    assert [label for _, _, label, _ in events(values)] == ["class1", "class2", "class0"]
