@@ -18,9 +18,11 @@ from whisper_at_cli.extract.options import command
 from whisper_at_cli.extract.output import print_json, print_table
 from whisper_at_cli.extract.progress import progress_on_stderr
 from whisper_at_cli.heads import commands as heads_commands
-from whisper_at_cli.heads import file_commands, tagging_commands
+from whisper_at_cli.heads import file_commands
+from whisper_at_cli.heads.tagging import commands as tagging_commands
 from whisper_at_cli.probe import commands as probe_commands
-from whisper_at_cli.probe import report_commands, robustness_commands
+from whisper_at_cli.probe.report import commands as report_commands
+from whisper_at_cli.probe.robustness import commands as robustness_commands
 
 
 class _Commands(click.Group):
@@ -61,8 +63,8 @@ def demo_command(ctx, out, as_json):
         whisper-at-cli demo
     """
     from whisper_at_cli.extract import FeatureCache, extract
-    from whisper_at_cli.extract.synthesis import synthesise
-    from whisper_at_cli.extract.weights import demo_weights_folder
+    from whisper_at_cli.extract.backbones.weights import demo_weights_folder
+    from whisper_at_cli.extract.datasets.synthesis import synthesise
     from whisper_at_cli.heads import train_head
     from whisper_at_cli.probe import probe_layers
     from whisper_at_cli.probe.figures import draw_layer_accuracy

@@ -37,7 +37,7 @@ def write_model(folder: Path, size: str) -> Path:
     import torch
     from whisper.model import ModelDimensions, Whisper
 
-    from whisper_at_cli.extract.sizes import WHISPER_SIZES
+    from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 
     sizes = WHISPER_SIZES[size]
     dims = dict(
@@ -74,7 +74,7 @@ def run_engine(engine: str, workers: int, arguments: dict, messages) -> None:
     if engine == "ray":
         import ray
 
-        from whisper_at_cli.extract.ray_engine import extract_on_ray
+        from whisper_at_cli.extract.pipeline.ray_engine import extract_on_ray
 
         ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         extract_on_ray(progress=progress, encoders=workers, **arguments)

@@ -34,14 +34,14 @@ import torch.nn.functional as F
 from machine import machine, publish
 
 from whisper_at_cli import __version__
-from whisper_at_cli.extract.backbones import WhisperBackbone
+from whisper_at_cli.extract.backbones.encoder import PRECISIONS, PackedLinear, clip_samples
+from whisper_at_cli.extract.backbones.load import WhisperBackbone
+from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
+from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.datasets.base import Clip
 from whisper_at_cli.extract.devices import choose_device, cores, fitting_batch_size, one_thread_per_operation
-from whisper_at_cli.extract.encoder import PRECISIONS, PackedLinear, clip_samples
-from whisper_at_cli.extract.pipeline import extract
-from whisper_at_cli.extract.sizes import WHISPER_SIZES
-from whisper_at_cli.extract.weights import WhisperWeights, read_weights
+from whisper_at_cli.extract.pipeline.local import extract
 from whisper_at_cli.heads.count import encoder_cost
 
 

@@ -35,13 +35,13 @@ from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.heads import build_head, train_head
-from whisper_at_cli.heads.batches import draw_epoch
-from whisper_at_cli.heads.data import Clips, load_clips
-from whisper_at_cli.heads.fleet import Fleet
-from whisper_at_cli.heads.loader import Batch, Epochs
-from whisper_at_cli.heads.plan import fastest_precision
-from whisper_at_cli.heads.ranks import Ranks
-from whisper_at_cli.heads.recipe import Recipe, named_recipe
+from whisper_at_cli.heads.training.batches import draw_epoch
+from whisper_at_cli.heads.training.data import Clips, load_clips
+from whisper_at_cli.heads.training.fleet import Fleet
+from whisper_at_cli.heads.training.loader import Batch, Epochs
+from whisper_at_cli.heads.training.plan import fastest_precision
+from whisper_at_cli.heads.training.ranks import Ranks
+from whisper_at_cli.heads.training.recipe import Recipe, named_recipe
 
 FRAMES = 25
 AS20K_CLIPS, VALIDATION_CLIPS = 20_550, 512

@@ -21,10 +21,10 @@ from machine import machine, publish
 
 from extract import random_weights, synthetic_dataset
 from whisper_at_cli import __version__
-from whisper_at_cli.extract.backbones import WhisperBackbone
+from whisper_at_cli.extract.backbones.load import WhisperBackbone
+from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 from whisper_at_cli.extract.devices import choose_device
-from whisper_at_cli.extract.pipeline import extract
-from whisper_at_cli.extract.sizes import WHISPER_SIZES
+from whisper_at_cli.extract.pipeline.local import extract
 
 
 def peak(connection, options: argparse.Namespace, clips: int) -> None:

@@ -28,10 +28,10 @@ from whisper.model import Whisper
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract import FeatureCache
-from whisper_at_cli.extract.audio import decode
-from whisper_at_cli.extract.mel import SAMPLE_RATE
+from whisper_at_cli.extract.audio.decode import decode
+from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.heads import Tagger, train_head
-from whisper_at_cli.heads.events import EventSettings
+from whisper_at_cli.heads.tagging.events import EventSettings
 
 CASES = {  # options of whisper.transcribe
     "greedy": {"temperature": 0.0},

@@ -4,10 +4,10 @@ from whisper_at_cli.extract.lazy import lazy_names
 
 _NAMES = {
     "FeatureCache": "cache",
-    "extract": "pipeline",
-    "extract_on_devices": "parallel",
-    "load_backbone": "backbones",
-    "load_whisper": "backbones",
+    "extract": "pipeline.local",
+    "extract_on_devices": "pipeline.several_devices",
+    "load_backbone": "backbones.load",
+    "load_whisper": "backbones.load",
 }
 __all__ = list(_NAMES)
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -143,7 +143,7 @@ def slurm_command(dataset, cache, options, as_json, **asked):
         whisper-at-cli slurm audioset as2m.zarr --tasks 16 -- --model large-v1 --precision bfloat16 > job.sh
         sbatch job.sh
     """
-    from whisper_at_cli.extract.slurm import SlurmJob, job_script
+    from whisper_at_cli.extract.pipeline.slurm import SlurmJob, job_script
 
     job = SlurmJob(**asked)
     script = job_script(job, [str(dataset), str(cache), *options])
@@ -194,7 +194,7 @@ def export_command(ctx, cache, out, format, as_json):
         whisper-at-cli export esc50.zarr esc50-npz
         whisper-at-cli export esc50.zarr esc50.h5
     """
-    from whisper_at_cli.extract.cache.exchange import export_hdf5, export_npz
+    from whisper_at_cli.extract.cache.export import export_hdf5, export_npz
 
     exporters = {"npz": export_npz, "hdf5": export_hdf5}
     format = format or ("hdf5" if out.suffix.lower() in (".h5", ".hdf5") else "npz")
@@ -232,7 +232,7 @@ def import_command(ctx, folder, cache, as_json, **options):
         whisper-at-cli import features as.zarr --labels clips.csv --backbone large-v1 --clip-seconds 10
         whisper-at-cli import esc50-npz copy.zarr
     """
-    from whisper_at_cli.extract.cache.exchange import import_npz
+    from whisper_at_cli.extract.cache.import_npz import import_npz
 
     with progress_on_stderr("import", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = import_npz(folder, cache, progress=progress, **options)
@@ -269,7 +269,7 @@ def _engine(*, engine: str, device: str, address: str | None, encoders: int | No
     """The function that does the work, and its options."""
     devices = device.split(",")
     if engine == "ray":
-        from whisper_at_cli.extract.ray_engine import extract_on_ray
+        from whisper_at_cli.extract.pipeline.ray_engine import extract_on_ray
 
         if workers is not None or len(devices) > 1:
             raise UsageError("--workers and several devices are for --engine local; Ray's nodes say what they have")
@@ -288,7 +288,7 @@ def _engine(*, engine: str, device: str, address: str | None, encoders: int | No
 def _slot(text: str) -> tuple[int, int]:
     """`--shard I/N` or `--shard auto`."""
     if text == "auto":
-        from whisper_at_cli.extract.slurm import slot_from_environment
+        from whisper_at_cli.extract.pipeline.slurm import slot_from_environment
 
         return slot_from_environment(os.environ)
     index, slash, of = text.partition("/")

@@ -49,7 +49,7 @@ def train_head_command(ctx, cache, head, widths, rates, search, unfreeze, as_jso
         del options[name]
     from whisper_at_cli.extract import FeatureCache
     from whisper_at_cli.heads import search_heads, train_head
-    from whisper_at_cli.heads.ranks import is_lead
+    from whisper_at_cli.heads.training.ranks import is_lead
 
     options["head"] = head
     opened, lead = FeatureCache.open(cache), is_lead()
@@ -70,7 +70,7 @@ def train_head_command(ctx, cache, head, widths, rates, search, unfreeze, as_jso
 
 def _finetune(ctx, dataset, head, widths, rates, as_json, *, changes, faithful, dataset_format, **options) -> None:
     from whisper_at_cli.heads.file_commands import finetune_command_body
-    from whisper_at_cli.heads.recipe import FAITHFUL
+    from whisper_at_cli.heads.training.recipe import FAITHFUL
 
     if not options["model"]:
         raise UsageError("--unfreeze needs --model: the Whisper to start from, such as tiny.en")

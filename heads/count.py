@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from whisper_at_cli.extract.backbones.encoder import POSITIONS_PER_SECOND
+from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES, WhisperSize
 from whisper_at_cli.extract.cache.schema import FRAMES
-from whisper_at_cli.extract.encoder import POSITIONS_PER_SECOND
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.sizes import WHISPER_SIZES, WhisperSize
 from whisper_at_cli.heads.forms import head_form
 
 AST_FLOPS = 133e9  # as Table 1 prints it, for one 10-second clip; `ast_cost` counts 130.6e9

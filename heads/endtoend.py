@@ -18,19 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whisper_at_cli.extract.backbones.encoder import (
+    EncoderBlock,
+    WhisperEncoder,
+    clip_samples,
+    encoder_from_state,
+    windows,
+)
+from whisper_at_cli.extract.backbones.mel import log_mel
+from whisper_at_cli.extract.backbones.weights import WhisperWeights
 from whisper_at_cli.extract.cache.schema import FRAMES, METADATA
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.devices import choose_device, cores
-from whisper_at_cli.extract.encoder import EncoderBlock, WhisperEncoder, clip_samples, encoder_from_state, windows
 from whisper_at_cli.extract.errors import AudioError, UsageError, WhisperATError
-from whisper_at_cli.extract.mel import log_mel
 from whisper_at_cli.extract.progress import Progress
-from whisper_at_cli.extract.weights import WhisperWeights
 from whisper_at_cli.heads.checkpoint import HeadDescription, load_encoder_weights, load_head, save_head
-from whisper_at_cli.heads.data import free_bytes
 from whisper_at_cli.heads.evaluate import NEEDS_AUDIO, Evaluation, as_evaluation, class_columns
 from whisper_at_cli.heads.metrics import evaluate_scores
 from whisper_at_cli.heads.seen import choose_rows
+from whisper_at_cli.heads.training.data import free_bytes
 
 SHARE_OF_FREE_MEMORY = 0.25  # for waveforms that are kept once they are decoded
 EVALUATION_BATCH = 16

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from whisper_at_cli.extract.ahead import in_order
 from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.cache.schema import in_short
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import UNKNOWN, HeadDescription, load_head
-from whisper_at_cli.heads.data import Clips
 from whisper_at_cli.heads.metrics import Metrics, evaluate_scores
 from whisper_at_cli.heads.seen import choose_rows
+from whisper_at_cli.heads.training.data import Clips
 
 BATCH_BYTES = 64 << 20  # of float32 features
 READ_BYTES = 256 << 20  # of features read at once; as much again is read ahead
@@ -130,7 +132,7 @@ def stream_logits(
 
 
 def _pieces(cache: FeatureCache, rows: np.ndarray, reads: str) -> Iterator[Tensor]:
-    """What a head reads of these rows (L and T may be 1, as in `heads.data`), piece by piece."""
+    """What a head reads of these rows (L and T may be 1, as in `heads.training.data`), piece by piece."""
     spec = cache.spec
     layers, frames = {"last mean": (1, 1), "mean": (spec.layers, 1), "features": (spec.layers, spec.frames)}[reads]
     size = max(1, READ_BYTES // (4 * layers * frames * spec.dim))
@@ -142,14 +144,9 @@ def _pieces(cache: FeatureCache, rows: np.ndarray, reads: str) -> Iterator[Tenso
             return torch.from_numpy(cache.mean(rows=some)[:, :, None, :])
         return torch.from_numpy(cache.mean(layer=spec.layers, rows=some)[:, None, None, :])
 
+    parts = (rows[first : first + size] for first in range(0, len(rows), size))
     with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as reader:
-        parts = [rows[first : first + size] for first in range(0, len(rows), size)]
-        ahead = reader.submit(read, parts[0])
-        for following in [*parts[1:], None]:
-            piece = ahead.result()
-            if following is not None:
-                ahead = reader.submit(read, following)
-            yield piece
+        yield from in_order(reader, read, parts, ahead=1)
 
 
 def check_fits(description: HeadDescription, cache: FeatureCache) -> tuple[np.ndarray, list[str]]:
@@ -168,7 +165,7 @@ def check_fits(description: HeadDescription, cache: FeatureCache) -> tuple[np.nd
             )
         elif needed != found:
             raise UsageError(
-                f"the head was trained on features with {name} {_short(needed)} and {cache.path} has {_short(found)}: "
+                f"the head was trained on features with {name} {in_short(needed)} and {cache.path} has {in_short(found)}: "
                 "use a cache made like the one it was trained on"
             )
     columns, class_notes = class_columns(description, spec.class_names, str(cache.path))
@@ -203,8 +200,3 @@ def class_columns(description: HeadDescription, names: tuple[str, ...], where: s
 def _listed(names: list[str]) -> str:
     shown = ", ".join(map(repr, names[:NAMED]))
     return f"{len(names)} classes ({shown}{', ...' if len(names) > NAMED else ''})"
-
-
-def _short(value) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

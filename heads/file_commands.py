@@ -149,7 +149,7 @@ def table_command(number, results, form, as_json):
 
 def finetune_command_body(dataset, *, dim, quiet, as_json, model, **options) -> None:
     """What `train-head DATASET --unfreeze --model M` does: fine-tune from audio, and print the result."""
-    from whisper_at_cli.heads.finetune import finetune
+    from whisper_at_cli.heads.training.finetune import finetune
 
     with progress_on_stderr(f"fine-tune {model}", "epochs", quiet=quiet) as progress:
         result = finetune(dataset, model=model, width=dim, progress=progress, **options)

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.recipe import Recipe
+from whisper_at_cli.heads.training.recipe import Recipe
 
 RUN_SETTINGS = ("lr", "seed")  # declared below, with what a run makes of them
 

@@ -214,7 +214,7 @@ class _Said:
         )  # fmt: skip
 
     def _layers(self) -> int:
-        from whisper_at_cli.extract.sizes import WHISPER_SIZES
+        from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 
         shape = self.shape
         size = WHISPER_SIZES.get(self.backbone)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.cache.folds import cache_folds
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.folds import cache_folds
 from whisper_at_cli.heads.checkpoint import HeadDescription, id_hashes, trained_id_hashes
 
 FOLD_FOLDER = re.compile(r"fold-(\d+)")

@@ -1,10 +1,10 @@
-"""Stage 2b: per-layer linear probes, and the figures drawn from them."""
+"""Stage 2b: probes of each layer, recognition in noise, and the figures and the report drawn from them."""
 
 from whisper_at_cli.extract.lazy import lazy_names
 
 _NAMES = {
     "LayerProbe": "estimator",
-    "measure_robustness": "robustness",
+    "measure_robustness": "robustness.measure",
     "probe_layers": "layers",
 }
 __all__ = list(_NAMES)

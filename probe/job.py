@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.cache.folds import cache_folds
+from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import CacheError, UsageError
-from whisper_at_cli.extract.folds import cache_folds
-from whisper_at_cli.extract.sources import source_recordings
 from whisper_at_cli.probe.scores import HeldOut
 
 BATCH_BYTES = 1 << 30  # of memory that one batch of problems may take

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from whisper_at_cli.extract.folds import evaluation_folds
+from whisper_at_cli.extract.cache.folds import evaluation_folds
 from whisper_at_cli.probe.job import Job
 from whisper_at_cli.probe.solver import solve
 

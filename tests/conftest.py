@@ -29,7 +29,7 @@ def esc10(shared) -> Path:
 @pytest.fixture(scope="session")
 def tiny_en() -> Path:
     """The CTranslate2 folder of the real tiny.en weights."""
-    from whisper_at_cli.extract.weights import demo_weights_folder
+    from whisper_at_cli.extract.backbones.weights import demo_weights_folder
 
     try:
         return demo_weights_folder()
@@ -107,8 +107,8 @@ def make_backbone(seed: int = 0, *, precision: str = "float32"):
     """A Whisper backbone of random weights, small and fast; the same for the same seed."""
     import torch
 
-    from whisper_at_cli.extract.backbones import WhisperBackbone
-    from whisper_at_cli.extract.encoder import WhisperEncoder
+    from whisper_at_cli.extract.backbones.encoder import WhisperEncoder
+    from whisper_at_cli.extract.backbones.load import WhisperBackbone
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -12,7 +12,7 @@ import pytest
 import whisper
 
 from conftest import noise, write_wav
-from whisper_at_cli.extract.audio import decode, load_clip
+from whisper_at_cli.extract.audio.decode import decode, load_clip
 from whisper_at_cli.extract.errors import AudioError
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()

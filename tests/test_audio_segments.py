@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from conftest import noise, write_wav
-from whisper_at_cli.extract import mp3, resample, segments
-from whisper_at_cli.extract.audio import audio_seconds, decode, load_clip
+from whisper_at_cli.extract.audio import mp3, resample, segments
+from whisper_at_cli.extract.audio.decode import audio_seconds, decode, load_clip
 from whisper_at_cli.extract.errors import AudioError
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()

@@ -11,7 +11,7 @@ from whisper_forms import Bomb
 
 from conftest import noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract, load_backbone
-from whisper_at_cli.extract.encoder import pool_frames
+from whisper_at_cli.extract.backbones.encoder import pool_frames
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 
 transformers = pytest.importorskip("transformers")

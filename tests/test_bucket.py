@@ -21,7 +21,8 @@ from planted import planted_cache
 from whisper_at_cli.cli import main
 from whisper_at_cli.extract import FeatureCache, extract
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable
-from whisper_at_cli.extract.cache.exchange import export_npz, import_npz
+from whisper_at_cli.extract.cache.export import export_npz
+from whisper_at_cli.extract.cache.import_npz import import_npz
 from whisper_at_cli.extract.cache.schema import array_shapes
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.cache.stream import FeatureDataset

@@ -439,7 +439,7 @@ def test_int8_moves_no_probe_on_real_sounds(esc10_cache, tmp_path):
     """ESC-10 through int8 and back: a percent of error in each layer, and accuracies within 0.005."""
     import torch
 
-    from whisper_at_cli.extract.storage import to_storage
+    from whisper_at_cli.extract.cache.storage import to_storage
     from whisper_at_cli.probe import probe_layers
 
     rows = np.arange(len(esc10_cache))

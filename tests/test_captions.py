@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.captions import FORMATS, write_captions
-from whisper_at_cli.heads.cues import LINE_WIDTH, SHORTEST_MS, fitting_sounds, plan_cues, width
+from whisper_at_cli.heads.tagging.captions import FORMATS, write_captions
+from whisper_at_cli.heads.tagging.cues import LINE_WIDTH, SHORTEST_MS, fitting_sounds, plan_cues, width
 
 SENTENCE = " The rain in Spain stays mainly in the plain, they say, but not on every single day of the year."
 WORDS = (

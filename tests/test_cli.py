@@ -216,7 +216,7 @@ def test_what_the_system_refuses_is_said_as_that(capsys, cache, tmp_path, monkey
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
 
-    monkeypatch.setattr("whisper_at_cli.extract.cache.exchange.export_npz", refuse)
+    monkeypatch.setattr("whisper_at_cli.extract.cache.export.export_npz", refuse)
     status, out, err = run(capsys, "export", cache, tmp_path / "out")
     assert status == 1 and out == "" and err.count("\n") == 1
     assert f"{tmp_path / 'out'}: Permission denied" in err and "should not happen" not in err

@@ -10,9 +10,9 @@ from conftest import noise, write_wav
 from whisper_at_cli.cli import main
 from whisper_at_cli.extract import FeatureCache, extract
 from whisper_at_cli.extract.cache import Status
+from whisper_at_cli.extract.cache.folds import evaluation_folds
 from whisper_at_cli.extract.datasets import open_dataset
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.folds import evaluation_folds
 
 LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"))
 HEAD = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids={n}\n# YTID, start_seconds, end_seconds, labels\n"

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract
-from whisper_at_cli.extract.audio import decode
+from whisper_at_cli.extract.audio.decode import decode
 from whisper_at_cli.extract.datasets import FORMATS, open_dataset, windowed
 from whisper_at_cli.extract.errors import AudioError, UsageError
 

@@ -12,7 +12,8 @@ import pytest
 from planted import planted_cache
 from whisper_at_cli.cli import main
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
-from whisper_at_cli.extract.cache.exchange import export_hdf5, export_npz, import_npz
+from whisper_at_cli.extract.cache.export import export_hdf5, export_npz
+from whisper_at_cli.extract.cache.import_npz import import_npz
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
@@ -123,7 +124,7 @@ def test_ids_that_no_file_can_be_named_after_come_back(tmp_path):
 def test_int8_goes_out_decoded_and_comes_back_quantised_as_extraction_does(tmp_path):
     import torch
 
-    from whisper_at_cli.extract.storage import to_storage
+    from whisper_at_cli.extract.cache.storage import to_storage
 
     folder = npz_folder(tmp_path / "npz", dtype="float32")
     import_npz(folder, tmp_path / "a.zarr", backbone="b", clip_seconds=10, dtype="int8")

@@ -158,7 +158,7 @@ def test_figure_5_orders_models_by_size_and_knows_the_sizes_of_whispers(tmp_path
 def test_parameters_are_those_of_openais_own_model(name):
     from whisper.model import ModelDimensions, Whisper
 
-    from whisper_at_cli.extract.sizes import WHISPER_SIZES
+    from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 
     whole = {"tiny.en": (51864, 4), "base": (51865, 6), "turbo": (51866, 4)}
     size, (words, decoder) = WHISPER_SIZES[name], whole[name]

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from whisper_at_cli.extract.cache.folds import cache_folds, evaluation_folds
+from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.folds import cache_folds, evaluation_folds
-from whisper_at_cli.extract.sources import source_recordings
 
 NO_FOLD = np.zeros(60, dtype=int)
 NO_SPLIT = np.full(60, "", dtype=object)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from planted import planted_cache
-from whisper_at_cli.heads.batches import Draw, balancing_weights, batch_bounds, draw_epoch, steps
-from whisper_at_cli.heads.data import Clips, load_clips
-from whisper_at_cli.heads.loader import Epochs
-from whisper_at_cli.heads.ranks import Ranks
-from whisper_at_cli.heads.recipe import Recipe, named_recipe
+from whisper_at_cli.heads.training.batches import Draw, balancing_weights, batch_bounds, draw_epoch, steps
+from whisper_at_cli.heads.training.data import Clips, load_clips
+from whisper_at_cli.heads.training.loader import Epochs
+from whisper_at_cli.heads.training.ranks import Ranks
+from whisper_at_cli.heads.training.recipe import Recipe, named_recipe
 
 PLAIN = Recipe(mixup_rate=0.0, time_mask_frames=0, label_smoothing=0.0)
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import torch
 
 from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.heads import data
-from whisper_at_cli.heads.data import every_clip_has_one_label, load_clips, why_not_accuracy
+from whisper_at_cli.heads.training import data
+from whisper_at_cli.heads.training.data import every_clip_has_one_label, load_clips, why_not_accuracy
 
 CPU = torch.device("cpu")
 

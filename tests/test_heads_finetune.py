@@ -12,17 +12,17 @@ from whisper.model import AudioEncoder
 
 from conftest import write_wav
 from whisper_at_cli.extract import load_backbone
+from whisper_at_cli.extract.backbones.encoder import WhisperEncoder, encoder_from_state
+from whisper_at_cli.extract.backbones.mel import log_mel
+from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights
 from whisper_at_cli.extract.datasets import open_dataset
-from whisper_at_cli.extract.encoder import WhisperEncoder, encoder_from_state
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.extract.mel import log_mel
-from whisper_at_cli.extract.weights import WhisperWeights, read_weights
 from whisper_at_cli.heads import build_head, evaluate_end_to_end, evaluate_head, finetune, load_end_to_end, load_head
 from whisper_at_cli.heads.checkpoint import load_encoder_weights
 from whisper_at_cli.heads.endtoend import EncoderWithHead, Waveforms, openai_state, trainable_features
 from whisper_at_cli.heads.file_commands import finetune_command_body
-from whisper_at_cli.heads.finetune import Batch, hide_frames, mix_waveforms
-from whisper_at_cli.heads.recipe import Recipe
+from whisper_at_cli.heads.training.finetune import Batch, hide_frames, mix_waveforms
+from whisper_at_cli.heads.training.recipe import Recipe
 
 MELS, L, D, HEADS = 80, 2, 32, 2
 QUICK = {"epochs": 4, "batch_size": 8, "lr": 3e-3, "mixup_rate": 0.0, "time_mask_frames": 0}

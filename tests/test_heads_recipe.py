@@ -6,7 +6,7 @@ import json
 import pytest
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.recipe import Recipe, default_recipe_name, named_recipe
+from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, named_recipe
 
 
 def test_named_recipes_have_the_papers_settings(shared):

@@ -15,8 +15,9 @@ import pytest
 from planted import planted_cache
 from whisper_at_cli.extract import FeatureCache
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.heads import load_head, records, train_head
-from whisper_at_cli.heads.recipe import Recipe
+from whisper_at_cli.heads import load_head, train_head
+from whisper_at_cli.heads.training import records
+from whisper_at_cli.heads.training.recipe import Recipe
 
 N, L, T, D, C = 60, 2, 25, 16, 3
 RECIPE = Recipe(loss="ce", lr=0.01, epochs=8, average_from_epoch=4, time_mask_frames=4, batch_size=8)
@@ -55,7 +56,7 @@ def test_kills_leave_no_trace(cache, tmp_path, options):
     """Each kill comes at a random moment after one more epoch was recorded."""
     run(cache.path, tmp_path / "whole", options)
     context, rng, out = multiprocessing.get_context("forkserver"), random.Random(0), tmp_path / "killed"
-    context.set_forkserver_preload(["torch", "whisper_at_cli.heads.train", "matplotlib.figure"])
+    context.set_forkserver_preload(["torch", "whisper_at_cli.heads.training.train", "matplotlib.figure"])
     epochs = len(lines(tmp_path / "whole"))
     seen = []
     for _ in range(6):
@@ -84,7 +85,8 @@ def recorded(out: Path) -> int:
 def test_a_finished_run_is_not_done_again(cache, tmp_path, monkeypatch):
     first = train_head(cache, head="wa-tr", recipe=RECIPE, out=tmp_path / "a", device="cpu")
     before = weights(tmp_path / "a")
-    monkeypatch.setattr("whisper_at_cli.heads.train.load_clips", lambda *args: pytest.fail("read the clips again"))
+    reader = "whisper_at_cli.heads.training.train.load_clips"
+    monkeypatch.setattr(reader, lambda *args: pytest.fail("read the clips again"))
     again = train_head(cache, head="wa-tr", recipe=RECIPE, out=tmp_path / "a", device="cpu")
     assert (again.value, again.folds) == (first.value, first.folds) and weights(tmp_path / "a") == before
 

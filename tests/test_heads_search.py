@@ -9,7 +9,7 @@ from test_cli import run
 from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads import search_heads, train_head
-from whisper_at_cli.heads.recipe import Recipe
+from whisper_at_cli.heads.training.recipe import Recipe
 
 N, L, T, D, C = 60, 2, 25, 16, 3
 FAST = Recipe(loss="ce", epochs=4, average_from_epoch=3, time_mask_frames=0, validate_every=0)

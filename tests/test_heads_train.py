@@ -8,11 +8,12 @@ import torch
 
 from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.heads import load_head, loop, train, train_head
+from whisper_at_cli.heads import load_head, train_head
 from whisper_at_cli.heads.evaluate import predict
-from whisper_at_cli.heads.loader import Batch
-from whisper_at_cli.heads.ranks import Ranks
-from whisper_at_cli.heads.recipe import Recipe, named_recipe
+from whisper_at_cli.heads.training import loop, train
+from whisper_at_cli.heads.training.loader import Batch
+from whisper_at_cli.heads.training.ranks import Ranks
+from whisper_at_cli.heads.training.recipe import Recipe, named_recipe
 
 N, L, T, D, C = 120, 4, 25, 16, 4
 CLASSES = np.arange(N) % C

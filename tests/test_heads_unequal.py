@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from planted import planted_cache
 from whisper_at_cli.heads import evaluate_head, load_head, train_head
-from whisper_at_cli.heads.recipe import named_recipe
+from whisper_at_cli.heads.training.recipe import named_recipe
 
 N, D, C = 5000, 64, 50
 VALID = np.arange(N) % 2 == 1
@@ -44,9 +44,7 @@ def trained(cache, tmp_path_factory):
 
 
 def test_balanced_sampling_raises_the_rare_half(trained):
-    rare = {
-        balanced: np.mean(list(trained[balanced, 9][1].class_ap.values())[25:]) for balanced in (False, True)
-    }
+    rare = {balanced: np.mean(list(trained[balanced, 9][1].class_ap.values())[25:]) for balanced in (False, True)}
     assert rare[True] > rare[False] + 0.05, rare
 
 

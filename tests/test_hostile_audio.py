@@ -14,7 +14,7 @@ import pytest
 
 from conftest import noise, write_wav
 from whisper_at_cli.extract import FeatureCache
-from whisper_at_cli.extract.audio import clip_from_samples, decode, load_clip
+from whisper_at_cli.extract.audio.decode import clip_from_samples, decode, load_clip
 from whisper_at_cli.extract.errors import AudioError
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()

@@ -42,7 +42,8 @@ def uninterrupted(sounds):
 def forkserver():
     """Children that start at once: torch is imported before they are forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "whisper_at_cli.extract.pipeline", "whisper_at_cli.extract.cache.reader"])
+    rooms = ("pipeline.local", "cache.reader")
+    context.set_forkserver_preload(["torch", *(f"whisper_at_cli.extract.{room}" for room in rooms)])
     return context
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import noise, write_wav
 from pages import HOSTILE, Elements, assert_nothing_got_out
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.page import clock, render_page, timeline_data, write_page
+from whisper_at_cli.heads.tagging.page import clock, render_page, timeline_data, write_page
 
 
 def label(name, probability):
@@ -142,5 +142,8 @@ def test_clock(ms, shown):
 def test_every_folder_of_templates_is_packaged():
     root = Path(__file__).resolve().parents[1]
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    rooms = {f"whisper_at_cli.{folder.parent.name}" for folder in root.glob("*/templates")}
+    rooms = {
+        "whisper_at_cli." + ".".join(folder.parent.relative_to(root).parts)
+        for room in ("extract", "heads", "probe") for folder in (root / room).rglob("templates")
+    }  # fmt: skip
     assert rooms and all("templates/*" in data.get(room, ()) for room in rooms)

@@ -5,9 +5,9 @@ import pytest
 
 from conftest import write_wav
 from pages import HOSTILE, complaints, contrast, load, requests, wait_for
-from whisper_at_cli.heads.captions import write_captions
-from whisper_at_cli.heads.cues import plan_cues
-from whisper_at_cli.heads.page import render_page, write_page
+from whisper_at_cli.heads.tagging.captions import write_captions
+from whisper_at_cli.heads.tagging.cues import plan_cues
+from whisper_at_cli.heads.tagging.page import render_page, write_page
 
 CLASSES = ["dog", "rain", "sea_waves"]
 TIME = "(1000 * document.getElementById('audio').currentTime)"

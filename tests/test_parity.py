@@ -7,9 +7,9 @@ import torch.nn.functional as F
 import whisper
 
 from whisper_at_cli.extract import load_backbone, load_whisper
-from whisper_at_cli.extract.audio import load_clip
-from whisper_at_cli.extract.encoder import clip_samples
-from whisper_at_cli.extract.storage import to_storage
+from whisper_at_cli.extract.audio.decode import load_clip
+from whisper_at_cli.extract.backbones.encoder import clip_samples
+from whisper_at_cli.extract.cache.storage import to_storage
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def test_silence_gives_finite_features(tiny_backbone):
 @pytest.mark.slow
 def test_the_compiled_encoder_is_one_graph_and_gives_the_same():
     """What --compile does on a GPU, on plain layers on the CPU."""
-    from whisper_at_cli.extract.encoder import WhisperEncoder
+    from whisper_at_cli.extract.backbones.encoder import WhisperEncoder
 
     torch.manual_seed(0)
     encoder = WhisperEncoder(mels=80, layers=2, dim=64, heads=2).eval().requires_grad_(False)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from conftest import array_bytes, make_backbone, noise, write_wav
-from whisper_at_cli.extract import FeatureCache, extract, extract_on_devices, pipeline
-from whisper_at_cli.extract.audio import load_clip
+from whisper_at_cli.extract import FeatureCache, extract, extract_on_devices
+from whisper_at_cli.extract.audio.decode import load_clip
 from whisper_at_cli.extract.cache import Status
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
-from whisper_at_cli.extract.parallel import slots_of
+from whisper_at_cli.extract.pipeline import prepare, shard_run
+from whisper_at_cli.extract.pipeline.several_devices import slots_of
 
 SHARD_MB = 5 * 3 * 25 * 64 * 2 / 1e6  # at most five clips of the random backbone in float16
 
@@ -44,9 +45,9 @@ def test_a_stopped_run_continues_to_the_same_bytes(noise_folder, tmp_path, rando
             raise Stopped
         return original(self, shard, block)
 
-    original = pipeline.CacheWriter.write
+    original = shard_run.CacheWriter.write
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.CacheWriter, "write", fail_at_second)
+        patch.setattr(shard_run.CacheWriter, "write", fail_at_second)
         with pytest.raises(Stopped):
             extract(noise_folder, tmp_path / "stopped.zarr", **options)
     assert (FeatureCache.open(tmp_path / "stopped.zarr").status == Status.PENDING).sum() > 0
@@ -149,7 +150,7 @@ def test_a_slow_disk_holds_extraction_back(tmp_path, random_backbone, monkeypatc
     for index in range(30):
         write_wav(tmp_path / "sounds" / f"{index:02d}.wav", noise(index, 0.5))
     alive, peak = set(), []
-    original, empty = pipeline.CacheWriter.write, pipeline.ShardBlock.empty
+    original, empty = shard_run.CacheWriter.write, shard_run.ShardBlock.empty
 
     def counted_empty(clips, spec):
         block = empty(clips, spec)
@@ -164,14 +165,14 @@ def test_a_slow_disk_holds_extraction_back(tmp_path, random_backbone, monkeypatc
         original(self, shard, block)
         alive.discard(id(block))
 
-    monkeypatch.setattr(pipeline.ShardBlock, "empty", counted_empty)
-    monkeypatch.setattr(pipeline.CacheWriter, "write", slow_write)
+    monkeypatch.setattr(shard_run.ShardBlock, "empty", counted_empty)
+    monkeypatch.setattr(shard_run.CacheWriter, "write", slow_write)
     report = extract(
         tmp_path / "sounds", tmp_path / "a.zarr", model=random_backbone, clip_seconds=0.5, shard_mb=0.001, batch_size=1
     )
     assert report.written == 30
     assert report.disk_wait_seconds > 0.5 and report.encoder_busy < 0.9
-    assert len(peak) == 30 and max(peak) <= pipeline.SHARDS_BEHIND + 2
+    assert len(peak) == 30 and max(peak) <= shard_run.SHARDS_BEHIND + 2
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -234,7 +235,7 @@ def test_repair_with_a_slot_reads_and_mends_only_what_the_slot_holds(
         file = path / "features" / "c" / str(shard) / "0/0/0"
         file.write_bytes(file.read_bytes()[:100])
     read = []
-    monkeypatch.setattr(pipeline, "verify", lambda *args, **how: read.append(verify(*args, **how)) or read[-1])
+    monkeypatch.setattr(prepare, "verify", lambda *args, **how: read.append(verify(*args, **how)) or read[-1])
     report = extract(noise_folder, path, repair=True, shard=(2, 3), **options)
     assert report.written == 4 and [damage.shard for damage in read[0].damaged] == [1] and read[0].clips_read == 4
     assert {damage.shard for damage in verify(path).damaged} == {0}

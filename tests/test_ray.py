@@ -16,7 +16,7 @@ from whisper_at_cli.extract import FeatureCache, extract
 from whisper_at_cli.extract.cache.store import BucketStore
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.ray_engine import SHARDS_EACH, extract_on_ray
+from whisper_at_cli.extract.pipeline.ray_engine import SHARDS_EACH, extract_on_ray
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 OPTIONS = dict(model="tiny.en", clip_seconds=2.0, shard_mb=0.4)  # five clips a shard
@@ -113,7 +113,7 @@ def test_a_lost_node_and_a_lost_driver_lose_nothing(cluster, sounds, local, tmp_
 
 
 def test_decoded_audio_never_piles_up(cluster, sounds, tmp_path, monkeypatch):
-    from whisper_at_cli.extract import ray_engine
+    from whisper_at_cli.extract.pipeline import ray_engine
 
     most = []
     original = ray_engine._Drive._hand_out

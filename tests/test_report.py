@@ -11,9 +11,9 @@ from pages import HOSTILE, Elements, assert_nothing_got_out
 from planted import planted_cache
 from results import CLASSES, HEAD, noise_result, probe_result
 from whisper_at_cli.cli import main
-from whisper_at_cli.probe.report import Source, render_report, report_numbers
-from whisper_at_cli.probe.report_charts import fit_line, nice_ticks, whole_ticks
-from whisper_at_cli.probe.report_results import name_probes, scored_in_noise, wer_increase
+from whisper_at_cli.probe.report.charts import Curve, fit_line, line_chart, nice_ticks, scatter_chart, whole_ticks
+from whisper_at_cli.probe.report.page import Source, render_report, report_numbers
+from whisper_at_cli.probe.report.results import name_probes, scored_in_noise, wer_increase
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -21,6 +21,12 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
         main(["--quiet", *map(str, arguments)])
     captured = capsys.readouterr()
     return exit.value.code, captured.out, captured.err
+
+
+def places(chart):
+    """Where the two dots of a chart lie, in the drawing: right and down."""
+    found = re.findall(r'<circle class="dot[^>]*cx="([\d.]+)" cy="([\d.]+)"', chart)
+    return [(float(x), float(y)) for x, y in found[:2]]  # a legend has dots too
 
 
 def cells(page, kind):
@@ -116,6 +122,22 @@ def test_a_curve_has_its_values_where_they_belong():
     points = [tuple(map(float, point.split(","))) for point in line.split()]
     assert points[0][0] < points[1][0] < points[2][0] and points[0][1] > points[1][1] > points[2][1]
     assert points[0][1] - points[1][1] == pytest.approx(points[1][1] - points[2][1], abs=0.2)
+
+
+def test_axes_run_as_in_the_figures():
+    """Harder to the right: low SNR. Less disturbed is higher: a small increase of the word error rate."""
+    curve = Curve("tiny.en", [-10.0, 20.0], [90.0, 5.0], [0.0, 0.0])
+    chart = line_chart([curve], x_ticks=[-10, 20], x_label="", y_label="", about="", falling_x=True)
+    (noisy, top), (quiet, bottom) = places(chart)
+    assert noisy > quiet and top < bottom
+    chart = scatter_chart({"a": (1.0, 10.0), "b": (2.0, 40.0)}, x_label="", y_label="", about="", falling_y=True)
+    (left, little), (right, much) = places(chart)
+    assert left < right and little < much
+    page = render_report([Source("a.json", probe_result())], [Source("n.json", noise_result())])
+    drawn = re.findall(r'aria-label="word error rate against.*?</svg>', page, re.S)[0]
+    ticks = re.findall(r'x="([\d.]+)"[^>]*text-anchor="middle">([−\d]+)<', drawn)
+    across = {int(tick.replace("−", "-")): float(x) for x, tick in ticks}
+    assert sorted(across, reverse=True) == sorted(across, key=across.get)
 
 
 def test_probes_of_several_labels_are_drawn_by_map_beside_those_by_accuracy():

@@ -4,7 +4,7 @@ import pytest
 
 from pages import HOSTILE, complaints, contrast, load, requests
 from results import HEAD, noise_result, probe_result
-from whisper_at_cli.probe.report import Source, render_report
+from whisper_at_cli.probe.report.page import Source, render_report
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import torch
 from conftest import noise, write_wav
 from whisper_at_cli.extract.datasets import open_dataset
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.probe.robustness import measure_robustness, plan
-from whisper_at_cli.probe.transcripts import Key
-from whisper_at_cli.probe.utterances import read_speech
+from whisper_at_cli.probe.robustness.measure import measure_robustness, plan
+from whisper_at_cli.probe.robustness.transcripts import Key
+from whisper_at_cli.probe.robustness.utterances import read_speech
 
 SNRS = (0.0, 20.0, -10.0)
 WORDS = "red green blue pink white black brown amber violet teal".split()
@@ -164,7 +164,7 @@ def run_in_child(data, out):
 
 def test_killed_twice_it_ends_with_the_same_results(data, tmp_path, whole):
     out, context = tmp_path / "out", multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "whisper_at_cli.probe.robustness"])
+    context.set_forkserver_preload(["torch", "whisper_at_cli.probe.robustness.measure"])
     path, seen = out / "transcripts.jsonl", 0
     for _ in range(2):
         child = context.Process(target=run_in_child, args=(data, out))
@@ -278,7 +278,7 @@ def test_noise_without_classes_is_refused(data, tmp_path):
 
 
 def test_every_key_of_a_transcript_survives_the_file(data, tmp_path):
-    from whisper_at_cli.probe.transcripts import Transcript, TranscriptFolder
+    from whisper_at_cli.probe.robustness.transcripts import Transcript, TranscriptFolder
 
     rows = [
         Transcript(Key("u"), "clean\ntext", "reference"),
@@ -320,7 +320,8 @@ def test_the_command_on_real_speech_noise_and_weights(capsys, tmp_path, shared, 
 def test_the_command_fails_where_a_file_is_to_blame(capsys, tmp_path, data, monkeypatch):
     (tmp_path / "noise" / "hum").mkdir(parents=True)
     (tmp_path / "noise" / "hum" / "0.wav").write_text("no audio")
-    monkeypatch.setattr("whisper_at_cli.probe.robustness.load_recogniser", lambda *_, **__: PlantedRecogniser(data))
+    loader = "whisper_at_cli.probe.robustness.measure.load_recogniser"
+    monkeypatch.setattr(loader, lambda *_, **__: PlantedRecogniser(data))
     arguments = ("robustness", "--speech", data / "speech", "--noise", tmp_path / "noise", "--model", "planted")
     status, out, err = command(capsys, *arguments, "--out", tmp_path / "out", "--snr", 0)
     assert status == 1 and "failed: hum/0.wav: it cannot be decoded" in err and "undefined" in out

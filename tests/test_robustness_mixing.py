@@ -5,8 +5,8 @@ import pytest
 
 from conftest import noise
 from whisper_at_cli.extract.datasets import open_dataset
-from whisper_at_cli.probe.mixing import SilenceError, mix, rms, to_int16
-from whisper_at_cli.probe.utterances import read_speech
+from whisper_at_cli.probe.robustness.mixing import SilenceError, mix, rms, to_int16
+from whisper_at_cli.probe.robustness.utterances import read_speech
 
 
 def signals(speech_seconds=2.0, noise_seconds=0.7):

@@ -11,11 +11,11 @@ from conftest import noise
 from whisper_at_cli.extract import load_backbone
 from whisper_at_cli.extract.datasets import open_dataset
 from whisper_at_cli.extract.errors import UsageError, WeightsError
-from whisper_at_cli.probe.greedy import decode_greedily
-from whisper_at_cli.probe.mixing import mix
-from whisper_at_cli.probe.recognisers import WhisperRecogniser, is_transformers, load_recogniser
-from whisper_at_cli.probe.robustness import measure_robustness
-from whisper_at_cli.probe.utterances import read_speech
+from whisper_at_cli.probe.robustness.greedy import decode_greedily
+from whisper_at_cli.probe.robustness.measure import measure_robustness
+from whisper_at_cli.probe.robustness.mixing import mix
+from whisper_at_cli.probe.robustness.recognisers import WhisperRecogniser, is_transformers, load_recogniser
+from whisper_at_cli.probe.robustness.utterances import read_speech
 
 VOCABULARY = ["<pad>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
 

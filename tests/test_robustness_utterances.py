@@ -5,7 +5,7 @@ import pytest
 
 from conftest import noise, write_wav
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.probe.utterances import read_speech
+from whisper_at_cli.probe.robustness.utterances import read_speech
 
 LINES = {
     "84/121550": ["84-121550-0001 SECOND ONE", "84-121550-0000 FIRST ONE"],

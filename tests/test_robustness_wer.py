@@ -2,7 +2,7 @@
 
 import pytest
 
-from whisper_at_cli.probe.wer import Errors, count_errors, paper_normaliser, whisper_normaliser
+from whisper_at_cli.probe.robustness.wer import Errors, count_errors, paper_normaliser, whisper_normaliser
 
 WHISPER, PAPER = whisper_normaliser()[1], paper_normaliser()
 

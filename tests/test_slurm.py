@@ -16,7 +16,7 @@ from conftest import array_bytes, noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.slurm import SlurmJob, job_script, slot_from_environment
+from whisper_at_cli.extract.pipeline.slurm import SlurmJob, job_script, slot_from_environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel")
 

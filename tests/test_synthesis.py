@@ -6,11 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from whisper_at_cli.extract import synthesis
-from whisper_at_cli.extract.audio import decode
-from whisper_at_cli.extract.datasets import esc50
+from whisper_at_cli.extract.audio.decode import decode
+from whisper_at_cli.extract.datasets import esc50, synthesis
+from whisper_at_cli.extract.datasets.synthesis import SAMPLE_RATE, SOUNDS, synthesise, synthesise_clip
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.synthesis import SAMPLE_RATE, SOUNDS, synthesise, synthesise_clip
 
 SMALL = {"clips_per_class": 2, "folds": 2, "seconds": 0.5}
 

@@ -10,11 +10,11 @@ from planted_whisper import PlantedWhisper, planted_head, random_whisper
 
 from conftest import noise, write_wav
 from whisper_at_cli.cli import main
-from whisper_at_cli.extract.audio import decode, load_clip
+from whisper_at_cli.extract.audio.decode import decode, load_clip
 from whisper_at_cli.extract.errors import AudioError, UsageError
 from whisper_at_cli.heads import load_head, transcribe
 from whisper_at_cli.heads.checkpoint import save_head
-from whisper_at_cli.heads.tagging import Tagger, audio_files
+from whisper_at_cli.heads.tagging.tagger import Tagger, audio_files
 
 NAMES = ("dog", "rain", "siren")
 
@@ -27,7 +27,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 
 def tiny_sha256() -> str:
-    from whisper_at_cli.extract.weights import read_weights
+    from whisper_at_cli.extract.backbones.weights import read_weights
 
     return read_weights("tiny.en").encoder_sha256()
 
@@ -131,7 +131,7 @@ def test_exact_windows_beside_text_are_those_of_tagging_alone(tagger, sounds):
 
 
 def test_a_result_has_all_its_fields(tagger, sounds):
-    from whisper_at_cli.heads.events import EventSettings
+    from whisper_at_cli.heads.tagging.events import EventSettings
 
     result = tagger.transcribe(
         sounds / "c.wav", resolution=1.0, all_labels=True, sample_len=3, temperature=0.0,

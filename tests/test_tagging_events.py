@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.events import TOLERANCE, EventSettings, cells, find_events
+from whisper_at_cli.heads.tagging.events import TOLERANCE, EventSettings, cells, find_events
 
 
 def events(values, *, spans=None, hop=1.0, **settings):

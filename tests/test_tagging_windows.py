@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.tag_windows import FrameAssembler, Span, plan_exact, tag_grid, within
+from whisper_at_cli.heads.tagging.windows import FrameAssembler, Span, plan_exact, tag_grid, within
 
 L, D = 2, 3
 

@@ -10,8 +10,8 @@ from planted_whisper import planted_head
 
 from conftest import noise, write_wav
 from whisper_at_cli.cli import main
-from whisper_at_cli.extract.audio import decode
-from whisper_at_cli.extract.weights import read_weights
+from whisper_at_cli.extract.audio.decode import decode
+from whisper_at_cli.extract.backbones.weights import read_weights
 from whisper_at_cli.heads.checkpoint import save_head
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "transcribe.md"

@@ -7,12 +7,12 @@ import whisper
 from planted_whisper import DIM, LAYERS, PlantedWhisper, planted_head, random_whisper
 
 from conftest import noise
-from whisper_at_cli.extract.audio import decode
+from whisper_at_cli.extract.audio.decode import decode
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads import transcription
-from whisper_at_cli.heads.tag_windows import FrameAssembler
-from whisper_at_cli.heads.tagging import Tagger
-from whisper_at_cli.heads.transcription import log_mel_in_pieces, transcribe_once
+from whisper_at_cli.heads.tagging import transcription
+from whisper_at_cli.heads.tagging.tagger import Tagger
+from whisper_at_cli.heads.tagging.transcription import log_mel_in_pieces, transcribe_once
+from whisper_at_cli.heads.tagging.windows import FrameAssembler
 
 FRAME = 10  # positions
 SECONDS = 37.0  # two windows and more

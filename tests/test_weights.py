@@ -13,12 +13,13 @@ import whisper
 from whisper_forms import LOSSLESS, QUANTISED, VARIANTS, Bomb, random_whisper, write_form
 
 from conftest import noise
-from whisper_at_cli.extract import load_backbone, load_whisper, weights
-from whisper_at_cli.extract.audio import decode
+from whisper_at_cli.extract import load_backbone, load_whisper
+from whisper_at_cli.extract.audio.decode import decode
+from whisper_at_cli.extract.backbones import weights
+from whisper_at_cli.extract.backbones.mel import log_mel
+from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES, name_by_size
+from whisper_at_cli.extract.backbones.weights import read_weights
 from whisper_at_cli.extract.errors import UsageError, WeightsError
-from whisper_at_cli.extract.mel import log_mel
-from whisper_at_cli.extract.sizes import WHISPER_SIZES, name_by_size
-from whisper_at_cli.extract.weights import read_weights
 
 # of features and logits; noise for weights, as here, is the worst case
 TOLERANCE = {"int8": 3e-2, "int8_float16": 3e-2, "int8_bfloat16": 3e-2, "int16": 6e-3, "bfloat16": 1.2e-2}

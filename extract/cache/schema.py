@@ -88,11 +88,12 @@ class CacheSpec:
         ours, theirs = asdict(self), asdict(other)
         del ours["dataset"], theirs["dataset"]  # a moved folder is the same dataset: its clips are compared instead
         return [
-            f"{name}: {_short(ours[name])}, not {_short(theirs[name])}" for name in ours if ours[name] != theirs[name]
+            f"{name}: {in_short(ours[name])}, not {in_short(theirs[name])}" for name in ours if ours[name] != theirs[name]
         ]
 
 
-def _short(value) -> str:
+def in_short(value: object) -> str:
+    """A setting in an error message."""
     if isinstance(value, tuple):
         return f"{len(value)} classes ({', '.join(value[:3])}{', ...' if len(value) > 3 else ''})"
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else str(value)

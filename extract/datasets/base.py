@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from whisper_at_cli.extract.audio import load_clip
+from whisper_at_cli.extract.audio.decode import load_clip
 from whisper_at_cli.extract.cache.schema import ClipTable
 from whisper_at_cli.extract.errors import UsageError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from whisper_at_cli.extract.audio import load_clip
+from whisper_at_cli.extract.audio.decode import load_clip
 from whisper_at_cli.extract.cache.store import BucketStore
 from whisper_at_cli.extract.datasets.base import Dataset
 from whisper_at_cli.extract.errors import MissingAudioError, UsageError

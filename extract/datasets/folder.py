@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from whisper_at_cli.extract.audio import SUFFIXES
+from whisper_at_cli.extract.audio.decode import SUFFIXES
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
 from whisper_at_cli.extract.datasets.scan import audio_files
 from whisper_at_cli.extract.errors import UsageError

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from whisper_at_cli.extract.audio import SUFFIXES
+from whisper_at_cli.extract.audio.decode import SUFFIXES
 from whisper_at_cli.extract.errors import UsageError
 
 

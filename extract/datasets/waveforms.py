@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from whisper_at_cli.extract.audio import clip_from_samples
+from whisper_at_cli.extract.audio.decode import clip_from_samples
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
 from whisper_at_cli.extract.datasets.classes import classes_beside
 from whisper_at_cli.extract.errors import AudioError, UsageError

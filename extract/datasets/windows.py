@@ -6,11 +6,11 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from whisper_at_cli.extract.audio import audio_seconds
+from whisper_at_cli.extract.audio.decode import audio_seconds
+from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, seconds_suffix
 from whisper_at_cli.extract.devices import cores
 from whisper_at_cli.extract.errors import AudioError, UsageError
-from whisper_at_cli.extract.mel import SAMPLE_RATE
 
 EXACT_SECONDS, INEXACT_SECONDS = 0.001, 0.05  # a rest shorter than this may not be there at all, and makes no window
 MAX_CLIPS = 50_000_000

@@ -99,7 +99,7 @@ def _backbone(result: Result) -> str:
 
 def whisper_parameters(name: str) -> int | None:
     """Parameters of a whole Whisper, encoder and decoder, by its name; None for another model."""
-    from whisper_at_cli.extract.sizes import WHISPER_SIZES
+    from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 
     size = WHISPER_SIZES.get(name)
     if size is None:

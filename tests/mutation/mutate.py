@@ -46,7 +46,7 @@ GROUPS = {  # what is mutated, and the tests that are asked, in this order
          "test_bucket.py"],
     ),
     "metrics": (
-        ["heads/metrics.py", "heads/events.py", "probe/scores.py", "probe/wer.py"],
+        ["heads/metrics.py", "heads/tagging/events.py", "probe/scores.py", "probe/robustness/wer.py"],
         ["test_heads_metrics.py", "test_probe_scores.py", "test_robustness_wer.py", "test_tagging_events.py",
          "test_properties*metrics*.py"],
     ),

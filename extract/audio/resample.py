@@ -1,0 +1,107 @@
+"""FFmpeg's resampler and mixer: frames of one form in, 16 kHz mono int16 out, as Whisper's loader has them."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+
+from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
+from whisper_at_cli.extract.errors import AudioError
+
+RESAMPLER_SECONDS = 0.25  # decoded beyond what is asked for, so that the resampler's end lies behind it
+RATES = range(1000, 768_001)  # beyond them a few bytes of a damaged header would become gigabytes
+MAX_CHANNELS = 64  # that FFmpeg's mixer takes
+
+Form = tuple[str, int, int]  # sample format, channels, rate
+
+
+def form_of(frame) -> Form:
+    return frame.format.name, frame.layout.nb_channels, frame.rate
+
+
+class Resampler:
+    """Frames of one form to 16 kHz mono, with large pieces coming out.
+
+    `skip` samples are left off at the start. With `checked`, NaN and infinity, which would become ordinary numbers in
+    16 bits, are refused.
+    """
+
+    def __init__(self, form: Form, layout: str, *, skip: int = 0, checked: bool = False):
+        import av
+
+        name, channels, rate = form
+        if rate not in RATES:
+            raise AudioError(f"its sample rate is {rate} Hz; {RATES[0]} to {RATES[-1]} are read")
+        layout, mix = _mixed(layout, channels)
+        self.checked = checked
+        self.graph = graph = av.filter.Graph()  # kept: what it holds goes with it
+        self.source = graph.add_abuffer(sample_rate=rate, format=name, layout=layout, time_base=Fraction(1, rate))
+        self.sink = graph.add("abuffersink")
+        filters = [("atrim", f"start_sample={skip}")] if skip else []
+        filters += mix + [
+            ("aresample", str(SAMPLE_RATE)),
+            ("aformat", "sample_fmts=s16:channel_layouts=mono"),
+            ("asetnsamples", f"n={SAMPLE_RATE}:p=0"),
+        ]
+        last = self.source
+        for filter_name, arguments in filters:
+            following = graph.add(filter_name, arguments)
+            last.link_to(following)
+            last = following
+        last.link_to(self.sink)
+        graph.configure()
+
+    @classmethod
+    def of(cls, frame, stream, *, skip: int = 0) -> Resampler:
+        """For frames like this one. Only uncompressed floating point can hold what is not finite."""
+        checked = stream.codec_context.name.startswith("pcm_f")
+        return cls(form_of(frame), frame.layout.name, skip=skip, checked=checked)
+
+    def push(self, frame) -> None:
+        if self.checked and not np.isfinite(frame.to_ndarray()).all():
+            raise AudioError("it holds samples that are not finite (NaN or infinity)")
+        self.source.push(frame)
+
+    def finish(self) -> list[np.ndarray]:
+        """All that was resampled."""
+        import av
+
+        self.source.push(None)
+        pieces = []
+        while True:
+            try:
+                pieces.append(self.sink.pull().to_ndarray()[0])
+            except (av.EOFError, av.BlockingIOError):
+                return pieces
+
+
+def decode_stream(container, max_seconds: float) -> np.ndarray:
+    """int16 samples at 16 kHz mono, of all of an open file or of a little more than its first `max_seconds`."""
+    stream = container.streams.audio[0]
+    pieces, resampler, form, seconds = [], None, None, 0.0
+    for frame in container.decode(stream):
+        if form != form_of(frame):  # a stream may change its form on the way
+            pieces += resampler.finish() if resampler else []
+            form, resampler = form_of(frame), Resampler.of(frame, stream)
+        resampler.push(frame)
+        seconds += frame.samples / frame.rate
+        if seconds > max_seconds + RESAMPLER_SECONDS:
+            break
+    pieces += resampler.finish() if resampler else []
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int16)
+
+
+def _mixed(layout: str, channels: int) -> tuple[str, list[tuple[str, str]]]:
+    """The layout that FFmpeg is told, and the filter that mixes channels of which nobody says where they belong."""
+    import av
+
+    if not layout.endswith(" channels"):
+        return layout, []
+    try:
+        return av.AudioLayout(f"{channels}c").name, []  # FFmpeg's default for their number
+    except ValueError:
+        if channels > MAX_CHANNELS:
+            raise AudioError(f"it has {channels} channels; at most {MAX_CHANNELS} are mixed") from None
+    equal = "+".join(f"{1 / channels:.9f}*c{channel}" for channel in range(channels))
+    return f"{channels}C", [("pan", f"mono|c0={equal}")]

@@ -1,0 +1,192 @@
+"""A part of an audio file: the samples that decoding the whole file gives there, without decoding all before it.
+
+Three things make them the same. Decoding begins early enough for a decoder that carries something over from what came
+before. The resampler begins at a sample of the source that falls on a sample of the output, so that both grids lie as
+in the whole file, and early enough to have its history. And where a frame lies is never guessed: FFmpeg's time stamps
+are used only in containers where they count samples; MP3 frames are counted one by one; all else is decoded from its
+start, which is slower and as right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+
+from whisper_at_cli.extract.audio.mp3 import Mp3Index, Unindexable, mp3_index
+from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
+from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
+
+COUNTED = frozenset(("wav", "w64", "flac", "aiff", "au", "caf", "ogg", "mov,mp4,m4a,3gp,3g2,mj2"))  # time stamps do
+STATELESS = ("pcm_", "flac", "alac")  # codecs whose packets stand alone
+DECODER_SECONDS = 1.0  # decoded before, for codecs that carry something over
+MP3_FRAMES_BEFORE = 96  # looked at: a frame may lean on 511 bytes of those before it, which can be as short as 24
+MP3_BYTES_BEFORE, MP3_FRAME_OVERHEAD, MP3_OVERLAP = 512, 40, 4  # of them decoded: so many bytes, and a few frames more
+
+Numbered = Iterator[tuple[int, object]]  # number of its first sample within the whole file, and a frame
+
+
+class _Inexact(Exception):
+    """What was tried cannot say exactly where it is in the file."""
+
+
+def decode_span(
+    opened: Callable[[], AbstractContextManager], source: Path | bytes, first: int, count: int
+) -> np.ndarray:
+    """int16 samples `first` to `first + count` at 16 kHz of the whole file; fewer at its end.
+
+    `opened` gives FFmpeg's container of the source, at its start.
+    """
+    for frames_from in (_by_count, _from_start):
+        with opened() as container:
+            try:
+                return _resampled(container, source, frames_from, first, count)
+            except (_Inexact, Unindexable):
+                continue
+    with opened() as container:  # the stream changes its form on the way
+        return decode_stream(container, (first + count) / SAMPLE_RATE)[first : first + count]
+
+
+def _resampled(container, source: Path | bytes, frames_from: Callable, first: int, count: int) -> np.ndarray:
+    stream = container.streams.audio[0]
+    rate = stream.codec_context.sample_rate
+    if not rate:
+        raise _Inexact
+    step = rate // math.gcd(rate, SAMPLE_RATE)  # source samples between two that fall on samples of the output
+    begin = max(0, int((first / SAMPLE_RATE - RESAMPLER_SECONDS) * rate)) // step * step
+    enough = ((first + count) / SAMPLE_RATE + RESAMPLER_SECONDS) * rate
+    resampler, following = None, 0
+    for number, frame in frames_from(container, source, begin, enough):
+        if resampler is None:
+            if number > begin or frame.rate != rate:
+                raise _Inexact
+            resampler, form = Resampler.of(frame, stream, skip=begin - number), form_of(frame)
+        elif form_of(frame) != form or number != following:
+            raise _Inexact
+        resampler.push(frame)
+        following = number + frame.samples
+        if following >= enough:
+            break
+    pieces = resampler.finish() if resampler else []
+    offset = first - begin * SAMPLE_RATE // rate
+    return np.concatenate(pieces)[offset : offset + count] if pieces else np.zeros(0, dtype=np.int16)
+
+
+def _by_count(container, source: Path | bytes, begin: int, enough: float) -> Numbered:
+    """Frames from `begin` on or a little before, found without decoding the file up to there."""
+    if container.format.name == "mp3":
+        return _mp3_frames(container, source, begin, enough)
+    if container.format.name in COUNTED:
+        return _sought_frames(container, begin)
+    raise _Inexact
+
+
+def _sought_frames(container, begin: int) -> Numbered:
+    """Frames from FFmpeg's seek. Where block sizes vary (Vorbis), single time stamps are off: most of them decide."""
+    stream = container.streams.audio[0]
+    rate, tick = stream.codec_context.sample_rate, stream.time_base
+    start = next(container.decode(stream), None)
+    origin = start and start.pts
+    before = 0 if stream.codec_context.name.startswith(STATELESS) else round(DECODER_SECONDS * rate)
+    if origin is None or (1 / tick) % rate or begin <= before:
+        raise _Inexact  # its time stamps do not count samples; or it is near enough to the start
+    container.seek(origin + int((begin - before) / rate / tick), stream=stream, backward=True)
+    waiting, offsets, counted = [], Counter(), 0
+    frames = container.decode(stream)
+    for frame in frames:
+        if frame.pts is None:
+            raise _Inexact
+        offsets[(frame.pts - origin) * tick * rate - counted] += 1
+        waiting.append((counted, frame))
+        counted += frame.samples
+        if offsets.most_common(1)[0][0] + counted > begin + before:
+            break
+    if not waiting:
+        return
+    offset, votes = offsets.most_common(1)[0]
+    if offset.denominator != 1 or votes <= len(waiting) / 2:
+        raise _Inexact
+    yield from ((int(offset) + at, frame) for at, frame in waiting if offset + at + frame.samples > begin)
+    for frame in frames:
+        yield int(offset) + counted, frame
+        counted += frame.samples
+
+
+def _mp3_frames(container, source: Path | bytes, begin: int, enough: float) -> Numbered:
+    import av
+
+    stream = container.streams.audio[0]
+    packet = next(container.demux(stream), None)
+    if packet is None or packet.pos is None:
+        raise _Inexact
+    index = mp3_index(source, packet.pos)
+    ahead = round(
+        (stream.start_time or 0) * stream.time_base * index.rate
+    )  # the encoder's delay, which FFmpeg leaves off
+    if index.rate != stream.codec_context.sample_rate:
+        raise _Inexact
+    target = (begin + ahead) // index.samples
+    number = max(0, target - MP3_FRAMES_BEFORE)
+    last = math.ceil((enough + ahead) / index.samples) + 1
+    codec = av.CodecContext.create(stream.codec_context.name, "r")
+    end = _mp3_end(index, last)
+    packets = list(index.packets(number, last - number))
+    skipped = _not_leant_on(packets[: target - number])
+    for at, data in enumerate(packets[skipped:], start=number + skipped):
+        first = at * index.samples - ahead
+        if first >= end:
+            return
+        try:
+            frames = codec.decode(av.Packet(data))
+        except av.FFmpegError:
+            if first + index.samples > begin:
+                raise
+            continue  # it leans on frames that lie before the first that was read
+        if first + index.samples <= begin:
+            continue
+        if first < 0 or len(frames) != 1:
+            raise _Inexact  # it begins within a frame
+        yield first, frames[0] if first + index.samples <= end else _cut(frames[0], int(end) - first)
+
+
+def _not_leant_on(packets: list[bytes]) -> int:
+    """How many of the first of these frames the frame after them has no need of."""
+    lent = 0
+    for before, packet in enumerate(reversed(packets), start=1):
+        lent += max(0, len(packet) - MP3_FRAME_OVERHEAD)
+        if lent >= MP3_BYTES_BEFORE:
+            return max(0, len(packets) - before - MP3_OVERLAP)
+    return 0
+
+
+def _cut(frame, samples: int):
+    """The first samples of a planar frame."""
+    import av
+
+    cut = av.AudioFrame.from_ndarray(
+        np.ascontiguousarray(frame.to_ndarray()[:, :samples]), format=frame.format.name, layout=frame.layout.name
+    )
+    cut.sample_rate = frame.sample_rate
+    return cut
+
+
+def _mp3_end(index: Mp3Index, last: int) -> float:
+    """Samples after which the file ends, where that is before frame `last`."""
+    if index.count(last) < last or (index.tagged_frames is not None and last > index.tagged_frames):
+        return index.total_samples()
+    return math.inf
+
+
+def _from_start(container, source: Path | bytes, begin: int, enough: float) -> Numbered:
+    """Frames that hold `begin` and what follows it; all before it are decoded too."""
+    number, form = 0, None
+    for frame in container.decode(audio=0):
+        if form not in (None, form := form_of(frame)):
+            raise _Inexact
+        if number + frame.samples > begin:
+            yield number, frame
+        number += frame.samples

@@ -1,0 +1,128 @@
+"""Frozen encoders behind one small interface, and the weights that go into them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from whisper_at_cli.extract.backbones import custom
+from whisper_at_cli.extract.backbones.encoder import PRECISIONS, WhisperEncoder, clip_samples, encoder_from_state
+from whisper_at_cli.extract.backbones.huggingface import download_folder, is_hub_name
+from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE, filters_and_window, log_mel
+from whisper_at_cli.extract.backbones.weights import WhisperWeights, folder_kind, read_weights, whisper_names
+from whisper_at_cli.extract.devices import choose_device
+from whisper_at_cli.extract.errors import UsageError
+
+
+class Backbone(Protocol):
+    """A frozen encoder. `encode` may be called from several threads at once.
+
+    A backbone may also have `clip_samples(clip_seconds)`, which raises UsageError for a length that it cannot take, and
+    `compile()`. docs/backbones.md shows how to add one.
+    """
+
+    name: str
+    weights_sha256: str
+    layers: int
+    dim: int
+    sample_rate: int
+    precision: str
+    device: torch.device
+
+    def encode(self, waveforms: Tensor) -> Tensor:
+        """Waveforms (B, samples) float32 in [-1, 1] -> (B, layers, 25, dim) float32 on the backbone's device."""
+        ...
+
+
+class WhisperBackbone:
+    """Whisper's encoder on un-padded clips. Same features as OpenAI's blocks run one clip at a time in float32."""
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(
+        self, encoder: WhisperEncoder, *, name: str, weights_sha256: str, device: torch.device, precision: str
+    ):
+        self.name, self.weights_sha256, self.precision, self.device = name, weights_sha256, precision, device
+        self.layers, self.dim = len(encoder.blocks), encoder.dim
+        self.encoder = encoder.prepare(precision=precision, device=device)
+        filters_and_window(encoder.mels, device)
+        if device.type == "cuda":  # batches run in streams that do not wait for the one that did this
+            torch.cuda.synchronize(device)
+
+    @classmethod
+    def from_weights(cls, weights: WhisperWeights, *, device: torch.device, precision: str) -> WhisperBackbone:
+        encoder = encoder_from_state(weights.state, heads=weights.dims["n_audio_head"])
+        sha256 = weights.encoder_sha256()
+        return cls(encoder, name=weights.name, weights_sha256=sha256, device=device, precision=precision)
+
+    clip_samples = staticmethod(clip_samples)
+
+    def compile(self) -> None:
+        """Let torch.compile fuse what lies between the matrix products; the first batch of each size takes a minute.
+
+        Raises UsageError on a CPU, where the weights are laid out for oneDNN already and nothing is left to gain.
+        """
+        if self.device.type == "cpu":
+            raise UsageError("--compile is for GPUs; on a CPU the encoder is laid out for oneDNN already. Leave it out")
+        self.encoder.compile(dynamic=False)
+
+    @torch.inference_mode()
+    def encode(self, waveforms: Tensor) -> Tensor:
+        waveforms = waveforms.to(self.device, torch.float32, non_blocking=True)
+        return self.encoder(log_mel(waveforms, self.encoder.mels))
+
+
+def load_backbone(model: str | Path, *, device: str = "auto", precision: str = "float32") -> Backbone:
+    """A frozen encoder ready to encode.
+
+    model is an OpenAI name (`tiny.en`), a `.pt` file, a CTranslate2 or Hugging Face folder, `module:function` or an
+    entry point that makes a backbone, or a name on the Hugging Face hub; precision float32, bfloat16 or float16.
+    Raises UsageError for an unknown model, device or precision, WeightsError for weights that cannot be read.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is not known; choose from {', '.join(PRECISIONS)}")
+    chosen = choose_device(device)
+    path = Path(model)
+    if path.is_dir():
+        return _from_folder(path, None, device=chosen, precision=precision)
+    if not path.is_file() and str(model) not in whisper_names():
+        if loader := custom.find_loader(str(model)):
+            return custom.load_custom(loader, str(model), device=chosen, precision=precision)
+        if is_hub_name(model):
+            return _from_folder(download_folder(str(model)), str(model), device=chosen, precision=precision)
+    return WhisperBackbone.from_weights(read_weights(model), device=chosen, precision=precision)
+
+
+def _from_folder(folder: Path, name: str | None, *, device: torch.device, precision: str) -> Backbone:
+    """The backbone whose weights a folder holds, told by its content."""
+    from whisper_at_cli.extract.backbones.speech import MODEL_CLASSES, SpeechBackbone
+
+    kind = folder_kind(folder)
+    if kind in MODEL_CLASSES:
+        name = name or folder.resolve().name
+        return SpeechBackbone.from_folder(folder, kind, name=name, device=device, precision=precision)
+    if kind not in ("whisper", "ctranslate2"):
+        raise UsageError(
+            f"{folder} holds a {kind} model; known are whisper, {', '.join(MODEL_CLASSES)}. {custom.GUIDE} of one's own"
+        )
+    return WhisperBackbone.from_weights(read_weights(folder, name=name), device=device, precision=precision)
+
+
+def load_whisper(model: str | Path | WhisperWeights, *, device: str = "auto"):
+    """An `openai-whisper` model with these weights, ready to `transcribe`. Takes Whisper in all of its forms, and
+    weights that were read already."""
+    from whisper.model import ModelDimensions, Whisper
+
+    weights = model if isinstance(model, WhisperWeights) else read_weights(model)
+    whisper_model = Whisper(ModelDimensions(**weights.dims))
+    whisper_model.load_state_dict(weights.state)
+    heads = torch.zeros(weights.dims["n_text_layer"], weights.dims["n_text_head"], dtype=torch.bool)
+    for layer, head in weights.alignment_heads or ():
+        if 0 <= layer < heads.shape[0] and 0 <= head < heads.shape[1]:
+            heads[layer, head] = True
+    if heads.any():
+        whisper_model.register_buffer("alignment_heads", heads.to_sparse(), persistent=False)
+    return whisper_model.to(choose_device(device)).eval()

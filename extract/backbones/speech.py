@@ -1,0 +1,214 @@
+"""wav2vec 2.0, HuBERT, WavLM and data2vec-audio through `transformers`, every layer pooled as it passes.
+
+B clips, P positions (about 50 a second), T pooled frames (25), D channels, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from whisper_at_cli.extract.backbones.encoder import PRECISIONS, PackedLinear, pool_frames
+from whisper_at_cli.extract.backbones.huggingface import read_json
+from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
+from whisper_at_cli.extract.backbones.weights import state_sha256
+from whisper_at_cli.extract.cache.schema import FRAMES
+from whisper_at_cli.extract.errors import UsageError, WeightsError
+
+MODEL_CLASSES = {
+    "wav2vec2": "Wav2Vec2Model",
+    "hubert": "HubertModel",
+    "wavlm": "WavLMModel",
+    "data2vec-audio": "Data2VecAudioModel",
+}
+LONGEST_SECONDS = 600
+NORM_EPSILON = 1e-7  # as in transformers' Wav2Vec2FeatureExtractor
+UNUSED = ("masked_spec_embed", "adapter.")  # weights for training, or behind the last layer
+
+
+class SpeechBackbone:
+    """A model of the wav2vec 2.0 family. Layer l is the output of its l-th Transformer block.
+
+    Safe to call from several threads: what a thread's pass collects is its own.
+    """
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(
+        self, model: nn.Module, *, name: str, weights_sha256: str, normalise: bool, device: torch.device, precision: str
+    ):
+        self.name, self.weights_sha256, self.precision, self.device = name, weights_sha256, precision, device
+        self.layers, self.dim, self.normalise = len(model.encoder.layers), model.config.hidden_size, normalise
+        self.model = _prepare(model, precision=precision, device=device)
+        self._pass = threading.local()
+        for layer in self.model.encoder.layers:
+            layer.register_forward_hook(self._pool)
+        if device.type == "cuda":  # batches run in streams that do not wait for the one that did this
+            torch.cuda.synchronize(device)
+
+    @classmethod
+    def from_folder(cls, folder: Path, kind: str, *, name: str, device: torch.device, precision: str) -> SpeechBackbone:
+        """The model in a Hugging Face folder. Raises UsageError without `transformers`, WeightsError where the folder
+        is damaged or is for another rate than 16 kHz."""
+        normalise = _input_normalisation(folder)
+        model = _load(folder, kind)
+        used = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(UNUSED)}
+        # what is done to the waveform decides the features as weights do
+        sha256 = state_sha256(used | {"normalise": torch.tensor(float(normalise))})
+        return cls(model, name=name, weights_sha256=sha256, normalise=normalise, device=device, precision=precision)
+
+    def positions(self, samples: int) -> int:
+        """Encoder positions of a clip: what the convolutions leave of its samples."""
+        for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride, strict=True):
+            samples = (samples - kernel) // stride + 1
+        return max(0, samples)
+
+    def clip_samples(self, clip_seconds: float) -> int:
+        """Samples of a clip. Raises UsageError for one with fewer positions than frames, or longer than ten minutes."""
+        if not 0 < clip_seconds <= LONGEST_SECONDS:
+            raise UsageError(f"a clip of {clip_seconds:g} s cannot be encoded; choose up to {LONGEST_SECONDS} s")
+        samples = round(clip_seconds * SAMPLE_RATE)
+        if (positions := self.positions(samples)) < FRAMES:
+            shortest = FRAMES
+            for kernel, stride in zip(
+                reversed(self.model.config.conv_kernel), reversed(self.model.config.conv_stride), strict=True
+            ):
+                shortest = (shortest - 1) * stride + kernel
+            raise UsageError(
+                f"a clip of {clip_seconds:g} s has {positions} positions in {self.name}, and {FRAMES} frames need as "
+                f"many; choose at least {-(-shortest * 1000 // SAMPLE_RATE) / 1000:g} s"
+            )
+        return samples
+
+    @torch.inference_mode()
+    def encode(self, waveforms: Tensor) -> Tensor:
+        waveforms = waveforms.to(self.device, torch.float32, non_blocking=True)
+        if self.normalise:
+            waveforms = normalise(waveforms)
+        self._pass.pooled = []
+        try:
+            with self._arithmetic():
+                self.model(waveforms)
+            return torch.stack(self._pass.pooled, dim=1)
+        finally:
+            del self._pass.pooled
+
+    def _arithmetic(self):
+        """Matrix products in `precision`; layer norms and the residual stream stay float32."""
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, PRECISIONS[self.precision])
+
+    def _pool(self, layer: nn.Module, inputs: tuple, output) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._pass.pooled.append(pool_frames(hidden))
+
+
+def normalise(waveforms: Tensor) -> Tensor:
+    """Each clip at zero mean and unit variance, (B, samples): as transformers' feature extractor does to one clip."""
+    variance, mean = torch.var_mean(waveforms, dim=1, correction=0, keepdim=True)
+    return (waveforms - mean) / torch.sqrt(variance + NORM_EPSILON)
+
+
+class _CastingLinear(PackedLinear):
+    """A packed linear layer that takes activations of any type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.bias.dtype))
+
+
+def _input_normalisation(folder: Path) -> bool:
+    """What the folder says of the input: in preprocessor_config.json, or in processor_config.json as transformers 5
+    writes it beside a tokenizer. Where it says nothing, what transformers' default is."""
+    settings = {}
+    if (path := folder / "preprocessor_config.json").is_file():
+        settings = read_json(path)
+    elif (path := folder / "processor_config.json").is_file():
+        settings = read_json(path).get("feature_extractor", {})
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{path} is damaged: its feature_extractor is no JSON object")
+    rate = settings.get("sampling_rate", SAMPLE_RATE)
+    if rate != SAMPLE_RATE:
+        raise WeightsError(f"{folder} asks for audio at {rate} Hz; clips are decoded at {SAMPLE_RATE} Hz")
+    return bool(settings.get("do_normalize", True))
+
+
+def _load(folder: Path, kind: str) -> nn.Module:
+    """The model, float32, with every weight that its layers use taken from the folder; never runs code from it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            f"{folder} holds a {kind} model, which needs the extra hf: pip install 'whisper-at-cli[hf]'"
+        ) from error
+    model_class = getattr(transformers, MODEL_CLASSES[kind])
+    try:
+        with _quiet(transformers):
+            model, found = model_class.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, dtype=torch.float32,
+                attn_implementation="sdpa" if model_class._supports_sdpa else "eager", weights_only=True,
+            )  # fmt: skip
+    except Exception as error:  # of transformers, safetensors or the unpickler: whatever a damaged folder brings about
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise WeightsError(f"{folder} could not be read as a {kind} model: {reason}") from error
+    if missing := [name for name in found["missing_keys"] if not name.startswith(UNUSED)]:
+        raise WeightsError(f"{folder} lacks {len(missing)} tensors of a {kind} model, such as {min(missing)}")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet(transformers):
+    """Without transformers' progress bars, and its reports of weights that no layer here needs."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _prepare(model: nn.Module, *, precision: str, device: torch.device) -> nn.Module:
+    """Everything random off, weights laid out and cast for `precision`; for inference from here on."""
+    config = model.config
+    config.layerdrop, config.apply_spec_augment = 0.0, False  # eval mode leaves both out as well
+    config.output_hidden_states = config.output_attentions = False
+    model.adapter = None
+    for module in list(
+        model.encoder.pos_conv_embed.modules()
+    ):  # a weight that would be normalised anew for every batch
+        if nn.utils.parametrize.is_parametrized(module, "weight"):
+            nn.utils.parametrize.remove_parametrizations(module, "weight")
+    model.requires_grad_(False).eval()
+    dtype = PRECISIONS[precision]
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d):
+            module.to(dtype)
+    model.feature_projection.register_forward_hook(_in_float32)
+    if device.type == "cpu" and PackedLinear.works_for(dtype):
+        for layer in model.encoder.layers:
+            _pack(layer)
+    if device.type == "cuda" and precision == "float32":
+        torch.backends.cudnn.allow_tf32 = False  # its convolutions would round to ten bits
+    return model.to(device)
+
+
+def _in_float32(module: nn.Module, inputs: tuple, output):
+    """The residual stream begins here: what is added to it may be of a lower precision, the sum is not."""
+    return (output[0].float(), *output[1:]) if isinstance(output, tuple) else output.float()
+
+
+def _pack(module: nn.Module) -> None:
+    """Lay out the linear layers of a block for oneDNN; those of WavLM's attention are read as bare weights instead."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear) and child.bias is not None:
+            setattr(module, name, _CastingLinear(child))
+        elif not type(child).__name__.startswith("WavLMAttention"):
+            _pack(child)

@@ -1,0 +1,315 @@
+"""Features into a cache from a folder with one npz per clip: what `export` wrote, or the original project.
+
+What the folder's `labels.csv` and `cache.json` say is taken over; none but the npz files is needed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from whisper_at_cli import __version__
+from whisper_at_cli.extract.cache.export import KEY, LABELS_CSV, SEPARATOR, SETTINGS_JSON
+from whisper_at_cli.extract.cache.reader import FeatureCache
+from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheSpec, ClipTable, Status
+from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
+from whisper_at_cli.extract.errors import CacheError, UsageError
+from whisper_at_cli.extract.progress import Progress
+
+SHAPE_SAMPLES = 32  # files that decide which shape a folder has
+NAMED = 3  # clips that a warning names
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """`written`, `skipped` (they were there) and `failed` add up to `clips`."""
+
+    cache: str
+    clips: int
+    written: int
+    skipped: int
+    failed: int
+    failures: tuple[dict, ...]  # id, path and error of each clip that failed
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _ListedClip:
+    """One clip to be imported: its file's name in the folder, and what the CSV says of it."""
+
+    id: str
+    file: str
+    path: str
+    fold: int = 0
+    split: str = ""
+    valid_frames: int = FRAMES
+    labels: tuple[str, ...] = ()
+
+
+def import_npz(
+    folder: str | Path, cache_path: str | Path, *, labels_csv: str | Path | None = None, backbone: str | None = None,
+    clip_seconds: float | None = None, dtype: str | None = None, class_names: tuple[str, ...] | None = None,
+    shard_mb: float = DEFAULT_SHARD_MB, progress: Progress | None = None,
+) -> ImportReport:  # fmt: skip
+    """A folder with one npz per clip into a cache. The same call continues one that was stopped, failed clips included.
+
+    `labels_csv` has a column id, optionally file, path, fold, split, valid_frames, and label or labels (separated by
+    ';'); by default it is the folder's labels.csv, and without one the clips have no labels. `backbone`,
+    `clip_seconds`, `dtype` and `class_names` are by default what the folder's cache.json says; without it float16, and
+    the names that the CSV has, in alphabetical order. A file that is damaged, of another shape than most, or not
+    finite makes its clip fail, with the reason; the others go on.
+    """
+    folder = Path(folder)
+    files, settings = _npz_files(folder), _read_settings(folder)
+    listed, names, warnings = _listed_clips(folder, files, labels_csv, class_names, settings.get("class_names"))
+    shape = _common_shape([files[clip.file] for clip in listed])
+    given = {"backbone": backbone, "clip_seconds": clip_seconds, "dtype": dtype}
+    spec = _spec(folder, settings, {name: value for name, value in given.items() if value is not None}, shape, names)
+    made = {
+        "tool_version": __version__,
+        "imported_from": str(folder.resolve()),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+    }
+    with CacheWriter.create(cache_path, spec, _clip_table(listed, names), shard_mb=shard_mb, provenance=made) as writer:
+        there = int(writer.cache.done.sum())
+        _fill_shards(writer, listed, files, shape, progress)
+        return _import_report(writer, there, warnings)
+
+
+def _npz_files(folder: Path) -> dict[str, Path]:
+    """Path of every npz file below a folder, by its name in there, in alphabetical order."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; give the one that holds an npz file per clip")
+    found = sorted(path for path in folder.rglob("*.npz") if not path.name.startswith("."))
+    if not found:
+        raise UsageError(f"{folder} holds no .npz files; give the folder that holds one per clip")
+    return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def _read_settings(folder: Path) -> dict:
+    """What an export wrote about its cache; empty where there is none."""
+    path = folder / SETTINGS_JSON
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({error}); remove it and say what made the features by options") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} was not written by an export; remove it and say what made the features by options")
+    return settings
+
+
+def _spec(folder: Path, exported: dict, given: dict, shape: tuple[int, int, int], names: tuple[str, ...]) -> CacheSpec:
+    """What made the features: as given, else as the export says. Weights and precision go with the backbone."""
+    if given.get("backbone", exported.get("backbone")) != exported.get("backbone"):
+        exported = {name: value for name, value in exported.items() if name not in ("weights_sha256", "precision")}
+    settings = {"dtype": "float16", "weights_sha256": "unknown", "precision": "unknown"} | exported | given
+    for name in ("backbone", "clip_seconds"):
+        if name not in settings:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"no {SETTINGS_JSON} in {folder} says what made its features; give {option}")
+    layers, frames, dim = shape
+    return CacheSpec(
+        backbone=settings["backbone"], weights_sha256=settings["weights_sha256"], layers=layers, dim=dim, frames=frames,
+        clip_seconds=_positive(settings["clip_seconds"]), dtype=settings["dtype"], precision=settings["precision"],
+        dataset=settings.get("dataset", folder.resolve().name), class_names=names,
+    )  # fmt: skip
+
+
+def _positive(clip_seconds: float) -> float:
+    if not 0 < clip_seconds < math.inf:
+        raise UsageError(f"clips of {clip_seconds} seconds cannot be; give the length of the clips that were encoded")
+    return float(clip_seconds)
+
+
+def _listed_clips(
+    folder: Path, files: dict[str, Path], labels_csv: str | Path | None, given: tuple[str, ...] | None,
+    exported: list[str] | None,
+) -> tuple[list[_ListedClip], tuple[str, ...], list[str]]:  # fmt: skip
+    """The clips that have a file (and a row, where there is a CSV), the class names, and warnings of those left out."""
+    if labels_csv is None and not (folder / LABELS_CSV).exists():
+        if given:
+            raise UsageError(f"class names were given, but no CSV says which clip of {folder} has which; give --labels")
+        return [_ListedClip(name.removesuffix(".npz"), name, name) for name in files], (), []
+    path = Path(labels_csv) if labels_csv is not None else folder / LABELS_CSV
+    listed, labelled = _read_labels(path)
+    here = [clip for clip in listed if clip.file in files]
+    if not here:
+        asked = f"its first row asks for {listed[0].file!r}" if listed else "it has no rows"
+        raise UsageError(
+            f"{path} names no file of {folder}: {asked}, and the first file there is {next(iter(files))!r}. An id is "
+            "the name of the clip's file without .npz"
+        )
+    unlisted = files.keys() - {clip.file for clip in listed}
+    warnings = _left_out(f"rows of {path} without a file in {folder}", [c.file for c in listed if c.file not in files])
+    warnings += _left_out(f"files of {folder} without a row in {path}", sorted(unlisted))
+    names = tuple(given if given is not None else exported or sorted({name for clip in here for name in clip.labels}))
+    if names and not labelled:
+        raise UsageError(f"{path} has neither a column 'labels' nor 'label', but class names are given; add one")
+    return here, names, warnings
+
+
+def _left_out(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"{len(names)} {what} were left out: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"]
+
+
+def _read_labels(path: Path) -> tuple[list[_ListedClip], bool]:
+    """The rows of a CSV, and whether it has a column of labels. Raises UsageError with the line that is wrong."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = [name.strip() for name in reader.fieldnames or ()]
+            if "id" not in columns:
+                raise UsageError(f"{path} has no column 'id'; its first line names: {', '.join(columns) or 'nothing'}")
+            reader.fieldnames = columns
+            listed = [_listed_clip(entry, f"{path}, line {reader.line_num}") for entry in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"cannot read {path}: {error}; give a CSV file in UTF-8 with a column 'id'") from error
+    return listed, not {"label", "labels"}.isdisjoint(columns)
+
+
+def _listed_clip(entry: dict, place: str) -> _ListedClip:
+    def number(column: str, default: int, largest: int) -> int:
+        text = (entry.get(column) or "").strip()
+        if text and not (text.isdecimal() and int(text) <= largest):
+            raise UsageError(f"{place}: {column} is {text!r}; give a number from 0 to {largest}, or nothing")
+        return int(text) if text else default
+
+    name = entry["id"]
+    if not name:
+        raise UsageError(f"{place}: the id is empty; give the name of the clip's file without .npz")
+    file = entry.get("file") or f"{name}.npz"
+    labels = (entry.get("labels") or entry.get("label") or "").split(SEPARATOR)
+    return _ListedClip(
+        id=name, file=file, path=entry.get("path") or file, fold=number("fold", 0, np.iinfo(np.int16).max),
+        split=(entry.get("split") or "").strip(), valid_frames=number("valid_frames", FRAMES, FRAMES),
+        labels=tuple(label.strip() for label in labels if label.strip()),
+    )  # fmt: skip
+
+
+def _clip_table(listed: list[_ListedClip], names: tuple[str, ...]) -> ClipTable:
+    index = {name: at for at, name in enumerate(names)}
+    labels = np.zeros((len(listed), len(names)), dtype=np.uint8)
+    for row, clip in enumerate(listed):
+        for label in clip.labels:
+            if label not in index:
+                raise UsageError(f"clip {clip.id!r} has the label {label!r}, which is none of the {len(names)} classes")
+            labels[row, index[label]] = 1
+    return ClipTable(
+        ids=np.array([clip.id for clip in listed]), paths=np.array([clip.path for clip in listed]),
+        fold=np.array([clip.fold for clip in listed], dtype=np.int16),
+        split=np.array([clip.split for clip in listed]), labels=labels,
+    )  # fmt: skip
+
+
+def _common_shape(paths: list[Path]) -> tuple[int, int, int]:
+    """The shape that most of some evenly spread files have. Raises UsageError where none of them can be read."""
+    shapes, problem = Counter(), ""
+    for at in np.unique(np.linspace(0, len(paths) - 1, SHAPE_SAMPLES).astype(int)).tolist():
+        try:
+            shapes[_read_npz(paths[at]).shape] += 1
+        except CacheError as error:
+            problem = problem or f"{paths[at].name}: {error}"
+    if not shapes:
+        raise UsageError(f"{paths[0].parent} holds no npz file that can be imported; {problem}")
+    return shapes.most_common(1)[0][0]
+
+
+def _read_npz(path: Path) -> np.ndarray:
+    """Features (L, T, D) of one npz file. Raises CacheError with what is wrong with it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if f"{KEY}.npy" not in archive.namelist():
+                raise CacheError(f"it holds {', '.join(archive.namelist()) or 'nothing'}, not an array {KEY}")
+            data = archive.read(f"{KEY}.npy")  # all of it, so that its checksum is compared
+        features = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError, MemoryError) as error:
+        raise CacheError(f"not a whole npz file: {error}") from error
+    shape, dtype = features.shape, features.dtype
+    if len(shape) != 3 or shape[1] != FRAMES or not features.size or dtype.kind != "f":
+        raise CacheError(f"{KEY} is {shape} {dtype}, not (layers, {FRAMES}, channels) of floating-point numbers")
+    return features
+
+
+def _fill_shards(
+    writer: CacheWriter, listed: list[_ListedClip], files: dict[str, Path], shape: tuple[int, ...],
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    """Read what the cache does not have yet, a shard at a time, its files side by side."""
+    from whisper_at_cli.extract.devices import cores
+
+    redo = writer.cache.status != Status.DONE
+    failed = 0
+    with ThreadPoolExecutor(cores(), thread_name_prefix="read npz") as pool:
+        for shard in writer.shards_of(redo):
+            rows, block = writer.rows(shard), writer.block(shard, redo)
+            todo = [(slot, listed[row]) for slot, row in enumerate(rows) if redo[row]]
+            all_read = pool.map(_try_to_read, [files[clip.file] for _, clip in todo])
+            for (slot, clip), features in zip(todo, all_read, strict=True):
+                block.valid_frames[slot] = clip.valid_frames
+                problem = _fill(block, slot, features, shape, writer.spec.dtype)
+                if problem:
+                    block.errors[slot] = problem
+            writer.write(shard, block)
+            failed += len(block.errors)
+            if progress:
+                progress(rows.stop, len(listed), f"{failed} failed" if failed else "")
+
+
+def _try_to_read(path: Path) -> np.ndarray | str:
+    """The features of a file, or what is wrong with it."""
+    try:
+        return _read_npz(path)
+    except CacheError as error:
+        return str(error)
+
+
+def _fill(block: ShardBlock, slot: int, features: np.ndarray | str, shape: tuple[int, ...], dtype: str) -> str:
+    """Put one clip into its shard; returns what is wrong with it, or nothing."""
+    import torch
+
+    from whisper_at_cli.extract.cache.storage import to_storage
+
+    if isinstance(features, str):
+        return features
+    if features.shape != shape:
+        return f"its shape is {features.shape}, most others' {shape}"
+    finite = np.isfinite(features).all(axis=(1, 2))
+    if not finite.all():
+        return f"layer {int(finite.argmin()) + 1} holds a value that is not finite"
+    stored = to_storage(torch.from_numpy(features.astype(np.float32))[None], dtype)
+    if not stored.finite.all():
+        return f"layer {int(stored.finite[0].int().argmin()) + 1} holds a value too large for {dtype}; use float32"
+    block.features[slot], block.mean[slot] = stored.features[0].numpy(), stored.mean[0].numpy()
+    if stored.scale is not None:
+        block.scale[slot] = stored.scale[0].numpy()
+    block.status[slot] = Status.DONE
+    return ""
+
+
+def _import_report(writer: CacheWriter, there: int, warnings: list[str]) -> ImportReport:
+    cache = FeatureCache.open(writer.path)
+    failures = tuple(
+        {"id": str(cache.ids[row]), "path": str(cache.paths[row]), "error": str(cache.errors[row])}
+        for row in np.flatnonzero(cache.status == Status.FAILED)
+    )
+    return ImportReport(
+        cache=str(writer.path), clips=len(cache), written=int(cache.done.sum()) - there, skipped=there,
+        failed=len(failures), failures=failures, warnings=tuple(warnings),
+    )  # fmt: skip

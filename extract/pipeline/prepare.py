@@ -1,0 +1,119 @@
+"""What every engine does before it encodes: check what was asked, open dataset and cache, find the clips to be done."""
+
+from __future__ import annotations
+
+import math
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from whisper_at_cli import __version__
+from whisper_at_cli.extract.backbones.load import Backbone
+from whisper_at_cli.extract.cache.schema import CacheSpec, Status
+from whisper_at_cli.extract.cache.verify import verify
+from whisper_at_cli.extract.cache.writer import CacheWriter
+from whisper_at_cli.extract.datasets import Dataset, open_dataset, windowed
+from whisper_at_cli.extract.datasets.base import as_text
+from whisper_at_cli.extract.errors import MISSING, UsageError
+
+
+def check_numbers(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and not (0 < value < math.inf):
+            raise UsageError(f"{name} is {value:g}, and must be above 0")
+
+
+def open_clips(
+    dataset: str | Path | Dataset, *, format: str, labels: str | Path | None, window: float | None, hop: float | None,
+    clip_seconds: float | None, workers: int | None = None,
+) -> Dataset:  # fmt: skip
+    """The dataset that was asked for, its files cut into windows where that was asked for too."""
+    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, labels=labels)
+    if window is None:
+        if hop is not None:
+            raise UsageError("hop says how far windows lie apart; give their length too (--window)")
+        return dataset
+    if clip_seconds not in (None, window):
+        raise UsageError(f"windows of {window:g} s are clips of that length; leave out --clip-seconds {clip_seconds:g}")
+    return windowed(dataset, window, hop, workers=workers)
+
+
+def compile_backbone(backbone: Backbone) -> None:
+    """Have a backbone compile itself. Raises UsageError if it cannot."""
+    if not hasattr(backbone, "compile"):
+        raise UsageError(f"--compile is for Whisper; {backbone.name} cannot be compiled. Leave it out")
+    backbone.compile()
+
+
+def open_cache(
+    cache: str | Path, dataset: Dataset, backbone, clip_seconds: float, dtype: str, batch_size: int, *,
+    shard_mb: float, slot: tuple[int, int],
+) -> CacheWriter:  # fmt: skip
+    """The cache of this extraction, new or continued. `backbone` is a Backbone or says the same of itself."""
+    spec = CacheSpec(
+        backbone=backbone.name, weights_sha256=backbone.weights_sha256, layers=backbone.layers, dim=backbone.dim,
+        clip_seconds=clip_seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
+        class_names=dataset.class_names,
+    )  # fmt: skip
+    provenance = _provenance(backbone, dataset, batch_size)
+    return CacheWriter.create(cache, spec, dataset.table(), shard_mb=shard_mb, slot=slot, provenance=provenance)
+
+
+def _provenance(backbone, dataset: Dataset, batch_size: int) -> dict:
+    return {
+        "tool_version": __version__,
+        "torch_version": torch.__version__,
+        "device": str(backbone.device),
+        "batch_size": batch_size,
+        "dataset_root": dataset.place,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+    }
+
+
+def batch_size_of(writer: CacheWriter, size: int) -> int:
+    """The batch size that began the cache, so that the same clips share a batch."""
+    return writer.cache.attributes["made"].get("batch_size", size)
+
+
+def clips_to_do(writer: CacheWriter, dataset: Dataset, repair: bool) -> np.ndarray:
+    """(N,) bool: clips that are pending, or whose file was missing and is there now.
+
+    With `repair` also all others that failed, and those that are damaged in this slot's shards.
+    """
+    todo = writer.cache.status == Status.PENDING
+    if repair:
+        damaged = {name for damage in verify(writer.path, rows=writer.mine()).damaged for name in damage.clips}
+        todo |= (writer.cache.status == Status.FAILED) | np.isin(writer.cache.ids, list(damaged))
+    else:
+        todo |= _clips_found(writer, dataset)
+    _say_where(writer, dataset, todo)
+    return todo
+
+
+def _clips_found(writer: CacheWriter, dataset: Dataset) -> np.ndarray:
+    """(N,) bool: clips of this slot that failed because their file was missing, and it is there now."""
+    found = np.zeros(len(dataset), dtype=bool)
+    failed = np.flatnonzero(writer.mine() & (writer.cache.status == Status.FAILED))
+    if len(failed):
+        errors = writer.read_errors()
+        missing = [row for row in failed.tolist() if str(errors[row]).startswith(MISSING)]
+        found[[row for row in missing if dataset.is_there(row)]] = True
+    return found
+
+
+def _say_where(writer: CacheWriter, dataset: Dataset, redo: np.ndarray) -> None:
+    """Paths that were not known when the cache was made: of clips whose file was missing.
+
+    Those of all slots, so that processes that do this side by side write the same.
+    """
+    if not (redo & (writer.cache.status == Status.FAILED)).any():
+        return
+    failed = np.flatnonzero(writer.cache.status == Status.FAILED)
+    paths = {row: as_text(dataset.clips[row].path) for row in failed.tolist()}
+    moved = [row for row, path in paths.items() if path != writer.cache.paths[row]]
+    if moved:
+        writer.update_paths(np.array(moved), [paths[row] for row in moved])

@@ -1,0 +1,351 @@
+"""Fine-tuning Whisper's encoder with a head on it, from audio: the end-to-end rows of Table 1.
+
+Each clip is decoded, mixed with another as a waveform, masked in its mel spectrogram, encoded and classified; the
+gradient of the loss reaches every weight, the encoder's at a learning rate that is a hundredth of the head's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from whisper_at_cli.extract.backbones.encoder import POSITIONS_PER_SECOND, clip_samples
+from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights
+from whisper_at_cli.extract.cache.folds import Fold, cache_folds
+from whisper_at_cli.extract.cache.schema import FRAMES
+from whisper_at_cli.extract.datasets import Dataset, open_dataset
+from whisper_at_cli.extract.devices import choose_device
+from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.folders import writable_folder
+from whisper_at_cli.extract.progress import Progress
+from whisper_at_cli.heads.checkpoint import HeadDescription
+from whisper_at_cli.heads.endtoend import (
+    EncoderWithHead,
+    ListedClips,
+    Waveforms,
+    new_model,
+    predict_audio,
+    save_end_to_end,
+)
+from whisper_at_cli.heads.forms import build_head
+from whisper_at_cli.heads.metrics import evaluate_scores
+from whisper_at_cli.heads.training.batches import Step, balancing_weights, draw_epoch, steps
+from whisper_at_cli.heads.training.data import every_clip_has_one_label
+from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, named_recipe
+
+ENCODER_LR_SHARE = 0.01  # of the head's learning rate; the paper says 10 to 100 times smaller
+ON_ALL_POSITIONS = "last-tr"  # this head reads the last layer un-pooled, as in the paper's end-to-end rows
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What fine-tuning found."""
+
+    model: str
+    head: str
+    dim: int  # channels inside the head
+    params: int  # of encoder and head
+    encoder_lr: float
+    metric: str  # "accuracy" where every clip has one label, else "mAP"
+    value: float  # mean over folds
+    std: float  # population standard deviation over folds
+    folds: list[dict]  # fold, value, train_clips, validation_clips
+    losses: list[list[float]]  # of each training, by epoch
+    seconds: float
+    samples_per_second: float  # clips drawn for training, per second of training
+    checkpoint: str | None
+    device: str
+    recipe: dict
+    warnings: list[str] = field(default_factory=list)
+
+
+def finetune(
+    dataset: str | Path | Dataset, *, model: str | Path | WhisperWeights, head: str = ON_ALL_POSITIONS,
+    width: int | None = None, recipe: Recipe | str | None = None, changes: dict | None = None,
+    encoder_lr_share: float = ENCODER_LR_SHARE, clip_seconds: float | None = None, format: str = "auto",
+    fold: int | None = None, out: str | Path | None = None, device: str = "auto", seed: int | None = None,
+    progress: Progress | None = None,
+) -> FinetuneResult:  # fmt: skip
+    """Train an encoder and a head on it from a dataset's audio; validate on its folds or split, and save both in `out`.
+
+    Folds, split, recipe, `changes`, `out` and `seed` are as in `train_head`; with `fold`, that one alone is held out,
+    and the model in `out` is the validated one. With an `encoder_lr_share` of 0 the encoder stays as it is.
+    Clips that cannot be read are left out and named in the warnings.
+    Raises UsageError for what cannot work, WhisperATError where the loss is not finite.
+    """
+    started = time.monotonic()
+    changes = (changes or {}) | ({} if seed is None else {"seed": seed})
+    job = _plan(dataset, model, head, width, recipe, changes, encoder_lr_share, clip_seconds, format, fold, device)
+    out = writable_folder(out) if out else None
+    whole = bool(out) and len(job.folds) > 1
+    trainer = _Trainer(job, progress, trainings=len(job.folds) + whole)
+    results = []
+    for each in job.folds:
+        trained = trainer.train(each.train, number=each.number)
+        results.append(_validate(trained, each, job))
+        if out:
+            folder = out / f"fold-{each.number}" if whole else out
+            note = f"on {results[-1]['validation_clips']} clips held out"
+            _save(trained, folder, job, each.train, results[-1]["value"], note)
+    values = [result["value"] for result in results]
+    if whole:
+        rows = np.unique(np.concatenate([each.test for each in job.folds]))
+        trained = trainer.train(rows, number=0)
+        note = f"mean over {len(values)} folds, of models trained without the fold; this one was trained on all clips"
+        _save(trained, out, job, rows, float(np.mean(values)), note)
+    if job.audio.failures:
+        job.warnings.append(job.audio.failure_note())
+    return FinetuneResult(
+        model=job.weights.name, head=head, dim=width or job.dim, params=sum(p.numel() for p in trained.parameters()),
+        encoder_lr=job.recipe.lr * encoder_lr_share, metric=job.metric, value=float(np.mean(values)),
+        std=float(np.std(values)), folds=results, losses=trainer.losses, seconds=time.monotonic() - started,
+        samples_per_second=trainer.samples / trainer.seconds, checkpoint=str(out) if out else None,
+        device=str(job.device), recipe=dataclasses.asdict(job.recipe), warnings=job.warnings,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """All that is settled before the first step."""
+
+    dataset: Dataset
+    weights: WhisperWeights
+    head: str
+    width: int | None
+    recipe: Recipe
+    encoder_lr_share: float
+    clip_seconds: float
+    folds: list[Fold]
+    audio: Waveforms
+    labels: Tensor  # (N, C) uint8, on the CPU
+    metric: str
+    device: torch.device
+    warnings: list[str]
+
+    @property
+    def dim(self) -> int:
+        return self.weights.dims["n_audio_state"]
+
+    @property
+    def pools(self) -> bool:
+        return self.head != ON_ALL_POSITIONS
+
+    def new_model(self) -> EncoderWithHead:
+        head = build_head(
+            self.head, layers=self.weights.dims["n_audio_layer"], dim=self.dim, classes=self.labels.shape[1],
+            width=self.width,
+        )  # fmt: skip
+        return new_model(self.weights, head, pools=self.pools)
+
+
+def _plan(dataset, model, head, width, recipe, changes, share, clip_seconds, format, fold, device) -> _Job:
+    """Settle recipe and folds, and refuse what cannot work, before any audio is read."""
+    if not 0 <= share <= 1:
+        raise UsageError(f"the encoder's share of the learning rate is {share}, and must be from 0 to 1")
+    target = choose_device(device)
+    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format)
+    seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
+    samples = clip_samples(seconds)
+    clips = ListedClips.of(dataset)
+    single_label = every_clip_has_one_label(clips.labels)
+    if recipe is None:
+        recipe = default_recipe_name(single_label=single_label, clips=len(clips))
+    weights = model if isinstance(model, WhisperWeights) else read_weights(model)
+    if isinstance(recipe, str):
+        recipe = named_recipe(recipe, head, dim=weights.dims["n_audio_state"], width=width)
+    if given := {"patience", "validate_every"} & changes.keys():
+        raise UsageError(f"fine-tuning validates once, at its end: leave out {', '.join(sorted(given))}")
+    recipe = recipe.with_changes(**changes | {"patience": None, "validate_every": 0})
+    if recipe.precision == "auto":
+        native = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        recipe = recipe.with_changes(precision="bfloat16" if native else "float32")
+    if recipe.loss == "ce" and not single_label:
+        raise UsageError("loss ce needs exactly one label on every clip; some here have none or several: use loss bce")
+    folds, warnings = cache_folds(clips, seed=recipe.seed)
+    if fold is not None:
+        numbers = [each.number for each in folds]
+        if fold not in numbers:
+            raise UsageError(f"fold {fold} was asked for, and {dataset.root} has {', '.join(map(str, numbers))}")
+        folds = [each for each in folds if each.number == fold]
+    job = _Job(
+        dataset, weights, head, width, recipe, share, seconds, folds, Waveforms(dataset, samples),
+        torch.from_numpy(clips.labels), "accuracy" if single_label else "mAP", target, warnings,
+    )  # fmt: skip
+    with torch.device("meta"):  # refuses an unknown head or a wrong width, at no cost
+        build_head(head, layers=1, dim=job.dim, classes=max(1, clips.labels.shape[1]), width=width)
+    return job
+
+
+class _Trainer:
+    """The trainings of one job, one after another; counts samples and seconds, and reports epochs."""
+
+    def __init__(self, job: _Job, progress: Progress | None, trainings: int):
+        self.job, self.progress = job, progress
+        self.epochs_done, self.epochs = 0, trainings * job.recipe.epochs
+        self.samples, self.seconds = 0, 0.0
+        self.losses: list[list[float]] = []
+
+    def train(self, rows: np.ndarray, number: int) -> EncoderWithHead:
+        """A model trained on these clips. `number` sets its random numbers apart from other trainings'."""
+        started, job = time.monotonic(), self.job
+        rng = np.random.default_rng([job.recipe.seed, number])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**62)))
+            model = job.new_model()
+        self.losses.append([])
+        model = self._fit(model.to(job.device), rows, rng)
+        self.seconds += time.monotonic() - started
+        return model
+
+    def _fit(self, model: EncoderWithHead, rows: np.ndarray, rng: np.random.Generator) -> EncoderWithHead:
+        """Train on these clips; returns the model with averaged weights, or itself if the recipe averages none."""
+        recipe = self.job.recipe
+        optimizer = _optimizer(model, recipe, self.job.encoder_lr_share)
+        averaged = AveragedModel(model) if recipe.average_from_epoch is not None else None
+        balance = balancing_weights(self.job.labels[torch.from_numpy(rows)].numpy()) if recipe.class_balanced else None
+        step = 0
+        for epoch in range(1, recipe.epochs + 1):
+            model.train()
+            losses = []
+            drawn = draw_epoch(rows, recipe, rng, frames=FRAMES, layers=1, weights=balance)
+            batches = [Batch.of(step) for step in steps([drawn], recipe.batch_size)]
+            needed = [_rows_needed(batch) for batch in batches]
+            audio = self.job.audio.ahead([rows for rows, _ in needed])
+            for batch, (_, where), (waveforms, good) in zip(batches, needed, audio, strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.learning_rate(epoch, step) * group["share"]
+                place = torch.from_numpy(np.where(good, np.cumsum(good) - 1, -1)[where])
+                loss = self._step(model, optimizer, batch, waveforms, place)
+                if loss is not None:
+                    losses.append(loss)
+                    self.samples += len(batch.clip)
+                step += 1
+            self._after_epoch(epoch, losses)
+            if averaged is not None and recipe.averages(epoch):
+                averaged.update_parameters(model)
+        return averaged.module if averaged is not None else model
+
+    def _step(self, model, optimizer, batch: Batch, waveforms: Tensor, place: Tensor) -> Tensor | None:
+        """One step on a batch; None where none of its clips could be read."""
+        recipe, device = self.job.recipe, self.job.device
+        mixed, targets, kept = mix_waveforms(batch, waveforms, place, self.job.labels, recipe)
+        if not len(mixed):
+            return None
+        start, end = (mask[kept].to(device) for mask in (batch.mask_start, batch.mask_end))
+        mel = hide_frames(model.mel(mixed.to(device)), start, end)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            logits = model.from_mel(mel)
+        loss_of = F.cross_entropy if recipe.loss == "ce" else F.binary_cross_entropy_with_logits
+        loss = loss_of(logits.float(), targets.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def _after_epoch(self, epoch: int, losses: list[Tensor]) -> None:
+        if not losses:
+            raise WhisperATError(f"no clip could be read to train on; {self.job.audio.failure_note()}")
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss):
+            raise WhisperATError(f"the loss became {loss} in epoch {epoch}: lower lr, which is {self.job.recipe.lr:g}")
+        self.losses[-1].append(loss)
+        self.epochs_done += 1
+        if self.progress:
+            self.progress(self.epochs_done, self.epochs, f"loss {loss:.4f}")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What was drawn for a step: clips, whom each is mixed with and how much of it stays, frames that are hidden."""
+
+    clip: Tensor  # (B,) int64
+    partner: Tensor  # (B,) int64
+    share: Tensor  # (B,) float32
+    mask_start: Tensor  # (B,)
+    mask_end: Tensor  # (B,)
+
+    @classmethod
+    def of(cls, step: Step) -> Batch:
+        clip, partner, share = (torch.from_numpy(column[0]) for column in (step.clip, step.partner, step.share))
+        masks = (torch.from_numpy(mask[0, :, 0]) for mask in (step.mask_start, step.mask_end))
+        return cls(clip, partner, share, *masks)
+
+
+def _rows_needed(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The clips that a batch needs, each once; and (2 B,) the place among them of each clip, then of its partner.
+
+    A clip that is not mixed is its own partner.
+    """
+    partner = torch.where(batch.share < 1, batch.partner, batch.clip)
+    rows, where = np.unique(torch.cat([batch.clip, partner]).numpy(), return_inverse=True)
+    return rows, where
+
+
+def mix_waveforms(
+    batch: Batch, waveforms: Tensor, place: Tensor, labels: Tensor, recipe: Recipe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixed waveforms (b, samples) and smoothed targets (b, C) of the b clips of a batch that could be read, and which
+    these are (B,) bool. A clip whose partner could not be read stays unmixed.
+
+    `place` (2 B,) says where in `waveforms` each clip is, then where its partner is; -1 for what could not be read.
+    """
+    own, other = place.chunk(2)
+    kept = own >= 0
+    share = torch.where(other >= 0, batch.share, 1.0)[kept]
+    own, other = own[kept], torch.where(other >= 0, other, own)[kept]
+    mixed = torch.lerp(waveforms[other], waveforms[own], share[:, None])
+    targets = torch.lerp(labels[batch.partner[kept]].float(), labels[batch.clip[kept]].float(), share[:, None])
+    smoothing = recipe.label_smoothing
+    return mixed, targets * (1 - smoothing) + smoothing / targets.shape[1], kept
+
+
+def hide_frames(mel_BMF: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Each clip's mel spectrogram with frames start to end (of 25) as silent as its quietest place."""
+    frame = torch.arange(mel_BMF.shape[2], device=mel_BMF.device) * FRAMES // mel_BMF.shape[2]
+    hidden = (frame >= start[:, None]) & (frame < end[:, None])
+    return torch.where(hidden[:, None, :], mel_BMF.amin(dim=(1, 2), keepdim=True), mel_BMF)
+
+
+def _optimizer(model: EncoderWithHead, recipe: Recipe, share: float) -> torch.optim.Optimizer:
+    """Adam, with the encoder's learning rate a share of the head's; at 0 the encoder takes no part."""
+    model.encoder.requires_grad_(share > 0)
+    groups = [{"params": list(model.head.parameters()), "share": 1.0}]
+    if share:
+        groups.append({"params": list(model.encoder.parameters()), "share": share})
+    return torch.optim.Adam(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+
+
+def _validate(model: EncoderWithHead, fold: Fold, job: _Job) -> dict:
+    """A fold's line in the result: the metric over every one of its test clips that can be read."""
+    logits, read = predict_audio(model, job.audio, fold.test, job.device)
+    if not read.any():
+        raise WhisperATError(f"no clip of fold {fold.number} could be read to validate on; {job.audio.failure_note()}")
+    metrics = evaluate_scores(logits, job.labels[torch.from_numpy(fold.test[read])])
+    if job.metric == "mAP" and metrics.classes_without_positives:
+        job.warnings.append(f"fold {fold.number}: {metrics.notes[0]}")
+    value = getattr(metrics, job.metric)
+    return {
+        "fold": fold.number, "value": value, "train_clips": len(fold.train), "validation_clips": int(read.sum()),
+    }  # fmt: skip
+
+
+def _save(model, folder: Path, job: _Job, rows: np.ndarray, value: float, value_of: str) -> None:
+    frames = FRAMES if job.pools else round(job.clip_seconds * POSITIONS_PER_SECOND)
+    read = [row for row in rows.tolist() if row not in job.audio.failures]
+    description = HeadDescription(
+        head=job.head, width=job.width, layers=job.weights.dims["n_audio_layer"], dim=job.dim, frames=frames,
+        class_names=job.dataset.class_names, backbone=job.weights.name, weights_sha256="", loss=job.recipe.loss,
+        clip_seconds=job.clip_seconds, metric=job.metric, value=value if math.isfinite(value) else None,
+        value_of=value_of, trained_clips=len(read), seed=job.recipe.seed,
+        recipe=dataclasses.asdict(job.recipe) | {"encoder_lr_share": job.encoder_lr_share},
+    )  # fmt: skip
+    save_end_to_end(model, folder, description, [job.dataset.clips[row].id for row in rows])
