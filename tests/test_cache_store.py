@@ -129,7 +129,7 @@ def test_a_chunk_file_is_read_if_it_is_whole(tmp_path):
     assert read_chunk(here, "c/0", 3).tolist() == [7, 8, 9]
     for count, data in ((2, [7, 8, 9]), (4, [7, 8, 9]), (3, [])):
         here.write_whole("c/0", chunk_buffers(np.array(data, np.uint8)))
-        with pytest.raises(CacheError, match=f"{tmp_path}/c/0 is damaged.*run: whisper-at-cli verify"):
+        with pytest.raises(CacheError, match=f"{tmp_path}/c/0 is damaged.*; run: whisper-at-cli verify$"):
             read_chunk(here, "c/0", count)
     here.write_whole("c/0", [bytes([7, 8, 8]), crc32c(bytes([7, 8, 9]))])
     with pytest.raises(CacheError, match="its CRC-32C does not match"):

@@ -1,6 +1,7 @@
 """A writer's hold on a cache: which shards are its own, what it keeps of them, and who is kept out."""
 
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -245,6 +246,20 @@ def test_locks_say_who_is_at_work_and_go_with_the_writer(tmp_path):
     for name in ("a-of-3", "1-of-b", "1-of-", "-of-"):
         (folder / name).touch()
     assert set(writer.lock_files(path)) == {(1, 3), (2, 3), (3, 3)}
+
+
+@pytest.mark.parametrize("look", [writer.running_slots, lambda path: created(path, slot=(2, 2)).close()])
+def test_who_looks_at_the_locks_waits_for_who_does_already(tmp_path, look):
+    path = tmp_path / "a.zarr"
+    created(path, slot=(1, 2)).close()
+    with open(writer.lock_folder(path) / "door") as door:
+        assert writer.take_lock(door)
+        looking = threading.Thread(target=look, args=(path,))
+        looking.start()
+        looking.join(0.2)
+        assert looking.is_alive()
+    looking.join(20)
+    assert not looking.is_alive()
 
 
 def test_a_file_system_without_room_for_a_shard_is_said_in_words(tmp_path, monkeypatch):

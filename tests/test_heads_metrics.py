@@ -60,7 +60,7 @@ def test_d_prime_is_the_distance_of_two_normals_with_that_auc():
     auc = 0.5 * (1 + math.erf(distance / 2))  # P(x + distance > y) for unit normals x and y
     assert d_prime(auc) == pytest.approx(distance)
     assert d_prime(0.5) == 0 and d_prime(1.0) == math.inf and d_prime(0.0) == -math.inf
-    assert math.isnan(d_prime(math.nan))
+    assert all(math.isnan(d_prime(auc)) for auc in (math.nan, -0.5, 1.5))
 
 
 def test_logits_and_probabilities_give_the_same_metrics_from_tensors_and_arrays():
@@ -128,6 +128,7 @@ def test_one_clip_has_a_precision_and_an_accuracy_but_no_auc():
     found = evaluate_scores(np.array([[0.1, 0.9, 0.3]]), np.array([[0, 1, 0]]))
     np.testing.assert_array_equal(found.class_ap, [np.nan, 1, np.nan])
     assert found.accuracy == 1 and found.mAP == 1
+    assert (found.classes_without_positives, found.classes_without_negatives) == (2, 1)
     assert np.isnan(found.class_auc).all() and math.isnan(found.mAUC) and math.isnan(found.d_prime)
 
 

@@ -24,6 +24,14 @@ def test_an_event_begins_at_on_and_lasts_until_below_off():
     assert events(values, on=0.7, off=0.3) == []
 
 
+def test_what_stays_below_on_is_no_event_and_ends_nothing():
+    assert events([0.4, 0.0, 0.9, 0.0, 0.4, 0.0, 0.9]) == [(2, 3, "class0", 0.9), (6, 7, "class0", 0.9)]
+
+
+def test_what_settings_are_when_nothing_is_said():
+    assert EventSettings() == EventSettings(on=0.5, off=0.3, min_duration=0.0, merge_gap=0.0)
+
+
 def test_short_gaps_are_merged_and_short_events_dropped_in_this_order():
     values = [0.9, 0.0, 0.9, 0.0, 0.0, 0.9]
     assert len(events(values)) == 3
@@ -68,8 +76,8 @@ def test_nothing_heard_is_no_event():
     assert find_events(np.zeros((0, 2)), np.zeros((0, 3)), ["a", "b", "c"], EventSettings()) == []
 
 
-@pytest.mark.parametrize("wrong", [{"on": 0.2, "off": 0.3}, {"off": 0}, {"on": 1.1}, {"min_duration": -1},
-                                   {"merge_gap": float("nan")}, {"on": float("nan")}])  # fmt: skip
+@pytest.mark.parametrize("wrong", [{"on": 0.2, "off": 0.3}, {"off": 0}, {"on": 1.1}, {"min_duration": -0.1},
+                                   {"merge_gap": -0.1}, {"merge_gap": float("nan")}, {"on": float("nan")}])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(UsageError):
         EventSettings(**wrong)
