@@ -173,7 +173,12 @@ def test_classes_are_ranked_in_runs_of_like_and_bounded_size():
     order = np.argsort(-positives, kind="stable")
     runs = list(metrics._alike(order, positives, most=3))
     assert [positives[run].tolist() for run in runs] == [[100, 100, 99], [50, 49], [7], [3], [1]]
-    assert [len(run) for run in metrics._alike(order, np.ones(8), most=8)] == [8]
+    runs = list(metrics._alike(order, positives, most=8))
+    assert [positives[run].tolist() for run in runs] == [[100, 100, 99, 50], [49], [7], [3], [1]]
+
+
+def test_scores_on_another_device_stay_there_while_they_are_sorted():
+    assert metrics._ascending(torch.empty(2, 3, device="meta")).device.type == "meta"
 
 
 def test_the_notes_say_what_the_means_leave_out_and_nothing_else():

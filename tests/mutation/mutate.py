@@ -101,7 +101,7 @@ def outcome(tree: Path, mutant: Mutant, tests: list[str], seconds: float) -> tup
 def reason_of(mutant: Mutant) -> str:
     """Why a mutant is no fault, or nothing."""
     for file, function, change, reason in EQUIVALENT:
-        if (mutant.file, mutant.function) == (file, function) and mutant.change.startswith(change):
+        if (mutant.file, mutant.function) == (file, function) and change in mutant.change:
             return reason
     return ""
 
@@ -142,15 +142,14 @@ def try_group(tree: Path, sources: list[str], suites: list[str], options) -> dic
     counts, left, excluded = defaultdict(Counter), [], []
     for at, mutant in enumerate(tried, 1):
         said = {"file": mutant.file, "function": mutant.function, "change": mutant.change}
-        if reason := reason_of(mutant):
-            counts[mutant.file]["equivalent"] += 1
-            excluded.append({**said, "reason": reason})
-            continue
         tests = recorded.of(mutant, uses, suites)
         result, by = outcome(tree, mutant, tests, sum(recorded.elapsed[test] for test in tests))
-        counts[mutant.file][result] += 1
-        if result not in KILLED:
+        if result not in KILLED and (reason := reason_of(mutant)):
+            result = "equivalent"
+            excluded.append({**said, "reason": reason})
+        elif result not in KILLED:
             left.append(said)
+        counts[mutant.file][result] += 1
         print(at, result, f"[{len(tests)}]", mutant.file, mutant.function, mutant.change, f"<{by}>", flush=True)
     return {
         "tests": len(recorded.seconds), "tests_failed_without_a_fault": recorded.failed, "mutants_in_all": len(every),

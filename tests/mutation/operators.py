@@ -106,7 +106,7 @@ def _instead(node: ast.AST, parent: ast.AST, field: str) -> Iterator[object]:
         for at, op in enumerate(node.ops):
             for other in COMPARED[type(op)]:
                 yield ast.Compare(node.left, [*node.ops[:at], other(), *node.ops[at + 1 :]], node.comparators)
-    elif isinstance(node, ast.BinOp) and not _joins_paths(node):
+    elif isinstance(node, ast.BinOp) and type(node.op) in CALCULATED and not _joins_paths(node):
         yield ast.BinOp(node.left, CALCULATED[type(node.op)](), node.right)
     elif isinstance(node, ast.BoolOp):
         yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
