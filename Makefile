@@ -6,7 +6,7 @@ INSTALLED = $(VENV)/.installed
 # Tests work on little data: more threads in one operation gain nothing, and on busy machines they wait for each other.
 TEST_THREADS ?= 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow mutate lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/whisper-at-cli demo
@@ -17,6 +17,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m slow
+
+# Do the tests notice faults? Two hours on one core; MUTATE="cache --sample 300" tries fewer.
+mutate: $(INSTALLED)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/mutation/mutate.py $(MUTATE) --out benchmarks/results/mutation.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ can only lower the score, which is killed / (all faults but those that equivalen
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
@@ -42,8 +43,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GROUPS = {  # what is mutated, and the tests that are asked, in this order
     "cache": (
         ["extract/cache/*.py"],
-        ["test_cache*.py", "test_exchange*.py", "test_stream.py", "test_properties*cache*.py", "test_heads_batches.py",
-         "test_bucket.py"],
+        ["test_cache*.py", "test_exchange*.py", "test_stream.py", "test_folds.py", "test_properties*cache*.py",
+         "test_fuzz*.py", "test_heads_batches.py", "test_bucket.py"],
     ),
     "metrics": (
         ["heads/metrics.py", "heads/tagging/events.py", "probe/scores.py", "probe/robustness/wer.py"],
@@ -170,7 +171,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
     options = parser.parse_args()
     for name in LIBRARIES:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # an extra that is not installed
+            importlib.import_module(name)
     gc.freeze()  # so that a forked process copies less
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
