@@ -83,6 +83,8 @@ def _left_alone(node: ast.AST, parent: ast.AST) -> bool:
         return True
     if isinstance(node, ast.Import | ast.ImportFrom):
         return True
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant)
     if isinstance(node, ast.FunctionDef):
         return node.name == "__repr__"
     if isinstance(node, ast.If):
@@ -126,9 +128,7 @@ def _instead(node: ast.AST, parent: ast.AST, field: str) -> Iterator[object]:
 def _other_statement(node: ast.stmt, parent: ast.AST) -> Iterator[ast.stmt]:
     if isinstance(node, ast.Return) and not (node.value is None or _is_none(node.value)):
         yield ast.Return(ast.Constant(None))
-    elif isinstance(node, ast.Raise | ast.Delete | ast.Return | ast.AugAssign):
-        yield ast.Pass()
-    elif isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
+    elif isinstance(node, ast.Raise | ast.Delete | ast.Return | ast.AugAssign | ast.Expr):
         yield ast.Pass()
     elif isinstance(node, ast.Assign) and not all(isinstance(target, ast.Name | ast.Tuple) for target in node.targets):
         yield ast.Pass()
