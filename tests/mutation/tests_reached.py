@@ -110,6 +110,7 @@ def record(tree: Path, targets: list[str], files: list[str]) -> Recorded:
     out, log = tree.parent / "recorded", tree.parent / "record.log"
 
     def work() -> int:
+        sys.dont_write_bytecode = False  # what is compiled here need not be for each fault
         tracer = coverage.Coverage(data_file=None, config_file=False, include=[str(tree / name) for name in targets])
         tracer.set_option("run:core", "ctrace")  # the one that knows which test is running
         tracer.start()
