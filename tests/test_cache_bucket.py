@@ -155,11 +155,15 @@ def test_what_fails_is_said_in_words(bucket, error, kind, said):
 
 
 @pytest.mark.parametrize(
-    "address, key", [("gs://b/a", "GOOGLE_APPLICATION_CREDENTIALS"), ("az://b/a", "AZURE_STORAGE_")]
+    "address, key",
+    [
+        ("gs://b/a", "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("az://b/a", "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"),
+    ],
 )
 def test_each_kind_of_bucket_has_its_own_keys(monkeypatch, address, key):
     monkeypatch.setattr(obstore.store, "from_url", lambda *args, **options: None)
-    with pytest.raises(StoreError, match=f"cannot reach {address}: no credentials were found; set {key}"):
+    with pytest.raises(StoreError, match=f"cannot reach {address}: no credentials were found; set {key}$"):
         with BucketStore(address).asking(""):
             raise obstore.exceptions.GenericError("http://169.254.169.254")
 
