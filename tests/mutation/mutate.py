@@ -137,7 +137,7 @@ def try_group(tree: Path, sources: list[str], suites: list[str], options) -> dic
     files = sorted({f"tests/{path.name}" for pattern in suites for path in (tree / "tests").glob(pattern)})
     every = [mutant for name in targets for mutant in mutants(name, (tree / name).read_text())]
     every = [mutant for mutant in every if fnmatch(mutant.file, options.files)]
-    tried = drawn(every, options)
+    tried, started = drawn(every, options), time.monotonic()
     recorded, uses = record(tree, targets, files), uses_of_names(tree, targets)
     print(f"{len(recorded.seconds)} tests; these fail: {recorded.failed}; {len(tried)} mutants", flush=True)
     counts, left, excluded = defaultdict(Counter), [], []
@@ -153,7 +153,9 @@ def try_group(tree: Path, sources: list[str], suites: list[str], options) -> dic
         counts[mutant.file][result] += 1
         print(at, result, f"[{len(tests)}]", mutant.file, mutant.function, mutant.change, f"<{by}>", flush=True)
     return {
+        "date": date.today().isoformat(), "seed": options.seed, "sample": options.sample,
         "tests": len(recorded.seconds), "tests_failed_without_a_fault": recorded.failed, "mutants_in_all": len(every),
+        "minutes": round((time.monotonic() - started) / 60, 1),
         **score(sum(counts.values(), Counter())), "files": {name: score(counts[name]) for name in sorted(counts)},
         "survivors": sorted(left, key=lambda m: (m["file"], m["function"], m["change"])),
         "excluded": sorted(excluded, key=lambda m: (m["file"], m["function"], m["change"])),
@@ -168,13 +170,12 @@ def main() -> None:
     parser.add_argument("--files", default="*", help="pattern of the files to mutate")
     parser.add_argument("--tests", action="append", help="pattern of test files to run instead of the group's")
     parser.add_argument("--again", type=Path, help="only what survived by this result")
-    parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON; groups that are not tried now stay")
     options = parser.parse_args()
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):  # an extra that is not installed
             importlib.import_module(name)
     gc.freeze()  # so that a forked process copies less
-    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         tree = copied(Path(folder).resolve())
         groups = {name: try_group(tree, *GROUPS[name], options) for name in options.groups}
@@ -182,12 +183,12 @@ def main() -> None:
         from machine import machine, publish
 
         versions = {module.__name__: module.__version__ for module in (coverage, pytest, numpy, torch)}
+        others = json.loads(options.out.read_text())["groups"] if options.out and options.out.exists() else {}
         publish({
             "benchmark": "mutation", "date": date.today().isoformat(), "machine": machine(),
             "versions": {"python": sys.version.split()[0], **versions},
-            "settings": {"seed": options.seed, "sample": options.sample, "longest_test_seconds": LONGEST,
-                         "tests_seconds_per_mutant": BUDGET},
-            "minutes": round((time.monotonic() - started) / 60, 1), "groups": groups,
+            "settings": {"longest_test_seconds": LONGEST, "tests_seconds_per_mutant": BUDGET},
+            "groups": others | groups,
         }, options.out)  # fmt: skip
 
 
