@@ -10,7 +10,7 @@ import pytest
 from whisper_at_cli.extract.cache import shards, store
 from whisper_at_cli.extract.cache.shards import ShardFile, chunk_buffers, crc32c, read_chunk, shard_buffers
 from whisper_at_cli.extract.cache.store import BucketFile, LocalFile, LocalStore, location
-from whisper_at_cli.extract.errors import CacheError
+from whisper_at_cli.extract.errors import CacheError, UsageError
 
 
 def test_a_file_is_written_over_whole_and_nothing_lies_beside_it(tmp_path):
@@ -111,6 +111,9 @@ def test_a_part_of_a_file_fills_buffers_one_after_another(tmp_path, monkeypatch,
 def test_a_store_is_found_by_its_address(tmp_path, monkeypatch):
     assert location(tmp_path).path == tmp_path and location(str(tmp_path)).path == tmp_path
     assert location("a:/b").path == Path("a:/b") and location(Path("C:/b")).path == Path("C:/b")
+    for scheme in ("s3", "gs", "az"):
+        with pytest.raises(UsageError, match=f"before it became a Path; give it as text: '{scheme}://...'"):
+            location(Path(f"{scheme}://bucket/a.zarr"))
     assert LocalStore(tmp_path).map(lambda number: number + 1, iter((3, 1))) == [4, 2]
     with LocalStore(tmp_path).asking("a"):
         pass

@@ -5,7 +5,7 @@ notice counts as killed, whatever stands here.
 """
 
 SPEED = "a setting of speed, memory or patience: no result depends on it"
-ONE = "there is one column, part or window here: its first is its last"
+ONE = "there is one of them here: the first is the last"
 
 _SETTINGS = {
     "extract/cache/store.py": (
@@ -29,6 +29,10 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
      "the one damage of one clip is the same, named once or by clip"),
     ("extract/cache/store.py", "_writev", "written < size -> written <= size",
      "of a buffer that was written whole nothing is left to write"),
+    ("extract/cache/store.py", "LocalStore.write_whole", "0 -> -1 in: with open(temporary",
+     "nothing is written through the file object, whose buffer it would be"),
+    ("extract/cache/import_npz.py", "_common_shape", "0 -> -1 in: return shapes.most_common(1)", ONE),
+    ("extract/cache/import_npz.py", "_fill", "0 -> -1 in: block.", ONE),
     ("heads/metrics.py", "_ap_and_auc", "positives > 0 -> positives >= 0",
      "a class without positives is 0 / 0, so NaN, where it is ranked as well"),
     ("heads/metrics.py", "_ap_and_auc", "0 -> -1 in: order = ",
