@@ -43,6 +43,15 @@ def test_int8_is_a_whole_number_of_the_scale_of_its_clip_layer_and_channel():
     assert stored.finite.all()
 
 
+def test_int8_of_quiet_channels_comes_back():
+    """Also where the scale is below float16's normal numbers, whose steps are 6e-8."""
+    loudest = torch.tensor([1, 1e-2, 7e-3, 1e-3, 1e-4, 1e-5, 0])
+    features = torch.linspace(-1, 1, T)[None, None, :, None] * loudest
+    stored = to_storage(features.clone(), "int8")
+    error = (stored.features.float() * stored.scale.float().unsqueeze(2) - features).abs().amax(dim=2)[0, 0]
+    assert (error <= 0.005 * loudest + 127 * 2**-25 + 1e-9).all(), error / loudest
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
 def test_what_cannot_be_stored_is_told_by_clip_and_layer(dtype, value):
