@@ -194,6 +194,10 @@ def test_what_a_reader_says_of_its_clips(tmp_path):
     assert pending.valid_frames.tolist() == [T] * 8 + [0] * 3
     with pytest.raises(CacheError, match="clip 'clip3' of .* has no features: it is pending"):
         pending.mean(rows=[4, 3])
+    one_of_each = small_cache(tmp_path / "c.zarr", failed=(2,))
+    (one_of_each.path / "status/c/2").unlink()
+    with pytest.raises(CacheError, match="clip 'clip2' of .* has no features: it is failed"):
+        FeatureCache.open(one_of_each.path).features([1, 2, 9])
     with pytest.raises(UsageError, match="rows 0 to 10; row -1 to 4 was asked for"):
         pending.features([4, -1])
     names = np.array(["a"])

@@ -221,3 +221,25 @@ def test_a_bucket_that_holds_something_else_is_left_as_it_is(bucket):
     ):
         planted_cache(ADDRESS, np.ones((1, 1, 25, 1)), [0])
     assert bucket.sizes() == {"photo": 1, "video": 1}
+
+
+def test_an_outage_says_which_array_was_asked_for(bucket, monkeypatch):
+    import zarr
+
+    cache = planted_cache(ADDRESS, np.ones((2, 1, 25, 1)), [0, 0])
+    ours, none = writer.CacheWriter.join(ADDRESS), np.array([], int)
+
+    def outage(*args, **options):
+        raise obstore.exceptions.GenericError("gone")
+
+    monkeypatch.setattr(zarr, "open_array", outage)
+    monkeypatch.setattr(zarr, "open_group", outage)
+    monkeypatch.setattr(zarr.Group, "__getitem__", outage)
+    for name, ask in {
+        "features": lambda: FeatureCache.open(ADDRESS), "fold": lambda: cache.fold, "split": lambda: cache.split,
+        "error": ours.read_errors, "path": lambda: ours.update_paths(none, []),
+    }.items():  # fmt: skip
+        with pytest.raises(StoreError, match=f"cannot reach {ADDRESS}/{name}: gone"):
+            ask()
+    with pytest.raises(StoreError, match=f"cannot reach {ADDRESS}/error: gone"):
+        ours._write_errors(range(2), {})

@@ -299,7 +299,8 @@ def test_info_says_everything_of_a_cache(tmp_path):
 
 def test_info_says_what_each_task_of_the_last_division_has_to_do(tmp_path):
     path = tmp_path / "a.zarr"
-    created(path).close()
+    created(path, provenance={"by": "us"}).close()
+    assert summarise(path)["made"] == {"by": "us"}
     os.utime(writer.lock_folder(path) / "1-of-1", (1, 1))  # long ago
     with created(path, slot=(2, 2), provenance={}) as second, created(path, slot=(1, 2)) as one:
         second.write(1, filled(range(4, 8), failed=(5,)))

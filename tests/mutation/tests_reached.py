@@ -43,8 +43,8 @@ class Recorded:
         here = self.reach.get(mutant.file, {})
         found = set().union(*(self.reach.get(file, {}).get(line, ()) for file, line in uses.get(mutant.name, ())))
         found = found or set().union(*(here.get(line, ()) for line in mutant.lines))
-        if found == {""}:  # it runs on import alone: whoever comes by any line of the file may notice
-            found = set().union(*here.values())
+        if found <= {""}:  # it runs on import alone: whoever comes by the file may notice, else all
+            found = found and (set().union(*here.values()) - {""} or self.seconds.keys() - set(self.failed))
         chosen, spent = [], 0.0
         place = {test: next(at for at, suite in enumerate(suites) if _is_of(test, suite)) for test in found - {""}}
         for test in sorted(place, key=lambda test: (place[test], self.seconds[test], test)):
