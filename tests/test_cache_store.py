@@ -218,12 +218,12 @@ def test_a_shard_names_each_chunk_that_it_cannot_give(tmp_path, compressed):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("wrong", [(0, 10**6), (10**6, 16), (2**63 - 1, 16)])
+@pytest.mark.parametrize("wrong", [(0, 10**6), (10**6, 16), (2**63 - 1, 16), (-8, 16)])
 def test_an_index_that_points_past_the_end_is_no_chunk(tmp_path, compressed, wrong):
     file = shard(tmp_path, compressed=compressed)
     data = (tmp_path / "s").read_bytes()
     index = np.frombuffer(data[-164:-4], "<u8").reshape(10, 2).copy()
-    index[5] = wrong
+    index[5] = (wrong[0] if wrong[0] >= 0 else len(data) + wrong[0], wrong[1])
     (tmp_path / "s").write_bytes(data[:-164] + index.tobytes() + crc32c(index.tobytes()))
     with pytest.raises(CacheError, match="has no chunk 5"):
         (file.read_compressed if compressed else file.read)([5], np.zeros((1, 6), "<u2"))

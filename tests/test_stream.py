@@ -1,5 +1,6 @@
 """Streaming: each clip once an epoch, in an order that only the seed decides, and nothing left running."""
 
+import inspect
 import itertools
 import pickle
 import threading
@@ -62,6 +63,12 @@ def test_the_seed_alone_decides_the_order(cache):
     first = epoch(1)
     assert epoch(1) == epoch(1, pause=0.003, prefetch=1) == epoch(1, prefetch=9) == first
     assert epoch(2) != first and epoch((1, 1)) != epoch((1, 2))
+
+
+def test_what_an_epoch_is_when_nothing_is_said(cache):
+    assert order(stream_batches(cache, 4)) == order(stream_batches(cache, 4, seed=0, buffer_mb=1024))
+    options = inspect.signature(stream_batches).parameters
+    assert options["pin"].default is False and options["prefetch"].default == 2
 
 
 def test_batches_mix_several_shards(cache):
