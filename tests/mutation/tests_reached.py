@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import coverage
+import numpy as np
 import pytest
 from operators import Mutant
 from processes import in_child
@@ -54,26 +55,50 @@ class Recorded:
         return chosen
 
 
+def _clocks() -> np.ndarray:
+    return np.array([time.monotonic(), time.process_time()])
+
+
 def _is_of(test: str, suite: str) -> bool:
     return fnmatch(test.partition("::")[0].removeprefix("tests/"), suite)
 
 
 class _Recorder:
-    """A pytest plugin that fills a Recorded."""
+    """A pytest plugin that fills a Recorded.
+
+    What several tests share is made by the first of them, and by each that runs alone: its time counts for all.
+    """
 
     def __init__(self, tracer: coverage.Coverage):
         self.tracer, self.found, self.skipped = tracer, Recorded(), set()
+        self.shared: dict[str, np.ndarray] = {}  # fixture -> seconds on the clock and of the processor
+        self.alone: dict[str, np.ndarray] = {}  # test -> the same, without what is shared
+        self.uses: dict[str, tuple[str, ...]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        before = _clocks()
+        try:
+            return (yield)
+        finally:
+            if fixturedef.scope != "function":
+                self.shared[fixturedef.argname] = self.shared.get(fixturedef.argname, 0) + _clocks() - before
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         self.tracer.switch_context(item.nodeid)
-        clock, processor = time.monotonic(), time.process_time()
+        before, shared = _clocks(), sum(self.shared.values())
         try:
             return (yield)
         finally:
-            self.found.elapsed[item.nodeid] = time.monotonic() - clock
-            self.found.seconds[item.nodeid] = time.process_time() - processor
+            self.alone[item.nodeid] = _clocks() - before - (sum(self.shared.values()) - shared)
+            self.uses[item.nodeid] = tuple(item.fixturenames)
             self.tracer.switch_context("")
+
+    def pytest_sessionfinish(self):
+        for test, alone in self.alone.items():
+            both = alone + sum(self.shared.get(name, 0) for name in self.uses[test])
+            self.found.elapsed[test], self.found.seconds[test] = both.tolist()
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
