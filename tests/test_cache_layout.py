@@ -141,6 +141,7 @@ def test_shards_are_as_many_as_the_size_asks_and_equally_full():
     ours = spec()  # of 600 bytes a clip
     assert [ours.clips_per_shard(0.0018, clips) for clips in (0, 1, 2, 3, 4, 5, 6, 7)] == [3, 1, 2, 3, 2, 3, 3, 3]
     assert ours.clips_per_shard(0.00179, 100) == 2 and ours.clips_per_shard(0.0006, 100) == 1
+    assert ours.clips_per_shard(0.0011999992, 100) == 1, "a megabyte is a million bytes"
     assert ours.clips_per_shard(1e-9, 100) == 1, "a clip is in one shard, however small that should be"
     assert ours.clips_per_shard(1000, 256) == 256 and ours.clips_per_shard(1000, 257) == 129
 

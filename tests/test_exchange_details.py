@@ -54,7 +54,7 @@ def test_what_lies_beside_the_npz_files_says_all_that_an_import_needs(tmp_path):
     assert rows[3] == ["clip3", "clip3.npz", "audio/clip3.wav", "3", "eval", "25", "dog"]
     assert [row[6] for row in rows[1:]] == ["dog", "cat", "dog", "cat", "", "dog"] and rows[6][4] == ""
     text = (tmp_path / "npz/cache.json").read_text()
-    assert json.loads(text) == cache.attributes and text.endswith("}\n")
+    assert json.loads(text) == cache.attributes and text.startswith('{\n "') and text.endswith("}\n")
     both = source(tmp_path / "b.zarr", labels=np.ones((N, 2)))
     export_npz(both.path, tmp_path / "both")
     assert "dog;cat" in (tmp_path / "both/labels.csv").read_text()
@@ -144,7 +144,8 @@ def test_hdf5_is_written_in_parts_of_the_type_that_features_are_read_in(tmp_path
             }  # fmt: skip
             assert json.loads(file.attrs["made"]) == {} and file["class"].asstr()[:].tolist() == ["dog", "cat"]
             assert file["layer"][:].tolist() == [1, 2] and file["clip"][:].tolist() == rows.tolist()
-            assert file["clip"].is_scale and file["class"].is_scale
+            for scale in ("clip", "layer", "frame", "channel", "class"):
+                assert file[scale].is_scale and file[scale].attrs["NAME"] == scale.encode()
 
 
 def test_a_cache_without_classes_goes_out_and_comes_back(tmp_path):
