@@ -18,7 +18,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m slow
 
-# Do the tests notice faults? Two hours on one core; MUTATE="cache --sample 300" tries fewer.
+# Do the tests notice faults? Over an hour on one core; MUTATE="cache --sample 330" tries fewer.
 mutate: $(INSTALLED)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/mutation/mutate.py $(MUTATE) --out benchmarks/results/mutation.json
 
