@@ -9,7 +9,7 @@ TEST_THREADS ?= 1
 # ESC-10 and speech for the benchmarks that read them; without this folder those are left out.
 BENCH_DATA ?= ../shared/data
 
-.PHONY: demo test test-slow lint format coverage bench bench-table clean
+.PHONY: demo test test-slow lint format coverage mutate bench bench-table clean
 
 demo: $(INSTALLED)
 	$(BIN)/whisper-at-cli demo
@@ -19,6 +19,10 @@ test: lint
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m slow
+
+# Do the tests notice faults? Over an hour on one core; MUTATE="cache --sample 330" tries fewer.
+mutate: $(INSTALLED)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/mutation/mutate.py $(MUTATE) --out benchmarks/results/mutation.json
 
 # mypy reads the package through a link of its name, since the folder of a clone may have any.
 lint: $(INSTALLED)

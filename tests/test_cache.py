@@ -9,9 +9,10 @@ import pytest
 import zarr
 
 from planted import planted_cache
-from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, Status
-from whisper_at_cli.extract.cache.shards import shard_buffers
-from whisper_at_cli.extract.cache.verify import verify
+from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, Status, reader
+from whisper_at_cli.extract.cache.shards import ShardFile, shard_buffers
+from whisper_at_cli.extract.cache.store import LocalStore
+from whisper_at_cli.extract.cache.verify import Damage, VerifyReport, verify
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
 N, L, T, D = 11, 3, 25, 8
@@ -122,6 +123,89 @@ def test_a_reader_pickles_and_serves_threads(tmp_path):
     assert not wrong
 
 
+def test_one_layer_comes_in_the_type_asked_for_and_in_the_order_of_the_rows(tmp_path):
+    for dtype in ("float16", "float32", "int8"):
+        scale = np.random.default_rng(3).uniform(0.5, 2, (N, L, D)).astype(np.float16) if dtype == "int8" else None
+        values = np.round(FEATURES).clip(-99, 99) if dtype == "int8" else FEATURES
+        cache = planted_cache(
+            tmp_path / f"{dtype}.zarr", values, LABELS, dtype=dtype, shard_mb=SHARD_MB[dtype], scale=scale
+        )
+        expected = values.astype(dtype).astype(np.float32) * (
+            1 if scale is None else scale[:, :, None].astype(np.float32)
+        )
+        for rows in (None, [10, 0, 7, 4, 4, 5], [8], [], range(11), 3):
+            at = range(N) if rows is None else np.atleast_1d(np.asarray(rows, dtype=int))
+            for layer in (1, 2, 3):
+                found = cache.layer(layer, rows)
+                assert found.dtype == np.float32 and found.shape == (len(at), T, D)
+                np.testing.assert_array_equal(found, expected[at, layer - 1])
+                assert cache.layer(layer, rows, dtype="float16").dtype == np.float16
+            if rows is not None:
+                np.testing.assert_array_equal(cache.features(rows).astype(np.float32), expected[at])
+                np.testing.assert_array_equal(cache.stored_features(rows), values.astype(dtype)[at])
+            mean = cache.mean(rows=rows)
+            assert mean.shape == (len(at), L, D) and mean.dtype == np.float32
+            np.testing.assert_array_equal(cache.mean(2, rows), mean[:, 1])
+            if scale is not None:
+                np.testing.assert_array_equal(cache.scale(rows), scale.astype(np.float32)[at])
+
+
+def test_one_layer_is_one_read_per_shard_of_that_layers_bytes_alone(tmp_path, monkeypatch):
+    cache = small_cache(tmp_path / "a.zarr")
+    read, whole = [], ShardFile.read
+    monkeypatch.setattr(
+        ShardFile, "read", lambda self, chunks, out: read.append((self.path, list(chunks))) or whole(self, chunks, out)
+    )
+    cache.layer(2, [1, 3, 4, 6, 2])
+    first, second = (f"{cache.path}/features/c/{shard}/0/0/0" for shard in (0, 1))
+    assert read == [(first, [1 * L + 1, 3 * L + 1]), (second, [0 * L + 1, 2 * L + 1]), (first, [2 * L + 1])]
+    read.clear()
+    cache.mean(3, [0, 9, 3, 8])
+    assert read == [(f"{cache.path}/mean/c/{shard}/0/0", [2]) for shard in (0, 2)]
+
+
+def test_few_shard_files_are_open_at_once_and_the_least_used_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "OPEN_SHARDS", 2)
+    opened, whole = [], LocalStore.open
+    monkeypatch.setattr(LocalStore, "open", lambda self, name: opened.append(name.split("/")[2]) or whole(self, name))
+    cache = small_cache(tmp_path / "a.zarr")
+    opened.clear()
+    for row in (0, 5, 1, 9, 2, 6):
+        cache.features([row])
+    assert opened == ["0", "1", "2", "1"], "shard 0 was in use all the time, 1 the longest unused when 2 came"
+    assert reader.OPEN_SHARDS == 2 and {name: list(files) for name, files in cache._open.items()} == {
+        "features": [0, 1]
+    }
+
+
+def test_what_a_reader_says_of_its_clips(tmp_path):
+    cache = small_cache(tmp_path / "a.zarr", failed=(2,), fold=np.arange(N) % 3, split=["train", ""] * 5 + ["eval"])
+    assert len(cache) == N and cache.complete and cache.done.sum() == N - 1
+    assert cache.ids.dtype.kind == cache.paths.dtype.kind == cache.split.dtype.kind == cache.errors.dtype.kind == "U"
+    assert cache.ids.tolist() == [f"clip{i}" for i in range(N)]
+    assert cache.paths.tolist() == [f"audio/clip{i}.wav" for i in range(N)]
+    assert cache.fold.tolist() == [i % 3 for i in range(N)] and cache.split.tolist() == ["train", ""] * 5 + ["eval"]
+    assert cache.errors.tolist() == ["", "", "planted failure"] + [""] * 8
+    assert cache.labels.tolist() == np.eye(2)[LABELS].tolist() and cache.valid_frames.tolist() == [T] * N
+    (cache.path / "status/c/0").unlink()
+    (cache.path / "valid_frames/c/2").unlink()
+    pending = FeatureCache.open(cache.path)
+    assert pending.status.tolist() == [0] * 4 + [1] * 7 and not pending.complete
+    assert pending.valid_frames.tolist() == [T] * 8 + [0] * 3
+    with pytest.raises(CacheError, match="clip 'clip3' of .* has no features: it is pending"):
+        pending.mean(rows=[4, 3])
+    one_of_each = small_cache(tmp_path / "c.zarr", failed=(2,))
+    (one_of_each.path / "status/c/2").unlink()
+    with pytest.raises(CacheError, match="clip 'clip2' of .* has no features: it is failed"):
+        FeatureCache.open(one_of_each.path).features([1, 2, 9])
+    with pytest.raises(UsageError, match="rows 0 to 10; row -1 to 4 was asked for"):
+        pending.features([4, -1])
+    names = np.array(["a"])
+    bare = ClipTable(names, names, np.zeros(1, np.int16), np.array([""]), np.zeros((1, 0)))
+    with CacheWriter.create(tmp_path / "b.zarr", spec_and_clips(class_names=())[0], bare) as writer:
+        assert writer.cache.labels.shape == (1, 0) and writer.cache.labels.dtype == np.uint8
+
+
 def flip(path, at):
     """Change one bit of one byte of a file."""
     data = bytearray(path.read_bytes())
@@ -167,6 +251,75 @@ def test_damaged_status_and_metadata_are_found(tmp_path):
     (cache.path / "features" / "zarr.json").write_text("{")
     with pytest.raises(CacheError, match="damaged"):
         verify(cache.path)
+
+
+def test_values_that_are_not_finite_are_damage_although_their_checksums_are_right(tmp_path):
+    cache = small_cache(tmp_path / "a.zarr")
+    group = zarr.open_group(cache.path, mode="r+")
+    group["features"][6, 1, 3, 2] = np.inf
+    assert verify(cache.path).damaged == (Damage(1, ("clip6",), "features hold a value that is not finite"),)
+    group["mean"][9, 2, 1] = np.nan
+    found = verify(cache.path)
+    assert not found.ok and found.clips_read == N
+    assert found.damaged[1] == Damage(2, ("clip8", "clip9", "clip10"), "mean holds a value that is not finite")
+
+
+def test_a_damage_that_hits_all_clips_of_a_shard_is_named_once(tmp_path):
+    cache = small_cache(tmp_path / "a.zarr")
+    group = zarr.open_group(cache.path, mode="r+")
+    group["features"][4:8, 0, 0, 0] = np.nan
+    whole = ("clip4", "clip5", "clip6", "clip7")
+    assert verify(cache.path).damaged == (Damage(1, whole, "features hold a value that is not finite"),)
+    some = np.isin(np.arange(N), [0, 5, 7])
+    report = verify(cache.path, rows=some)
+    assert report.damaged == (Damage(1, ("clip5", "clip7"), "features hold a value that is not finite"),)
+    assert report.clips_read == 3
+    group["features"][7, 0, 0, 0] = 0
+    assert [damage.clips for damage in verify(cache.path).damaged] == [("clip4",), ("clip5",), ("clip6",)]
+    assert verify(cache.path, rows=np.isin(np.arange(N), [5])).damaged[0].clips == ("clip5",)
+    flip(cache.path / "features/c/0/0/0/0", 3)
+    flip(cache.path / "features/c/0/0/0/0", L * (T * D * 4 + 4) + 3)
+    of_first = [damage for damage in verify(cache.path).damaged if damage.shard == 0]
+    assert [damage.clips for damage in of_first] == [("clip0",), ("clip1",)], "two chunks are two damages"
+
+
+def test_verify_says_how_far_it_is_and_leaves_out_what_is_not_done(tmp_path):
+    cache, said = small_cache(tmp_path / "a.zarr", failed=(3, 8)), []
+    assert verify(cache.path, progress=lambda *words: said.append(words)) == VerifyReport(True, 9, ())
+    assert said == [(3, N, ""), (8, N, ""), (11, N, "")]
+    flip(cache.path / "features/c/1/0/0/0", 3)
+    said.clear()
+    verify(cache.path, progress=lambda *words: said.append(words))
+    assert said == [(3, N, ""), (8, N, "1 damaged"), (11, N, "1 damaged")]
+    said.clear()
+    assert verify(cache.path, rows=np.arange(N) < 3, progress=lambda *words: said.append(words)).clips_read == 3
+    assert said == [(3, N, "")]
+
+
+def test_arrays_of_another_shape_or_type_than_the_attributes_say_are_damage(tmp_path):
+    cache = small_cache(tmp_path / "a.zarr")
+    for name, key, value, said in (
+        ("mean", "shape", [N, L, D + 1], "mean/zarr.json says (11, 3, 9) float32, not (11, 3, 8) float32"),
+        ("labels", "data_type", "int8", "labels/zarr.json says (11, 2) int8, not (11, 2) uint8"),
+        ("path", "shape", [N + 1], "path/zarr.json says (12,)"),
+    ):
+        file = cache.path / name / "zarr.json"
+        whole = file.read_text()
+        file.write_text(json.dumps(json.loads(whole) | {key: value}))
+        (damage,) = verify(cache.path).damaged
+        assert (damage.shard, damage.clips) == (-1, ()) and damage.problem.startswith(said)
+        file.write_text(whole)
+
+
+def test_damage_of_status_and_of_valid_frames_names_its_shard(tmp_path):
+    cache = small_cache(tmp_path / "a.zarr")
+    flip(cache.path / "status/c/2", 0)
+    flip(cache.path / "valid_frames/c/0", 0)
+    assert verify(cache.path).damaged == (
+        Damage(2, ("clip8", "clip9", "clip10"), "status/c/2 is damaged: its CRC-32C does not match"),
+        Damage(0, ("clip0", "clip1", "clip2", "clip3"), "valid_frames/c/0 is damaged: its CRC-32C does not match"),
+    )
+    assert FeatureCache.open(cache.path).damaged_chunks == {"status": {2}, "valid_frames": set()}
 
 
 def test_what_is_no_cache_is_refused_in_one_line(tmp_path):

@@ -233,6 +233,8 @@ def test_without_a_csv_clips_are_named_after_their_files(tmp_path):
     import_npz(folder, tmp_path / "a.zarr", backbone="b", clip_seconds=10)
     cache = FeatureCache.open(tmp_path / "a.zarr")
     assert cache.ids.tolist() == ["a", "sub/b"] and cache.labels.shape == (2, 0)
+    assert cache.paths.tolist() == ["a.npz", "sub/b.npz"] and cache.split.tolist() == ["", ""]
+    assert cache.fold.tolist() == [0, 0] and cache.valid_frames.tolist() == [T, T]
 
 
 @pytest.mark.parametrize(

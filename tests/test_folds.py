@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from whisper_at_cli.extract.cache.folds import cache_folds, evaluation_folds
+from whisper_at_cli.extract.cache.folds import _rarest_class, cache_folds, evaluation_folds
 from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.errors import UsageError
 
@@ -182,3 +182,9 @@ def test_without_its_folds_a_cache_of_esc_10_is_still_divided_by_recording(esc10
         assert not set(source[fold.train]) & set(source[fold.test])
         assert 70 <= len(fold.test) <= 90
     assert "recordings" in warning
+
+
+def test_the_rarest_of_a_clips_labels_decides_and_no_label_is_a_class_of_its_own():
+    labels = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0]])
+    assert _rarest_class(labels).tolist() == [1, 0, -1, 2, -1]
+    assert _rarest_class(np.zeros((2, 0))).tolist() == [-1, -1]

@@ -52,6 +52,7 @@ def test_what_is_undefined_is_nan():
     assert math.isnan(evaluate_scores(np.zeros((2, 2)), np.array([[1, 1], [1, 0]])).accuracy)
     empty = evaluate_scores(np.zeros((0, 3)), np.zeros((0, 3)))
     assert math.isnan(empty.mAP) and math.isnan(empty.accuracy) and empty.class_ap.shape == (3,)
+    assert (empty.classes_without_positives, empty.classes_without_negatives) == (3, 0)
 
 
 def test_d_prime_is_the_distance_of_two_normals_with_that_auc():
@@ -59,7 +60,7 @@ def test_d_prime_is_the_distance_of_two_normals_with_that_auc():
     auc = 0.5 * (1 + math.erf(distance / 2))  # P(x + distance > y) for unit normals x and y
     assert d_prime(auc) == pytest.approx(distance)
     assert d_prime(0.5) == 0 and d_prime(1.0) == math.inf and d_prime(0.0) == -math.inf
-    assert math.isnan(d_prime(math.nan))
+    assert all(math.isnan(d_prime(auc)) for auc in (math.nan, -0.5, 1.5))
 
 
 def test_logits_and_probabilities_give_the_same_metrics_from_tensors_and_arrays():
@@ -127,6 +128,7 @@ def test_one_clip_has_a_precision_and_an_accuracy_but_no_auc():
     found = evaluate_scores(np.array([[0.1, 0.9, 0.3]]), np.array([[0, 1, 0]]))
     np.testing.assert_array_equal(found.class_ap, [np.nan, 1, np.nan])
     assert found.accuracy == 1 and found.mAP == 1
+    assert (found.classes_without_positives, found.classes_without_negatives) == (2, 1)
     assert np.isnan(found.class_auc).all() and math.isnan(found.mAUC) and math.isnan(found.d_prime)
 
 
@@ -153,6 +155,41 @@ def test_half_precision_logits_are_ranked_as_their_exact_values():
     half = torch.from_numpy(scores).to(torch.bfloat16)
     found = evaluate_scores(half, labels)
     np.testing.assert_allclose(found.class_ap, average_precision_score(labels, half.double().numpy(), average=None))
+
+
+def test_whole_numbers_are_ranked_exactly():
+    scores = np.array([[2**24], [2**24 + 1]])  # the same in float32
+    assert evaluate_scores(scores, np.array([[0], [1]])).mAUC == 1
+
+
+@pytest.mark.parametrize("scores, labels", [((4, 3), (4, 2)), ((4, 3), (3, 4)), ((2, 2, 2), (2, 2, 2)), ((4,), (4,))])
+def test_scores_and_labels_of_other_shapes_than_clips_and_classes_are_refused(scores, labels):
+    with pytest.raises(ValueError, match=r"must both be \(clips, classes\)"):
+        evaluate_scores(np.zeros(scores), np.zeros(labels))
+
+
+def test_classes_are_ranked_in_runs_of_like_and_bounded_size():
+    positives = np.array([7, 100, 50, 49, 3, 99, 100, 1])
+    order = np.argsort(-positives, kind="stable")
+    runs = list(metrics._alike(order, positives, most=3))
+    assert [positives[run].tolist() for run in runs] == [[100, 100, 99], [50, 49], [7], [3], [1]]
+    runs = list(metrics._alike(order, positives, most=8))
+    assert [positives[run].tolist() for run in runs] == [[100, 100, 99, 50], [49], [7], [3], [1]]
+
+
+def test_scores_on_another_device_stay_there_while_they_are_sorted():
+    assert metrics._ascending(torch.empty(2, 3, device="meta")).device.type == "meta"
+
+
+def test_the_notes_say_what_the_means_leave_out_and_nothing_else():
+    assert evaluate_scores(np.array([[1, 0], [0, 1], [0.4, 0.3]]), np.array([[0, 1], [0, 1], [1, 0]])).notes == []
+    nothing = evaluate_scores(np.zeros((3, 2)), np.zeros((3, 2)))
+    assert nothing.notes == [
+        "2 of 2 classes are in none of the clips and do not count in mAP and mAUC",
+        "accuracy is undefined: it needs exactly one label on every clip",
+    ]
+    wrong = evaluate_scores(np.array([[0, 1], [1, 0]]), np.eye(2))
+    assert wrong.notes == ["mAUC is exactly 0, for which d-prime is infinite"] and wrong.d_prime == -math.inf
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
 
-from whisper_at_cli.probe.scores import HeldOut, best_layers
+from whisper_at_cli.probe.scores import HeldOut, best_layers, class_f1
 
 NAMES = ("a", "b", "c", "d")
 TESTS = {1: np.arange(0, 30), 4: np.arange(30, 80)}
@@ -42,6 +42,12 @@ def test_a_class_that_is_never_predicted_has_an_f1_of_zero():
     assert score.class_f1["c"] == 0 and score.class_f1["a"] == 1
 
 
+def test_a_class_of_one_clip_has_an_f1():
+    with np.errstate(all="raise"):
+        f1 = class_f1(np.array([0, 1, 1, 2]), np.array([0, 1, 2, 2]), 4)
+    np.testing.assert_allclose(f1, [1, 2 / 3, 2 / 3, np.nan])
+
+
 def test_the_confusion_matrix_counts_every_tested_clip_once(logits):
     y = np.random.default_rng(1).integers(0, 3, 100)
     confusion = HeldOut(NAMES, np.eye(4)[y], TESTS).accuracy(1, logits).confusion
@@ -70,6 +76,8 @@ def test_map_is_the_mean_over_classes_with_positives_and_the_others_are_counted(
     assert score.mAP == pytest.approx((first + second) / 2)
     assert [fold["mAP"] for fold in score.folds] == pytest.approx([first, second])
     assert [fold["classes_without_positives"] for fold in score.folds] == [2, 1]
+    assert [(fold["fold"], fold["clips"]) for fold in score.folds] == [(1, 30), (4, 50)] and score.layer == 2
+    assert score.mAP_std == pytest.approx(abs(first - second) / 2)
     assert score.classes_without_positives == 1 and score.class_ap["d"] is None
     assert score.class_ap["a"] == pytest.approx(average_precision_score(labels[:80, 0], logits[:80, 0]))
 

@@ -54,4 +54,4 @@ def test_empty_texts_count_and_an_endless_one_exceeds_one():
 def test_another_language_is_not_put_through_the_english_normaliser():
     name, normalise = whisper_normaliser("de")
     assert name == "whisper-basic" and normalise("Mr. Müller!") == "mr müller "
-    assert whisper_normaliser("en")[0] == "whisper"
+    assert whisper_normaliser("en")[0] == whisper_normaliser()[0] == "whisper"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.tagging.events import EventSettings, cells, find_events
+from whisper_at_cli.heads.tagging.events import TOLERANCE, EventSettings, cells, find_events
 
 
 def events(values, *, spans=None, hop=1.0, **settings):
@@ -24,6 +24,14 @@ def test_an_event_begins_at_on_and_lasts_until_below_off():
     assert events(values, on=0.5, off=0.3) == [(2, 5, "class0", 0.6)]
     assert events(values, on=0.5, off=0.5) == [(2, 3, "class0", 0.6)]
     assert events(values, on=0.7, off=0.3) == []
+
+
+def test_what_stays_below_on_is_no_event_and_ends_nothing():
+    assert events([0.4, 0.0, 0.9, 0.0, 0.4, 0.0, 0.9]) == [(2, 3, "class0", 0.9), (6, 7, "class0", 0.9)]
+
+
+def test_what_settings_are_when_nothing_is_said():
+    assert EventSettings() == EventSettings(on=0.5, off=0.3, min_duration=0.0, merge_gap=0.0)
 
 
 def test_short_gaps_are_merged_and_short_events_dropped_in_this_order():
@@ -70,8 +78,31 @@ def test_nothing_heard_is_no_event():
     assert find_events(np.zeros((0, 2)), np.zeros((0, 3)), ["a", "b", "c"], EventSettings()) == []
 
 
-@pytest.mark.parametrize("wrong", [{"on": 0.2, "off": 0.3}, {"off": 0}, {"on": 1.1}, {"min_duration": -1},
-                                   {"merge_gap": float("nan")}, {"on": float("nan")}])  # fmt: skip
+@pytest.mark.parametrize("wrong", [{"on": 0.2, "off": 0.3}, {"off": 0}, {"on": 1.1}, {"min_duration": -0.1},
+                                   {"merge_gap": -0.1}, {"merge_gap": float("nan")}, {"on": float("nan")}])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(UsageError):
         EventSettings(**wrong)
+
+
+def test_an_event_joins_the_one_just_before_it_and_no_earlier_one():
+    values = [0.9, 0.0, 0.0, 0.6, 0.0, 0.7, 0.0, 0.8]
+    assert events(values, merge_gap=1.0) == [(0, 1, "class0", 0.9), (3, 8, "class0", 0.8)]
+    assert events(values[::-1], merge_gap=1.0) == [(0, 5, "class0", 0.8), (7, 8, "class0", 0.9)]
+
+
+def test_a_probability_of_just_on_or_off_belongs_to_the_event():
+    assert events([0.5, 0.3, 0.5, 0.2], on=0.5, off=0.3) == [(0, 3, "class0", 0.5)]
+    assert events([1.0, 0.0], on=1, off=1) == [(0, 1, "class0", 1.0)]
+
+
+def test_lengths_may_miss_by_the_tolerance_and_by_no_more():
+    for missing, kept in ((TOLERANCE, 1), (1.5 * TOLERANCE, 0)):
+        assert len(events([0.9, 0.0], spans=[(0, 2 - missing), (3, 4)], min_duration=2)) == kept
+    for gap, found in ((TOLERANCE, 1), (1.5 * TOLERANCE, 2)):
+        assert len(events([0.9, 0.0, 0.9], spans=[(-1, 0), (3, 4), (gap, 1)])) == found
+
+
+def test_events_that_begin_together_are_in_order_of_their_end_and_then_of_their_label():
+    values = [[0.9, 0.9, 0.9], [0.9, 0.0, 0.0]]
+    assert [label for _, _, label, _ in events(values)] == ["class1", "class2", "class0"]

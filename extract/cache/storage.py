@@ -36,7 +36,8 @@ def to_storage(features_BLTD: Tensor, dtype: str) -> Stored:
         stored, scale, mean = features_BLTD.to(torch.float16), None, mean.to(torch.float16)
     else:
         scale = (features_BLTD.abs().amax(dim=2) / INT8_MAX).to(torch.float16)
-        divisor = scale.to(torch.float32).clamp_(min=torch.finfo(torch.float16).tiny).unsqueeze(2)
+        divisor = scale.to(torch.float32).unsqueeze(2)  # as it is stored, also where that is subnormal
+        divisor.masked_fill_(divisor == 0, 1)
         stored = (features_BLTD / divisor).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
         mean = mean.to(torch.float16)
     checked = scale if scale is not None else stored
