@@ -274,7 +274,13 @@ def _alignment_heads(path: Path) -> tuple[tuple[int, int], ...] | None:
     try:
         pairs = read_json(path)["alignment_heads"]
         return tuple((int(layer), int(head)) for layer, head in pairs)
-    except (WeightsError, ValueError, KeyError, TypeError):  # it is no part of the weights: Whisper has a default
+    except (
+        WeightsError,
+        ValueError,
+        OverflowError,
+        KeyError,
+        TypeError,
+    ):  # it is no part of the weights: Whisper has a default
         return None
 
 
