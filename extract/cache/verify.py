@@ -10,8 +10,10 @@ import numpy as np
 from whisper_at_cli.extract.cache import schema
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import array_shapes
-from whisper_at_cli.extract.errors import CacheError
+from whisper_at_cli.extract.errors import CacheError, WhisperATError
 from whisper_at_cli.extract.progress import Progress
+
+COLUMNS = ("ids", "paths", "split", "errors", "fold", "labels")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def verify(path: str | Path, *, rows: np.ndarray | None = None, progress: Progre
     Raises UsageError or CacheError where the cache cannot even be opened.
     """
     cache = FeatureCache.open(path)
-    damaged = _metadata_damage(cache) + _chunk_damage(cache)
+    damaged = _metadata_damage(cache) + _column_damage(cache) + _chunk_damage(cache)
     done = np.flatnonzero(cache.done if rows is None else cache.done & rows)
     for shard in np.unique(done // cache.clips_per_shard).tolist():
         rows = done[done // cache.clips_per_shard == shard]
@@ -59,9 +61,30 @@ def _metadata_damage(cache: FeatureCache) -> list[Damage]:
                 array = zarr.open_array(cache.store.zarr(), path=name, mode="r", zarr_format=3)
             if array.shape != shape or (dtype and array.dtype != dtype):
                 found.append(Damage(-1, (), f"{name}/zarr.json says {array.shape} {array.dtype}, not {shape} {dtype}"))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except WhisperATError:
+            raise
+        except Exception as error:  # whatever damaged bytes bring zarr to
             found.append(Damage(-1, (), f"{name}/zarr.json is missing or damaged: {error}"))
     return found
+
+
+def _column_damage(cache: FeatureCache) -> list[Damage]:
+    """What the dataset said of each clip and is no longer readable."""
+    found = []
+    for column in COLUMNS:
+        try:
+            getattr(cache, column)
+        except CacheError as error:
+            found.append(Damage(-1, (), str(error)))
+    return found
+
+
+def _names(cache: FeatureCache, rows) -> tuple[str, ...]:
+    """The ids of these clips; their numbers where no id can be read any more."""
+    try:
+        return tuple(str(cache.ids[row]) for row in rows)
+    except CacheError:
+        return tuple(f"row {row}" for row in rows)
 
 
 def _chunk_damage(cache: FeatureCache) -> list[Damage]:
@@ -71,14 +94,14 @@ def _chunk_damage(cache: FeatureCache) -> list[Damage]:
     for name, shards in cache.damaged_chunks.items():
         for shard in sorted(shards):
             rows = schema.shard_rows(shard, cache.clips_per_shard, len(cache))
-            clips = tuple(str(cache.ids[row]) for row in rows)
+            clips = _names(cache, rows)
             found.append(Damage(shard, clips, f"{name}/c/{shard} is damaged: its CRC-32C does not match"))
     return found
 
 
 def _shard_damage(cache: FeatureCache, shard: int, rows: np.ndarray) -> list[Damage]:
     """What is wrong with one shard. A damage that hits all its clips alike is named once."""
-    names = tuple(str(cache.ids[row]) for row in rows)
+    names = _names(cache, rows)
     try:
         means_are_finite = bool(np.isfinite(cache.mean(rows=rows)).all())
     except CacheError as error:
