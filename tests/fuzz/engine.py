@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from whisper_at_cli.extract.cache.schema import MORE_MEMORY
 from whisper_at_cli.extract.errors import AudioError, WhisperATError
 
 Files = dict[str, bytes]
@@ -166,7 +167,8 @@ def _one(reader: Reader, folder: Path, files: Files, tracer: _Tracer) -> Outcome
         kind, detail = "memory", f"{peak:.0f} MB more, then {kind}: {detail}"
     elif kind in ("accepted", "refused") and seconds > CPU_SECONDS:
         kind, detail = "time", f"{seconds:.1f} s, then {kind}: {detail}"
-    return Outcome(kind, detail, edges, seconds, peak, time.process_time())
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Outcome(kind, detail, edges, seconds, peak, time.process_time() + children.ru_utime + children.ru_stime)
 
 
 def _refusal(error: WhisperATError, folder: Path, files: Files) -> tuple[str, str]:
@@ -174,7 +176,7 @@ def _refusal(error: WhisperATError, folder: Path, files: Files) -> tuple[str, st
     text = str(error)
     cause = error
     while cause is not None:
-        if isinstance(cause, MemoryError):
+        if isinstance(cause, MemoryError) and MORE_MEMORY not in text:  # refused as such, before any was taken
             return "exception", f"out of memory on the way to {_where(error)}"
         cause = cause.__cause__ or cause.__context__
     if str(folder) not in text and not any(Path(name).name in text for name in files):

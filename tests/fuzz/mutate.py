@@ -5,6 +5,7 @@ Each function takes a `random.Random` and returns something new; the same genera
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import struct
@@ -23,6 +24,7 @@ FIELDS = (
     "9" * 5000, "a;b;a", ";;", '"', '""', '"a', "a\nb", "a\r", "\0", "\ufeff", "..", "/", "/dev/null", "a" * 1025,
     "a,b", "=1+1", "True", "null", "[]", "-0.0", "audio", "label", "ä", "\u2028", "\U0001f414" * 300,
 )  # fmt: skip
+MOST_PLACES = 5000  # of a document, among which one is chosen
 LONGEST = 1 << 18  # bytes of an input; a larger one is cut
 
 
@@ -105,21 +107,22 @@ def change_json(data: bytes, rng: random.Random) -> bytes:
 
 
 def _change_value(document: object, rng: random.Random) -> object:
-    places = list(_places(document))
+    places = list(itertools.islice(_places(document), MOST_PLACES))
     if not places or rng.random() < 0.02:
-        return rng.choice(VALUES)
+        return _copied(rng.choice(VALUES))
     holder, key = rng.choice(places)
     value, act = holder[key], rng.random()
     if act < 0.12:
         del holder[key]
     elif act < 0.2 and isinstance(holder, list):
-        holder[key:key] = [value] * rng.choice((1, 2, 2, 2, 100))
+        times = rng.choice((1, 2, 2, 2, 100))
+        holder[key:key] = [_copied(value) for _ in range(times if times < 9 or len(json.dumps(value)) < 99 else 1)]
     elif act < 0.2:
         holder[rng.choice((f"{key}_", "name", "shape", "audio", ""))] = holder.pop(key)
     elif act < 0.3:  # something that is elsewhere in the document
         other, at = rng.choice(places)
         if at in other if isinstance(other, dict) else at < len(other):
-            holder[key] = json.loads(json.dumps(other[at]))
+            holder[key] = _copied(other[at])
     elif act < 0.6 and isinstance(value, int | float) and not isinstance(value, bool):
         holder[key] = rng.choice((value + 1, value - 1, -value, value * 2, value * 1000, value / 2, *EXTREME))
     elif act < 0.4 and isinstance(value, str):
@@ -130,8 +133,13 @@ def _change_value(document: object, rng: random.Random) -> object:
             value = [value]
         holder[key] = value
     else:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = _copied(rng.choice(VALUES))
     return document
+
+
+def _copied(value: object) -> object:
+    """A value that shares nothing: one that is within itself several times would grow with every change."""
+    return json.loads(json.dumps(value))
 
 
 def _places(document: object):
