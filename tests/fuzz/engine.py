@@ -126,8 +126,7 @@ def _serve(reader: Reader, pipe, folder: Path) -> None:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    most = _status_mb("VmSize") + ADDRESS_SPACE_MB
-    resource.setrlimit(resource.RLIMIT_AS, (int(most * 2**20), int(most * 2**20)))
+    limit_memory(ADDRESS_SPACE_MB)
     tracer, there = _Tracer(), {}
     gc.freeze()
     while True:
@@ -235,6 +234,12 @@ class _Tracer:
             self._edges.add(line << 32 ^ self._before)
             self._before = line
         return self._line
+
+
+def limit_memory(more_mb: float) -> None:
+    """Let this process, and what it forks, take no more than this beyond what it has."""
+    most = int((_status_mb("VmSize") + more_mb) * 2**20)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def _status_mb(name: str) -> float:

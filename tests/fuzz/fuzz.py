@@ -77,6 +77,7 @@ def main() -> int:
     if given.again:
         print(READERS[given.reader].read(given.again))
         return 0
+    engine.limit_memory(2 * engine.ADDRESS_SPACE_MB)  # of the loop itself, should it grow
     records = []
     for reader in READERS.values() if given.reader == "all" else [READERS[given.reader]]:
         tally = engine.fuzz(
