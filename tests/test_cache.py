@@ -304,3 +304,16 @@ def test_int8_moves_no_probe_on_real_sounds(esc10_cache, tmp_path):
     before, after = probe_layers(esc10_cache), probe_layers(quantised)
     for one, other in zip(before.layers, after.layers, strict=True):
         assert abs(one.accuracy - other.accuracy) <= 0.005
+
+
+@pytest.mark.parametrize("largest", [1e-5, 1e-3, 5e-3, 7e-3])
+def test_int8_holds_channels_of_small_numbers_too(largest):
+    """A scale below float16's smallest normal number is divided by as it is, not as that number."""
+    import torch
+
+    from whisper_at_cli.extract.storage import to_storage
+
+    exact = torch.linspace(-largest, largest, 25).reshape(1, 1, 25, 1)
+    stored = to_storage(exact, "int8")
+    decoded = stored.features.float() * stored.scale.float().unsqueeze(2)
+    assert (decoded - exact).abs().max() <= 0.5 * largest / 127 + 127 * 2**-25
