@@ -317,3 +317,23 @@ def test_int8_holds_channels_of_small_numbers_too(largest):
     stored = to_storage(exact, "int8")
     decoded = stored.features.float() * stored.scale.float().unsqueeze(2)
     assert (decoded - exact).abs().max() <= 0.5 * largest / 127 + 127 * 2**-25
+
+
+@pytest.mark.parametrize("name", ["id", "path", "split", "error", "fold", "labels"])
+def test_what_the_dataset_says_of_a_clip_carries_a_checksum_too(tmp_path, name):
+    cache = small_cache(tmp_path / "a.zarr", failed=(2,), split=["train"] * N)
+    chunk = next(file for file in sorted((cache.path / name / "c").rglob("*")) if file.is_file())
+    for at in (0, chunk.stat().st_size // 2, chunk.stat().st_size - 1):
+        flip(chunk, at)
+        report = verify(cache.path)
+        assert [damage.shard for damage in report.damaged] == [-1] and name in report.damaged[0].problem
+        flip(chunk, at)
+    assert verify(cache.path).ok
+
+
+def test_a_damaged_index_of_a_shard_that_holds_no_features_is_found(tmp_path):
+    """Zarr could read nothing of the array any more."""
+    cache = small_cache(tmp_path / "a.zarr", failed=(4, 5, 6, 7))
+    assert verify(cache.path).ok
+    flip(cache.path / "features" / "c" / "1" / "0/0/0", 3)
+    assert [damage.clips for damage in verify(cache.path).damaged] == [("clip4", "clip5", "clip6", "clip7")]

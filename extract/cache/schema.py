@@ -139,6 +139,7 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
     attributes["class_names"] = list(spec.class_names)
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
     N, L, T, D, S = len(clips), spec.layers, spec.frames, spec.dim, clips_per_shard
+    packed = [ZstdCodec(level=0), Crc32cCodec()]
 
     def add(name, shape, dtype, dims, *, chunks, shards=None, fill_value=0):
         return group.create_array(
@@ -156,16 +157,22 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
             chunks=(S, 1, D), shards=(S, L, D), fill_value=np.nan)  # fmt: skip
     add("valid_frames", (N,), "uint8", ("clip",), chunks=(S,))
     add("status", (N,), "uint8", ("clip",), chunks=(S,))
-    group.create_array("error", shape=(N,), dtype=str, chunks=(S,), dimension_names=("clip",))
+
+    def add_text(name, *, chunks):
+        return group.create_array(
+            name, shape=(N,), dtype=str, chunks=(chunks,), dimension_names=("clip",),
+            compressors=packed,
+        )  # fmt: skip
+
+    add_text("error", chunks=S)
     rows = max(1, min(N, ROWS_PER_CHUNK))
     for name, column in (("id", clips.ids), ("path", clips.paths), ("split", clips.split)):
-        array = group.create_array(name, shape=(N,), dtype=str, chunks=(rows,), dimension_names=("clip",))
-        array[:] = np.asarray(column, dtype=object)
+        add_text(name, chunks=rows)[:] = np.asarray(column, dtype=object)
     add("fold", (N,), "int16", ("clip",), chunks=(rows,))[:] = clips.fold
     if spec.class_names:
         array = group.create_array(
             "labels", shape=clips.labels.shape, dtype="uint8", chunks=(min(rows, 4096), len(spec.class_names)),
-            dimension_names=("clip", "class"),
+            dimension_names=("clip", "class"), compressors=packed,
         )  # fmt: skip
         array[:] = clips.labels
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from whisper_at_cli.extract.cache import schema
 from whisper_at_cli.extract.cache.reader import FeatureCache
-from whisper_at_cli.extract.cache.schema import array_shapes
+from whisper_at_cli.extract.cache.schema import Status, array_shapes
 from whisper_at_cli.extract.errors import CacheError, WhisperATError
 from whisper_at_cli.extract.progress import Progress
 
@@ -41,12 +41,14 @@ def verify(path: str | Path, *, rows: np.ndarray | None = None, progress: Progre
     """
     cache = FeatureCache.open(path)
     damaged = _metadata_damage(cache) + _column_damage(cache) + _chunk_damage(cache)
-    done = np.flatnonzero(cache.done if rows is None else cache.done & rows)
+    asked = np.ones(len(cache), dtype=bool) if rows is None else rows
+    done = np.flatnonzero(cache.done & asked)
     for shard in np.unique(done // cache.clips_per_shard).tolist():
         rows = done[done // cache.clips_per_shard == shard]
         damaged += _shard_damage(cache, shard, rows)
         if progress:
             progress(int(rows[-1]) + 1, len(cache), f"{len(damaged)} damaged" if damaged else "")
+    damaged += _empty_shard_damage(cache, np.flatnonzero((cache.status == Status.FAILED) & asked), done)
     return VerifyReport(not damaged, len(done), tuple(damaged))
 
 
@@ -111,6 +113,20 @@ def _shard_damage(cache: FeatureCache, shard: int, rows: np.ndarray) -> list[Dam
     found += [Damage(shard, (name,), problem) for name, problem in zip(names, problems, strict=True) if problem]
     if len(found) == len(rows) > 1 and len({damage.problem for damage in found}) == 1:
         return [Damage(shard, names, found[0].problem)]
+    return found
+
+
+def _empty_shard_damage(cache: FeatureCache, failed: np.ndarray, done: np.ndarray) -> list[Damage]:
+    """Shards of which every clip failed: they hold but an index, without which Zarr reads none of the array."""
+    S, found = cache.clips_per_shard, []
+    for shard in np.setdiff1d(failed // S, done // S).tolist():
+        names = _names(cache, failed[failed // S == shard])
+        for array in ("features", "mean", "scale")[: 3 if cache.spec.dtype == "int8" else 2]:
+            try:
+                if cache.store.exists(schema.shard_file(array, shard)):
+                    cache._shard(array, shard).check([])
+            except CacheError as error:
+                found.append(Damage(shard, names, str(error)))
     return found
 
 
