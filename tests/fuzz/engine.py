@@ -187,9 +187,12 @@ def _refusal(error: WhisperATError, folder: Path, files: Files) -> tuple[str, st
 
 
 def wording(text: str) -> str:
-    """A message without what differs from input to input."""
-    text = re.sub(r"\[.*\]", "[...]", re.sub(r"'.*'|\".*\"", "'...'", text, flags=re.S), flags=re.S)
-    return re.sub(r"[^\x20-\x7e]+", "?", re.sub(r"[-+]?\d[\d.e+-]*", "0", text))[:160]
+    """A message without what differs from input to input: numbers, and what is shown of the input between quotes."""
+    text = re.sub(r"0x[0-9a-f]+|[-+]?\d[\d.e+-]*", "0", text)
+    before = re.split(r"['\"\[{]", text, maxsplit=1)[0]
+    advice = text.rpartition("; ")[2]
+    kept = before if len(before) == len(text) or re.search(r"['\"\[{]", advice) else f"{before}...; {advice}"
+    return re.sub(r"[^\x20-\x7e]+", "?", kept)[:160]
 
 
 def _where(error: BaseException) -> str:
