@@ -337,3 +337,20 @@ def test_a_damaged_index_of_a_shard_that_holds_no_features_is_found(tmp_path):
     assert verify(cache.path).ok
     flip(cache.path / "features" / "c" / "1" / "0/0/0", 3)
     assert [damage.clips for damage in verify(cache.path).damaged] == [("clip4", "clip5", "clip6", "clip7")]
+
+
+def test_a_cache_of_before_whose_text_and_labels_have_no_checksum_is_read(tmp_path):
+    """Format version 1 as it was written at first."""
+    cache = small_cache(tmp_path / "a.zarr", failed=(2,), split=["train"] * N)
+    ids, labels, errors = cache.ids, cache.labels, cache.errors
+    for name in ("id", "path", "split", "error", "labels"):
+        metadata = json.loads((cache.path / name / "zarr.json").read_text())
+        assert metadata["codecs"].pop()["name"] == "crc32c"
+        (cache.path / name / "zarr.json").write_text(json.dumps(metadata))
+        for chunk in (cache.path / name / "c").rglob("*"):
+            if chunk.is_file():
+                chunk.write_bytes(chunk.read_bytes()[:-4])
+    cache = FeatureCache.open(cache.path)
+    assert (cache.ids == ids).all() and (cache.labels == labels).all() and (cache.errors == errors).all()
+    assert zarr.open_group(cache.path, mode="r")["id"][:].tolist() == ids.tolist()
+    assert verify(cache.path).ok

@@ -11,6 +11,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from numcodecs import zstd
+from numcodecs.vlen import VLenUTF8
 from whisper_forms import random_whisper, write_form
 
 from planted import planted_cache
@@ -190,6 +192,42 @@ def test_attributes_that_are_none_are_an_error_that_names_the_cache(tmp_path, te
     (path / "zarr.json").write_text(text)
     with pytest.raises(CacheError, match="a.zarr/zarr.json is damaged"):
         FeatureCache.open(path)
+
+
+@pytest.mark.parametrize("packed", [
+    zstd.compress(struct.pack("<I", 2**28), 1),
+    bytes.fromhex("28b52ffde0") + struct.pack("<Q", 2**40) + b"\x01\0\0",
+    bytes.fromhex("28b52ffd00580100" "00"),
+    b"", b"no frame at all",
+    zstd.compress(struct.pack("<I", 6) + struct.pack("<I", 2**31) + b"a", 1),
+])  # fmt: skip
+def test_text_that_says_that_it_is_huge_is_damage_and_takes_no_memory(tmp_path, packed):
+    path = small_cache(tmp_path / "a.zarr")
+    seal(path / "id" / "c" / "0", packed)
+    with pytest.raises(CacheError, match="a.zarr/id is missing or damaged"):
+        list(FeatureCache.open(path).ids)
+
+
+def test_a_text_that_would_make_all_others_as_long_is_damage(tmp_path):
+    path = small_cache(tmp_path / "a.zarr")
+    texts = VLenUTF8().encode(np.array(["a", "b", "c", "d", "e", "f" * 70_000], dtype=object))
+    seal(path / "id" / "c" / "0", zstd.compress(texts, 1))
+    with pytest.raises(CacheError, match="a text of 70000 characters"):
+        list(FeatureCache.open(path).ids)
+
+
+def test_labels_of_another_size_are_damage(tmp_path):
+    path = small_cache(tmp_path / "a.zarr")
+    seal(path / "labels" / "c" / "0" / "0", zstd.compress(bytes(1 << 20), 1))
+    with pytest.raises(CacheError, match="a chunk is 1048576 bytes unpacked, not 12"):
+        list(FeatureCache.open(path).labels)
+
+
+def test_ids_that_are_gone_are_missed(tmp_path):
+    path = small_cache(tmp_path / "a.zarr")
+    (path / "id" / "c" / "0").unlink()
+    with pytest.raises(CacheError, match="c/0 is missing"):
+        list(FeatureCache.open(path).ids)
 
 
 def test_clips_that_have_no_id_are_not_believed(tmp_path):

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.cache import schema
+from whisper_at_cli.extract.cache.columns import read_column
 from whisper_at_cli.extract.cache.schema import CacheSpec, Status
 from whisper_at_cli.extract.cache.shards import ShardFile, read_chunk
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
-MAX_TEXT = 1 << 16  # characters of an id, a path or an error
 OPEN_SHARDS = 128  # files kept open per array
 
 
@@ -71,22 +71,22 @@ class FeatureCache:
     @cached_property
     def ids(self) -> np.ndarray:
         """(N,) str, unique."""
-        return self._strings("id")
+        return self._column("id")
 
     @cached_property
     def paths(self) -> np.ndarray:
         """(N,) str, relative to the dataset."""
-        return self._strings("path")
+        return self._column("path")
 
     @cached_property
     def split(self) -> np.ndarray:
         """(N,) str, empty where the dataset names none."""
-        return self._strings("split")
+        return self._column("split")
 
     @cached_property
     def errors(self) -> np.ndarray:
         """(N,) str: why a clip failed, empty otherwise."""
-        return self._strings("error")
+        return self._column("error")
 
     @cached_property
     def fold(self) -> np.ndarray:
@@ -130,18 +130,7 @@ class FeatureCache:
         return out
 
     def _column(self, name: str) -> np.ndarray:
-        with schema.readable(self.store, name):
-            array = self._group[name]
-            schema.check_column(array, name, self.spec, len(self))
-            return np.asarray(array[:])
-
-    def _strings(self, name: str) -> np.ndarray:
-        texts = self._column(name).astype(object)
-        with schema.readable(self.store, name):
-            longest = max((len(text) for text in texts), default=0)
-            if longest > MAX_TEXT:  # as an array, every text takes the room of the longest
-                raise ValueError(f"it holds a text of {longest} characters")
-            return texts.astype(str)
+        return read_column(self.store, self._group, name, self.spec, len(self))
 
     def features(self, rows) -> np.ndarray:
         """All layers of some clips: (n, L, T, D), float16 or float32 as stored; int8 is decoded to float32."""

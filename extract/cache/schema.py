@@ -37,7 +37,6 @@ METADATA = "zarr.json"  # of the group; with it a cache begins to be one
 SHARD_SUFFIX = {"features": "/0/0/0", "mean": "/0/0", "scale": "/0/0"}
 ROWS_PER_CHUNK = 65536  # of what the dataset says of each clip
 MAX_CLIP_BYTES = 1 << 28  # of features; 64 times a clip of the largest Whisper in float32
-MORE_MEMORY = "more memory than there is"
 FIELD_TYPES = {
     int: ("layers", "dim", "frames"),
     float: ("clip_seconds",),
@@ -249,8 +248,6 @@ def readable(store: LocalStore | BucketStore, name: str) -> Iterator[None]:
         raise
     except Exception as error:  # of its codecs and of its metadata, any kind
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if isinstance(error, MemoryError):  # of text: its own count of texts is wrong, and nothing was filled yet
-            reason = f"it asks for {MORE_MEMORY}"
         raise CacheError(
             f"{store}/{name} is missing or damaged ({reason}); restore it or extract again to another path"
         ) from error
@@ -270,18 +267,6 @@ def check_features(features, spec: CacheSpec, store: LocalStore | BucketStore) -
     if clips > ROWS_PER_CHUNK and not store.exists(f"id/c/{(clips - 1) // ROWS_PER_CHUNK}"):
         raise ValueError(f"its metadata say {clips} clips, which have no id")
     return clips, per_shard
-
-
-def check_column(array, name: str, spec: CacheSpec, clips: int) -> None:
-    """Raise ValueError where an array of what is said of each clip is not laid out as designed."""
-    shape, dtype = array_shapes(spec, clips)[name]
-    if array.shape != shape or (array.dtype != dtype if dtype else array.dtype.kind not in "TO"):
-        raise ValueError(f"its metadata say {array.shape} of {array.dtype}, not {shape} of {dtype or 'text'}")
-    pieces = array.shards or array.chunks
-    if any(piece > max(length, MAX_CLIPS_PER_SHARD) for piece, length in zip(pieces, shape, strict=True)):
-        raise ValueError(f"its metadata say pieces of {pieces}, more than it has")
-    if not dtype and array.fill_value not in ("", 0, None):
-        raise ValueError(f"its metadata say that it is filled with {array.fill_value!r:.60}")
 
 
 def _damaged_metadata(store: LocalStore | BucketStore, problem: str) -> CacheError:

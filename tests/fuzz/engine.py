@@ -29,7 +29,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from whisper_at_cli.extract.cache.schema import MORE_MEMORY
 from whisper_at_cli.extract.errors import AudioError, WhisperATError
 
 Files = dict[str, bytes]
@@ -175,7 +174,7 @@ def _refusal(error: WhisperATError, folder: Path, files: Files) -> tuple[str, st
     text = str(error)
     cause = error
     while cause is not None:
-        if isinstance(cause, MemoryError) and MORE_MEMORY not in text:  # refused as such, before any was taken
+        if isinstance(cause, MemoryError):
             return "exception", f"out of memory on the way to {_where(error)}"
         cause = cause.__cause__ or cause.__context__
     if str(folder) not in text and not any(Path(name).name in text for name in files):
