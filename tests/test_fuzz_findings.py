@@ -1,9 +1,11 @@
 """What fuzzing found in files that others wrote: each stays a clear refusal, without much time or memory."""
 
+import hashlib
 import json
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import google_crc32c
@@ -21,8 +23,11 @@ from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.ctranslate2 import Variables, read_ctranslate2
 from whisper_at_cli.extract.datasets import waveforms
-from whisper_at_cli.extract.errors import CacheError, UsageError, WeightsError
+from whisper_at_cli.extract.errors import CacheError, UsageError, WeightsError, WhisperATError
 from whisper_at_cli.extract.weights import read_weights
+from whisper_at_cli.heads.checkpoint import HeadDescription, load_head, save_head, to_safetensors, trained_id_hashes
+from whisper_at_cli.heads.forms import build_head
+from whisper_at_cli.heads.original import read_state
 
 FUZZ = Path(__file__).parent / "fuzz" / "fuzz.py"
 
@@ -33,7 +38,7 @@ def test_no_reader_has_a_finding_within_a_few_hundred_inputs(tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     records = {record["reader"]: record for record in json.loads(done.stdout)}
-    assert records.keys() == {"manifest", "ctranslate2", "cache", "hdf5"}
+    assert records.keys() == {"manifest", "ctranslate2", "cache", "hdf5", "heads"}
     for record in records.values():
         assert record["inputs"] == 100 and record["accepted"] > 0 and record["refused"] > 10, record
 
@@ -368,3 +373,110 @@ def test_a_heap_of_texts_that_goes_round_in_circles_is_refused(tmp_path):
     (tmp_path / "a.h5").write_bytes(data)
     with pytest.raises(UsageError, match="a.h5 is damaged: reading its audio_name does not end, or crashes"):
         waveforms.read(tmp_path / "a.h5")
+
+
+# Heads
+
+
+def small_head(folder: Path) -> Path:
+    torch.manual_seed(0)
+    head = build_head("wa-mlp", layers=2, dim=4, classes=3)
+    description = HeadDescription(
+        head="wa-mlp", layers=2, dim=4, frames=25, class_names=("a", "b", "c"), backbone="b", weights_sha256="0",
+        clip_seconds=5.0, loss="bce",
+    )  # fmt: skip
+    return save_head(head, folder / "head", description, trained_ids=["x"])
+
+
+def replace_tensors(folder: Path, name: str, content: bytes) -> None:
+    """Other bytes for NAME.safetensors, with the checksum in head.json that they should have."""
+    (folder / f"{name}.safetensors").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    change_json(folder / "head.json", lambda record: record.update({f"{name}_sha256": digest}))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"\x02\0\0\0\0\0\0\0{]", b"\x08\0\0\0\0\0\0\0" + b'{"a":{}}'])
+def test_a_head_whose_tensors_are_none_is_damaged(tmp_path, content):
+    folder = small_head(tmp_path)
+    replace_tensors(folder, "head", content)
+    replace_tensors(folder, "trained_on", content)
+    for read in (load_head, trained_id_hashes):
+        with pytest.raises(WhisperATError, match="safetensors is damaged") as raised:
+            read(folder)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "tensors", [{}, {"id_hash": torch.zeros(3)}, {"id_hash": torch.zeros(2, 2, dtype=torch.int64)}]
+)
+def test_a_list_of_ids_that_is_none_is_damaged(tmp_path, tensors):
+    folder = small_head(tmp_path)
+    replace_tensors(folder, "trained_on", to_safetensors(tensors))
+    with pytest.raises(WhisperATError, match="trained_on.safetensors is damaged: it holds no list of ids"):
+        trained_id_hashes(folder)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dim": 10**6}, {"layers": 3}, {"layers": 2.0}, {"layers": True}, {"layers": 10**12}, {"frames": "25"},
+        {"class_names": ["a"]}, {"class_names": [1, 2, 3]}, {"class_names": 3}, {"width": "8"}, {"width": 8},
+        {"clip_seconds": "5"}, {"clip_seconds": float("nan")}, {"backbone": None}, {"head": []}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_a_head_that_is_described_wrongly_is_one_line_and_takes_no_memory(tmp_path, wrong):
+    folder = small_head(tmp_path)
+    change_json(folder / "head.json", lambda record: record.update(wrong))
+    with pytest.raises(WhisperATError, match="head.json does not fit its weights") as raised:
+        load_head(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_head_json_that_is_nested_without_end_is_damaged(tmp_path):
+    folder = small_head(tmp_path)
+    (folder / "head.json").write_text("[" * 100_000)
+    with pytest.raises(WhisperATError, match="head.json is damaged"):
+        load_head(folder)
+
+
+PICKLES = {
+    "a stack that is empty": b"\x80\x02.",
+    "a number cut off": b"\x80\x02J\x01",
+    "a storage that is none": b"\x80\x02X\x01\x00\x00\x00aQ.",
+    "an attribute of nothing": b"\x80\x02}b.",
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_a_head_of_a_pickle_that_is_none_is_refused(tmp_path, kind):
+    with zipfile.ZipFile(tmp_path / "head.pth", "w") as archive:
+        archive.writestr("a/data.pkl", PICKLES[kind])
+        archive.writestr("a/version", "3\n")
+    with pytest.raises(WhisperATError, match="head.pth is not a file of tensors alone") as raised:
+        read_state(tmp_path / "head.pth")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_head_that_declares_larger_tensors_than_its_file_holds_is_damaged(tmp_path):
+    torch.save(
+        {"module.mlp_layer.1.weight": torch.zeros(1, dtype=torch.float16).expand(2**20, 2**20)}, tmp_path / "a.pth"
+    )
+    with pytest.raises(WhisperATError, match="a.pth is damaged: it declares larger tensors than it holds"):
+        read_state(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(3, 4).to_sparse(), torch.zeros(3, 4, dtype=torch.complex64)])
+def test_a_head_of_tensors_that_are_no_plain_arrays_is_refused(tmp_path, tensor):
+    torch.save({"module.mlp_layer.1.weight": tensor}, tmp_path / "a.pth")
+    with pytest.raises(WhisperATError, match="a.pth"):
+        read_state(tmp_path / "a.pth")
+
+
+def test_a_head_packed_to_a_thousandth_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"module.mlp_layer.1.weight": torch.zeros(1000, 1000)}, tmp_path / "a.pth")
+    packed = zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED)
+    with packed, zipfile.ZipFile(tmp_path / "a.pth") as plain:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(WhisperATError, match="b.pth is damaged in 'its list of records'"):
+        read_state(tmp_path / "b.pth")

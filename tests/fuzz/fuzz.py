@@ -24,11 +24,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "benchmarks")]
 import caches  # noqa: E402
 import ctranslate2_folders  # noqa: E402
 import engine  # noqa: E402
+import head_files  # noqa: E402
 import manifests  # noqa: E402
 import packs  # noqa: E402
 from machine import machine  # noqa: E402
 
-READERS = {reader.name: reader for reader in (m.READER for m in (manifests, ctranslate2_folders, caches, packs))}
+MODULES = (manifests, ctranslate2_folders, caches, packs, head_files)
+READERS = {module.READER.name: module.READER for module in MODULES}
 VERSIONS = ("numpy", "torch", "zarr", "numcodecs", "h5py", "google-crc32c")
 
 
