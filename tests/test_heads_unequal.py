@@ -44,9 +44,7 @@ def trained(cache, tmp_path_factory):
 
 
 def test_balanced_sampling_raises_the_rare_half(trained):
-    rare = {
-        balanced: np.mean(list(trained[balanced, 9][1].class_ap.values())[25:]) for balanced in (False, True)
-    }
+    rare = {balanced: np.mean(list(trained[balanced, 9][1].class_ap.values())[25:]) for balanced in (False, True)}
     assert rare[True] > rare[False] + 0.05, rare
 
 

@@ -14,6 +14,7 @@ from whisper_at_cli.extract.backbones.load import Backbone
 from whisper_at_cli.extract.errors import WhisperATError
 
 INT8_MAX = 127
+SMALLEST_SCALE = 2.0**-24  # above 0 that float16 holds
 
 
 class Stored(NamedTuple):
@@ -87,7 +88,7 @@ def to_storage(features_BLTD: Tensor, dtype: str) -> Stored:
         stored, scale, mean = features_BLTD.to(torch.float16), None, mean.to(torch.float16)
     else:
         scale = (features_BLTD.abs().amax(dim=2) / INT8_MAX).to(torch.float16)
-        divisor = scale.to(torch.float32).clamp_(min=torch.finfo(torch.float16).tiny).unsqueeze(2)
+        divisor = scale.to(torch.float32).clamp_(min=SMALLEST_SCALE).unsqueeze(2)  # not 0; else the scale itself
         stored = (features_BLTD / divisor).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
         mean = mean.to(torch.float16)
     checked = scale if scale is not None else stored

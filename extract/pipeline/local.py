@@ -36,6 +36,11 @@ BATCHES_AHEAD = 3  # decoded or being decoded, beyond one for each stream
 SHARDS_BEHIND = 2  # encoded and not yet on disk
 
 
+def real_frames(real: int, samples: int) -> int:
+    """How many of a clip's frames hold any of its `real` samples; the others are padding."""
+    return -(-real * FRAMES // samples)
+
+
 @dataclass(frozen=True)
 class Failure:
     """A clip that could not be extracted."""
@@ -338,7 +343,7 @@ class ShardRun:
                 continue
             clips.append(clip)
             encoded.slots.append(slot)
-            encoded.valid_frames.append(-(-real * FRAMES // self.samples))
+            encoded.valid_frames.append(real_frames(real, self.samples))
         batch.audio.clear()
         if clips:
             waveforms = torch.from_numpy(np.stack(clips))
