@@ -9,7 +9,7 @@ TEST_THREADS ?= 1
 # ESC-10 and speech for the benchmarks that read them; without this folder those are left out.
 BENCH_DATA ?= ../shared/data
 
-.PHONY: demo test test-slow lint format coverage mutate bench bench-table clean
+.PHONY: demo test test-slow lint format coverage fuzz mutate bench bench-table clean
 
 demo: $(INSTALLED)
 	$(BIN)/whisper-at-cli demo
@@ -19,6 +19,15 @@ test: lint
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m slow
+
+# Ten minutes of processor time for each reader of files that others wrote; what is found is left in fuzz-findings/.
+FUZZ_SECONDS ?= 600
+
+fuzz: $(INSTALLED)
+	for reader in manifest ctranslate2 cache hdf5 heads; do \
+	    OMP_NUM_THREADS=1 nice $(BIN)/python tests/fuzz/fuzz.py $$reader --cpu-seconds $(FUZZ_SECONDS) \
+	        --out benchmarks/results/fuzz-$$reader.json || exit 1; \
+	done
 
 # Do the tests notice faults? Over an hour on one core; MUTATE="cache --sample 330" tries fewer.
 mutate: $(INSTALLED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from whisper_at_cli.heads.forms import Head, build_head
 FORMAT = "whisper-at-cli head"
 FORMAT_VERSION = 1
 HEAD, TRAINED_ON, ENCODER = "head", "trained_on", "encoder"  # files NAME.safetensors; NAME_sha256 is in head.json
+MOST = 1 << 20  # layers, channels or frames: more, no head has
 UNKNOWN = "unknown"  # checksum of a backbone whose weights nobody recorded
 
 
@@ -104,15 +106,45 @@ def load_head(folder: str | Path, device: str | torch.device = "cpu") -> Head:
     weights = _read_tensors(folder, HEAD, record)
     try:
         description = HeadDescription(**{name: value for name, value in record.items() if not _is_checksum(name)})
-        module = build_head(
-            description.head, layers=description.layers, dim=description.dim, classes=description.classes,
-            width=description.width,
-        )  # fmt: skip
+        _check_description(description)
+        with torch.device("meta"):  # takes no memory, whatever sizes head.json names
+            _compare(_built(description), weights)
+        module = _built(description)
         module.load_state_dict(weights)
-    except (TypeError, KeyError, RuntimeError, UsageError) as error:
-        raise WhisperATError(f"{folder / 'head.json'} does not fit its weights: {error}") from error
+    except (TypeError, KeyError, ValueError, RuntimeError, UsageError) as error:
+        problem = " ".join(str(error).split())
+        raise WhisperATError(f"{folder / 'head.json'} does not fit its weights: {problem}") from error
     module.description = description
     return module.to(device).eval()
+
+
+def _built(about: HeadDescription) -> Head:
+    return build_head(about.head, layers=about.layers, dim=about.dim, classes=about.classes, width=about.width)
+
+
+def _check_description(about: HeadDescription) -> None:
+    """Raise TypeError or ValueError where a field is of another type, or a size that no head has."""
+    for name in ("head", "backbone", "weights_sha256", "loss"):
+        if not isinstance(getattr(about, name), str):
+            raise TypeError(f"{name} is {getattr(about, name)!r:.60}")
+    for name in ("layers", "dim", "frames"):
+        if type(getattr(about, name)) is not int or not 1 <= getattr(about, name) <= MOST:
+            raise ValueError(f"{name} is {getattr(about, name)!r:.60}")
+    if about.width is not None and type(about.width) is not int:
+        raise ValueError(f"width is {about.width!r:.60}")
+    if type(about.clip_seconds) not in (int, float) or not 0 < about.clip_seconds < math.inf:
+        raise ValueError(f"clip_seconds is {about.clip_seconds!r:.60}")
+    if not all(isinstance(name, str) for name in about.class_names):
+        raise ValueError("class_names holds what is no name")
+
+
+def _compare(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raise ValueError with the first tensor that the head would have and the file has not, or not so."""
+    needed = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    for name in sorted(needed.keys() | weights.keys()):
+        found = tuple(weights[name].shape) if name in weights else None
+        if found != needed.get(name):
+            raise ValueError(f"{name[:80]} is {found or 'absent'}, and {needed.get(name) or 'absent'} by head.json")
 
 
 def load_encoder_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -133,7 +165,10 @@ def trained_id_hashes(folder: str | Path) -> np.ndarray | None:
     record = read_record(folder)
     if f"{TRAINED_ON}_sha256" not in record:
         return None
-    return _read_tensors(folder, TRAINED_ON, record)["id_hash"].numpy()
+    hashes = _read_tensors(folder, TRAINED_ON, record).get("id_hash")
+    if hashes is None or hashes.dtype != torch.int64 or hashes.ndim != 1:
+        raise WhisperATError(f"{folder / TRAINED_ON}.safetensors is damaged: it holds no list of ids; train it again")
+    return hashes.numpy()
 
 
 def id_hashes(ids: Iterable[str]) -> np.ndarray:
@@ -156,7 +191,7 @@ def read_record(folder: Path) -> dict:
     try:
         record = json.loads(path.read_text())
         found, version = record.pop("format"), record.pop("format_version")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WhisperATError(f"{path} is damaged ({error!r}); restore it, or train the head again") from error
     if found != FORMAT or version != FORMAT_VERSION:
         raise WhisperATError(f"{path} is a {found!r} of version {version}; this version reads {FORMAT_VERSION}")
@@ -169,6 +204,7 @@ def _is_checksum(name: str) -> bool:
 
 def _read_tensors(folder: Path, name: str, record: dict) -> dict[str, Tensor]:
     """The tensors of NAME.safetensors, which has to be the file that head.json describes."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = folder / f"{name}.safetensors"
@@ -182,4 +218,8 @@ def _read_tensors(folder: Path, name: str, record: dict) -> dict[str, Tensor]:
             f"{path} is not the file that head.json describes: one of them is damaged, or comes from another run; "
             "restore both, or train the head again"
         )
-    return load(content)
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        problem = " ".join(str(error).split())
+        raise WhisperATError(f"{path} is damaged: {problem}; restore it, or train the head again") from error

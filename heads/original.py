@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import pickle
 import re
 import warnings
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from whisper_at_cli.extract.backbones.weights import check_records
 from whisper_at_cli.extract.cache.schema import FRAMES, CacheSpec
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
@@ -31,6 +31,7 @@ PARTS = ("mlp_layer", "layer_weight", "down_layer", "time_tr", "layer_tr")
 OUR_NAME = re.compile(rf"(?P<prefix>(?:module\.)?(?:at_model\.)?)(?P<name>(?:{'|'.join(PARTS)})(?:\..+)?)")
 WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which people keep a state dict
 AUDIOSET_CLASSES, AUDIOSET_CLIP_SECONDS = 527, 10.0
+MOST_SHARED = 2  # how much larger a file's tensors may be than the file, where some are views of the same numbers
 NAMED = 5  # of the tensors that a message lists
 
 
@@ -266,12 +267,14 @@ class _Said:
 def _load_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UsageError(f"{file} is not a file; give a .pth file of the original project")
+    check_records(file)
     try:
         with warnings.catch_warnings(action="ignore"):  # on old kinds of pickle, which are read all the same
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError) as error:
+    except Exception as error:  # whatever damaged bytes bring the unpickler to
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own message advises to load the file after all
-        reason = f"it asks for {asked[1]}" if asked else f"it cannot be read ({type(error).__name__})"
+        what = "more memory than there is" if isinstance(error, MemoryError) else asked and asked[1]
+        reason = f"it asks for {what}" if what else f"it cannot be read ({type(error).__name__})"
         raise WhisperATError(
             f"{file} is not a file of tensors alone: {reason}. Nothing in it was run; get the head from a source that "
             "you trust, or download it again"
@@ -281,7 +284,16 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, dict):
         raise WhisperATError(f"{file} holds a {type(found).__name__}, not a state dict")
-    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if unusual := next((name for name, value in tensors.items() if not _is_plain(value)), None):
+        raise WhisperATError(f"{file} holds a tensor {unusual[:80]!r} that is no array of numbers")
+    if sum(value.nbytes for value in tensors.values()) > MOST_SHARED * file.stat().st_size:  # views of a small storage
+        raise WhisperATError(f"{file} is damaged: it declares larger tensors than it holds")
+    return tensors
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.layout == torch.strided and not (value.is_complex() or value.is_quantized or value.is_meta)
 
 
 def _is_whispers(name: str) -> bool:

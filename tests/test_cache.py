@@ -296,32 +296,6 @@ def test_verify_says_how_far_it_is_and_leaves_out_what_is_not_done(tmp_path):
     assert said == [(3, N, "")]
 
 
-def test_arrays_of_another_shape_or_type_than_the_attributes_say_are_damage(tmp_path):
-    cache = small_cache(tmp_path / "a.zarr")
-    for name, key, value, said in (
-        ("mean", "shape", [N, L, D + 1], "mean/zarr.json says (11, 3, 9) float32, not (11, 3, 8) float32"),
-        ("labels", "data_type", "int8", "labels/zarr.json says (11, 2) int8, not (11, 2) uint8"),
-        ("path", "shape", [N + 1], "path/zarr.json says (12,)"),
-    ):
-        file = cache.path / name / "zarr.json"
-        whole = file.read_text()
-        file.write_text(json.dumps(json.loads(whole) | {key: value}))
-        (damage,) = verify(cache.path).damaged
-        assert (damage.shard, damage.clips) == (-1, ()) and damage.problem.startswith(said)
-        file.write_text(whole)
-
-
-def test_damage_of_status_and_of_valid_frames_names_its_shard(tmp_path):
-    cache = small_cache(tmp_path / "a.zarr")
-    flip(cache.path / "status/c/2", 0)
-    flip(cache.path / "valid_frames/c/0", 0)
-    assert verify(cache.path).damaged == (
-        Damage(2, ("clip8", "clip9", "clip10"), "status/c/2 is damaged: its CRC-32C does not match"),
-        Damage(0, ("clip0", "clip1", "clip2", "clip3"), "valid_frames/c/0 is damaged: its CRC-32C does not match"),
-    )
-    assert FeatureCache.open(cache.path).damaged_chunks == {"status": {2}, "valid_frames": set()}
-
-
 def test_what_is_no_cache_is_refused_in_one_line(tmp_path):
     for name, make in {
         "absent": lambda path: None,
@@ -457,3 +431,53 @@ def test_int8_moves_no_probe_on_real_sounds(esc10_cache, tmp_path):
     before, after = probe_layers(esc10_cache), probe_layers(quantised)
     for one, other in zip(before.layers, after.layers, strict=True):
         assert abs(one.accuracy - other.accuracy) <= 0.005
+
+
+@pytest.mark.parametrize("largest", [1e-5, 1e-3, 5e-3, 7e-3])
+def test_int8_holds_channels_of_small_numbers_too(largest):
+    """A scale below float16's smallest normal number is divided by as it is, not as that number."""
+    import torch
+
+    from whisper_at_cli.extract.cache.storage import to_storage
+
+    exact = torch.linspace(-largest, largest, 25).reshape(1, 1, 25, 1)
+    stored = to_storage(exact, "int8")
+    decoded = stored.features.float() * stored.scale.float().unsqueeze(2)
+    assert (decoded - exact).abs().max() <= 0.5 * largest / 127 + 127 * 2**-25
+
+
+@pytest.mark.parametrize("name", ["id", "path", "split", "error", "fold", "labels"])
+def test_what_the_dataset_says_of_a_clip_carries_a_checksum_too(tmp_path, name):
+    cache = small_cache(tmp_path / "a.zarr", failed=(2,), split=["train"] * N, fold=np.arange(N) + 1)
+    chunk = next(file for file in sorted((cache.path / name / "c").rglob("*")) if file.is_file())
+    for at in (0, chunk.stat().st_size // 2, chunk.stat().st_size - 1):
+        flip(chunk, at)
+        report = verify(cache.path)
+        assert [damage.shard for damage in report.damaged] == [-1] and name in report.damaged[0].problem
+        flip(chunk, at)
+    assert verify(cache.path).ok
+
+
+def test_a_damaged_index_of_a_shard_that_holds_no_features_is_found(tmp_path):
+    """Zarr could read nothing of the array any more."""
+    cache = small_cache(tmp_path / "a.zarr", failed=(4, 5, 6, 7))
+    assert verify(cache.path).ok
+    flip(cache.path / "features" / "c" / "1" / "0/0/0", 3)
+    assert [damage.clips for damage in verify(cache.path).damaged] == [("clip4", "clip5", "clip6", "clip7")]
+
+
+def test_a_cache_of_before_whose_text_and_labels_have_no_checksum_is_read(tmp_path):
+    """Format version 1 as it was written at first."""
+    cache = small_cache(tmp_path / "a.zarr", failed=(2,), split=["train"] * N)
+    ids, labels, errors = cache.ids, cache.labels, cache.errors
+    for name in ("id", "path", "split", "error", "labels"):
+        metadata = json.loads((cache.path / name / "zarr.json").read_text())
+        assert metadata["codecs"].pop()["name"] == "crc32c"
+        (cache.path / name / "zarr.json").write_text(json.dumps(metadata))
+        for chunk in (cache.path / name / "c").rglob("*"):
+            if chunk.is_file():
+                chunk.write_bytes(chunk.read_bytes()[:-4])
+    cache = FeatureCache.open(cache.path)
+    assert (cache.ids == ids).all() and (cache.labels == labels).all() and (cache.errors == errors).all()
+    assert zarr.open_group(cache.path, mode="r")["id"][:].tolist() == ids.tolist()
+    assert verify(cache.path).ok

@@ -92,7 +92,9 @@ class _Variable:
     def floats(self) -> np.ndarray:
         """A float32 copy; integers as they are stored, without their scale."""
         if self.bfloat16:  # the upper half of a float32
-            return (self.values.astype(np.uint32) << 16).view(np.float32)
+            upper = self.values.astype(np.uint32)
+            upper <<= 16  # in place: of a single number, `upper << 16` would be no array
+            return upper.view(np.float32)
         return self.values.astype(np.float32)
 
 
@@ -172,7 +174,7 @@ def read_ctranslate2(folder: Path) -> tuple[dict[str, Tensor], int, int]:
         heads = variables.number("encoder/num_heads"), variables.number("decoder/num_heads")
     except KeyError as error:
         raise WeightsError(f"{path} lacks the variable {error} that every Whisper model has") from error
-    except (ValueError, IndexError, RuntimeError) as error:
+    except (ValueError, IndexError, RuntimeError, TypeError) as error:  # TypeError: one number where rows should be
         raise WeightsError(f"{path} is damaged: its arrays have other shapes than a Whisper model's") from error
     _check_projection(variables)
     return state, *heads

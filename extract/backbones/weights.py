@@ -164,7 +164,7 @@ def _read_file(path: Path) -> WhisperWeights:
             "to download it again"
         )
     if not name:  # else every byte is known to be right
-        _check_records(path)
+        check_records(path)
     dims, state = _read_pt(path)
     if name:
         return WhisperWeights(name, str(path), dims, state, _published_alignment_heads(name))
@@ -233,7 +233,7 @@ def _download(name: str, path: Path) -> Path:
         ) from error
 
 
-def _check_records(path: Path) -> None:
+def check_records(path: Path) -> None:
     """Hold what torch.save wrote against the CRC-32 beside it, which torch.load does not. Raises WeightsError."""
     try:
         if not zipfile.is_zipfile(path):  # of before torch 1.6, or no checkpoint: reading it will show
@@ -285,7 +285,13 @@ def _alignment_heads(path: Path) -> tuple[tuple[int, int], ...] | None:
     try:
         pairs = read_json(path)["alignment_heads"]
         return tuple((int(layer), int(head)) for layer, head in pairs)
-    except (WeightsError, ValueError, KeyError, TypeError):  # it is no part of the weights: Whisper has a default
+    except (
+        WeightsError,
+        ValueError,
+        OverflowError,
+        KeyError,
+        TypeError,
+    ):  # it is no part of the weights: Whisper has a default
         return None
 
 

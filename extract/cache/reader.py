@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from whisper_at_cli.extract.cache import schema
+from whisper_at_cli.extract.cache.columns import read_column
 from whisper_at_cli.extract.cache.schema import CacheSpec, Status
 from whisper_at_cli.extract.cache.shards import ShardFile, read_chunk
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
@@ -39,13 +40,9 @@ class FeatureCache:
         import zarr
 
         self.store, self.path, self.spec, self.attributes = store, store.address, spec, attributes
-        try:
-            with store.asking("features"):
-                self._group = zarr.open_group(store.zarr(), mode="r", zarr_format=3)
-                features = self._array("features")
-            clips, self.clips_per_shard = features.shape[0], (features.shards or ())[0]
-        except (LookupError, ValueError, OSError, TypeError) as error:
-            raise CacheError(f"{store} is damaged ({error}); restore it or extract again to another path") from error
+        with schema.readable(store, "features"):
+            self._group = zarr.open_group(store.zarr(), mode="r", zarr_format=3)
+            clips, self.clips_per_shard = schema.check_features(self._array("features"), spec, store)
         self.damaged_chunks: dict[str, set[int]] = {"status": set(), "valid_frames": set()}
         self.status = self._bytes_per_clip("status", clips)
         self._open: dict[str, OrderedDict[int, ShardFile]] = {}
@@ -80,22 +77,22 @@ class FeatureCache:
     @cached_property
     def ids(self) -> np.ndarray:
         """(N,) str, unique."""
-        return self._strings("id")
+        return self._column("id")
 
     @cached_property
     def paths(self) -> np.ndarray:
         """(N,) str, relative to the dataset."""
-        return self._strings("path")
+        return self._column("path")
 
     @cached_property
     def split(self) -> np.ndarray:
         """(N,) str, empty where the dataset names none."""
-        return self._strings("split")
+        return self._column("split")
 
     @cached_property
     def errors(self) -> np.ndarray:
         """(N,) str: why a clip failed, empty otherwise."""
-        return self._strings("error")
+        return self._column("error")
 
     @cached_property
     def fold(self) -> np.ndarray:
@@ -117,8 +114,8 @@ class FeatureCache:
     def _bytes_per_clip(self, name: str, clips: int) -> np.ndarray:
         """(N,) uint8 of an array with a chunk file per shard, 0 where there is none yet.
 
-        A damaged chunk reads as 0 too, which is `pending`: what is not known to be done counts as not done. Its
-        shard is kept in `damaged_chunks` for `verify`.
+        A chunk that is damaged, or holds what no status is, reads as 0 too, which is `pending`: what is not known to
+        be done counts as not done. Its shard is kept in `damaged_chunks` for `verify`.
         """
         S = self.clips_per_shard
         out = np.zeros(clips, dtype=np.uint8)
@@ -129,7 +126,10 @@ class FeatureCache:
             except CacheError:
                 self.damaged_chunks[name].add(shard)
                 return
-            if chunk is not None:
+            most = max(Status) if name == "status" else self.spec.frames
+            if chunk is not None and chunk.max() > most:
+                self.damaged_chunks[name].add(shard)
+            elif chunk is not None:
                 out[shard * S : (shard + 1) * S] = chunk[: clips - shard * S]
 
         self.store.map(read, range(schema.shard_count(clips, S)))
@@ -144,11 +144,7 @@ class FeatureCache:
         return array
 
     def _column(self, name: str) -> np.ndarray:
-        with self.store.asking(name):
-            return np.asarray(self._array(name)[:])
-
-    def _strings(self, name: str) -> np.ndarray:
-        return np.asarray(self._column(name)).astype(object).astype(str)
+        return read_column(self.store, self._group, name, self.spec, len(self))
 
     def features(self, rows: Rows) -> np.ndarray:
         """All layers of some clips: (n, L, T, D), float16 or float32 as stored; int8 is decoded to float32."""
@@ -165,6 +161,7 @@ class FeatureCache:
         """All layers of some clips as they lie on disk: (n, L, T, D) float16, float32 or int8."""
         rows = self._real_rows(rows)
         L, T, D = self.spec.layers, self.spec.frames, self.spec.dim
+        self._check_first("features", rows, L, range(L))
         out = np.empty((len(rows), L, T, D), dtype=self._stored)
 
         def read(at: int) -> None:
@@ -182,6 +179,7 @@ class FeatureCache:
         index = self._layer_index(layer)
         rows = self._real_rows(rows)
         L, S = self.spec.layers, self.clips_per_shard
+        self._check_first("features", rows, L, [index])
         out = np.empty((len(rows), self.spec.frames, self.spec.dim), dtype=self._stored)
         shard_of = rows // S
         edges = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(rows)] if len(rows) else []
@@ -205,6 +203,8 @@ class FeatureCache:
 
     def _per_layer(self, name: str, rows: np.ndarray, layers: Sequence[int]) -> np.ndarray:
         """(n, len(layers), D) float32 of `mean` or `scale`, whose chunks are one layer of a whole shard."""
+        if name == "mean":
+            self._check_first(name, rows, 0, layers)
         out = np.empty((len(rows), len(layers), self.spec.dim), dtype=np.float32)
         shard_of, slot_of = np.divmod(rows, self.clips_per_shard)
 
@@ -217,6 +217,12 @@ class FeatureCache:
 
         self.store.map(read, np.unique(shard_of).tolist())
         return out
+
+    def _check_first(self, name: str, rows: np.ndarray, chunks_per_clip: int, chunks: Sequence[int]) -> None:
+        """Raise CacheError unless the first row's chunks are there: room is made only for what is."""
+        if len(rows):
+            shard, slot = divmod(int(rows[0]), self.clips_per_shard)
+            self._shard(name, shard).check([slot * chunks_per_clip + chunk for chunk in chunks])
 
     @property
     def _stored(self) -> np.dtype:

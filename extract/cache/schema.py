@@ -13,9 +13,11 @@ id, path, fold, split, labels   what the dataset says of each clip; written when
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -25,7 +27,7 @@ import numpy as np
 
 from whisper_at_cli.extract.cache.shards import ZSTD_LEVEL
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
-from whisper_at_cli.extract.errors import CacheError, UsageError
+from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
 
 if TYPE_CHECKING:
     import zarr
@@ -39,6 +41,12 @@ MAX_CLIPS_PER_SHARD = 256  # so that a killed run of a small model loses little
 METADATA = "zarr.json"  # of the group; with it a cache begins to be one
 SHARD_SUFFIX = {"features": "/0/0/0", "mean": "/0/0", "scale": "/0/0"}
 ROWS_PER_CHUNK = 65536  # of what the dataset says of each clip
+MAX_CLIP_BYTES = 1 << 28  # of features; 64 times a clip of the largest Whisper in float32
+FIELD_TYPES = {
+    int: ("layers", "dim", "frames"),
+    float: ("clip_seconds",),
+    str: ("backbone", "weights_sha256", "dtype", "precision", "dataset"),
+}
 
 
 class Status(IntEnum):
@@ -135,6 +143,7 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
     attributes["class_names"] = list(spec.class_names)
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
     N, L, T, D, S = len(clips), spec.layers, spec.frames, spec.dim, clips_per_shard
+    packed = [ZstdCodec(level=0), Crc32cCodec()]
 
     def add(
         name: str, shape: tuple[int, ...], dtype: str, dims: tuple[str, ...], *, chunks: tuple[int, ...],
@@ -155,16 +164,22 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
             chunks=(S, 1, D), shards=(S, L, D), fill_value=np.nan)  # fmt: skip
     add("valid_frames", (N,), "uint8", ("clip",), chunks=(S,))
     add("status", (N,), "uint8", ("clip",), chunks=(S,))
-    group.create_array("error", shape=(N,), dtype=str, chunks=(S,), dimension_names=("clip",))
+
+    def add_text(name: str, *, chunks: int) -> zarr.Array:
+        return group.create_array(
+            name, shape=(N,), dtype=str, chunks=(chunks,), dimension_names=("clip",),
+            compressors=packed,
+        )  # fmt: skip
+
+    add_text("error", chunks=S)
     rows = max(1, min(N, ROWS_PER_CHUNK))
     for name, column in (("id", clips.ids), ("path", clips.paths), ("split", clips.split)):
-        array = group.create_array(name, shape=(N,), dtype=str, chunks=(rows,), dimension_names=("clip",))
-        array[:] = np.asarray(column, dtype=object)
+        add_text(name, chunks=rows)[:] = np.asarray(column, dtype=object)
     add("fold", (N,), "int16", ("clip",), chunks=(rows,))[:] = clips.fold
     if spec.class_names:
         array = group.create_array(
             "labels", shape=clips.labels.shape, dtype="uint8", chunks=(min(rows, 4096), len(spec.class_names)),
-            dimension_names=("clip", "class"),
+            dimension_names=("clip", "class"), compressors=packed,
         )  # fmt: skip
         array[:] = clips.labels
 
@@ -200,8 +215,10 @@ def read_attributes(store: LocalStore | BucketStore) -> dict:
         if metadata is None:
             raise UsageError(f"{path} does not exist; make a cache with: whisper-at-cli extract DATASET {path}")
         attributes = json.loads(metadata)["attributes"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged_metadata(store, str(error)) from error
+    if not isinstance(attributes, dict):
+        raise _damaged_metadata(store, "its attributes are no JSON object")
     if attributes.get("format") != FORMAT_NAME:
         raise UsageError(f"{path} is a Zarr group but not a feature cache; give the folder that `extract` wrote")
     if attributes.get("format_version") != FORMAT_VERSION:
@@ -215,9 +232,54 @@ def read_attributes(store: LocalStore | BucketStore) -> dict:
 def spec_from_attributes(attributes: dict, store: LocalStore | BucketStore) -> CacheSpec:
     """The spec that a cache's own attributes hold."""
     try:
-        return CacheSpec(**{name: attributes[name] for name in CacheSpec.__dataclass_fields__})
-    except (KeyError, TypeError, ValueError) as error:
+        spec = CacheSpec(**{name: attributes[name] for name in CacheSpec.__dataclass_fields__})
+        _check_fields(spec, attributes)
+    except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise _damaged_metadata(store, f"attribute {error} is missing or wrong") from error
+    if spec.clip_bytes > MAX_CLIP_BYTES:
+        raise _damaged_metadata(store, f"a clip would have {spec.clip_bytes} bytes of features")
+    return spec
+
+
+def _check_fields(spec: CacheSpec, attributes: dict) -> None:
+    """Raise TypeError or ValueError where a field is of another type, or no length of a clip."""
+    for kind, names in FIELD_TYPES.items():
+        for name in names:
+            if type(getattr(spec, name)) not in (kind, int if kind is float else kind):
+                raise TypeError(name)
+    if not math.isfinite(spec.clip_seconds) or not all(isinstance(name, str) for name in attributes["class_names"]):
+        raise ValueError("clip_seconds or class_names")
+
+
+@contextlib.contextmanager
+def readable(store: LocalStore | BucketStore, name: str) -> Iterator[None]:
+    """A context in which whatever damaged bytes bring zarr to becomes a CacheError that names the array."""
+    try:
+        with store.asking(name):
+            yield
+    except WhisperATError:
+        raise
+    except Exception as error:  # of its codecs and of its metadata, any kind
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CacheError(
+            f"{store}/{name} is missing or damaged ({reason}); restore it or extract again to another path"
+        ) from error
+
+
+def check_features(features: zarr.Array, spec: CacheSpec, store: LocalStore | BucketStore) -> tuple[int, int]:
+    """Clips, and clips per shard, of the array of features. Raises ValueError where it is not laid out as designed.
+
+    Nothing is believed that would cost memory or time beyond what is really there.
+    """
+    clips, per_shard = int(features.shape[0]), int((features.shards or ())[0])
+    clip = (spec.layers, spec.frames, spec.dim)
+    if (features.shape, features.chunks, features.shards) != ((clips, *clip), (1, 1, *clip[1:]), (per_shard, *clip)):
+        raise ValueError(f"its metadata say {features.shape} in shards of {features.shards}, not {clip} a clip")
+    if features.dtype != spec.dtype or not 1 <= per_shard <= max(clips, MAX_CLIPS_PER_SHARD):
+        raise ValueError(f"its metadata say {features.dtype}, {per_shard} clips a shard")
+    if clips > ROWS_PER_CHUNK and not store.exists(f"id/c/{(clips - 1) // ROWS_PER_CHUNK}"):
+        raise ValueError(f"its metadata say {clips} clips, which have no id")
+    return clips, per_shard
 
 
 def _damaged_metadata(store: LocalStore | BucketStore, problem: str) -> CacheError:

@@ -89,27 +89,36 @@ class ShardFile:
             return self._file
 
     def _read_index(self, file: LocalFile | BucketFile) -> None:
-        index = np.empty((self._chunk_count, 2), dtype="<u8")
+        start = file.size - 16 * self._chunk_count - CRC_BYTES
+        index = np.empty((self._chunk_count if start >= 0 else 0, 2), dtype="<u8")
         checksum = bytearray(CRC_BYTES)
-        start = file.size - index.nbytes - CRC_BYTES
         if start < 0 or file.readv([index, checksum], start) != index.nbytes + CRC_BYTES:
             raise CacheError(f"{self.path} is {f'truncated to {file.size} bytes' if file.size else 'empty'}; {VERIFY}")
         if crc32c(index.reshape(-1).view(np.uint8)) != bytes(checksum):
             raise CacheError(f"{self.path} is truncated or its index is damaged; {VERIFY}")
+        held = index[(index != ABSENT).any(axis=1)]
+        if (held > start).any() or held[:, 1].sum(dtype=np.float64) > start or (held.sum(axis=1) > start).any():
+            raise CacheError(f"{self.path} is damaged: its index names more bytes than it holds; {VERIFY}")
         self._starts: list[int] = index[:, 0].tolist()
         self._lengths: list[int] = index[:, 1].tolist()
+
+    def check(self, chunks: Sequence[int]) -> LocalFile | BucketFile:
+        """The open file. Raises CacheError unless it has these chunks."""
+        file = self._file or self._open()
+        stride = self.chunk_bytes + CRC_BYTES
+        for chunk in chunks:
+            if self._lengths[chunk] != stride or self._starts[chunk] + stride > file.size:
+                raise CacheError(f"{self.path} has no chunk {chunk} although its clip is marked done; {VERIFY}")
+        return file
 
     def read(self, chunks: Sequence[int], out: np.ndarray) -> None:
         """Read chunks into the rows of `out`, (len(chunks), ...), each row C-contiguous and of a chunk's bytes.
 
         Raises CacheError if one is absent, cut off, or its checksum is wrong.
         """
-        file = self._file or self._open()
+        file = self.check(chunks)
         rows = out.reshape(len(chunks), -1).view(np.uint8)
         stride = self.chunk_bytes + CRC_BYTES
-        for chunk in chunks:
-            if self._lengths[chunk] != stride or self._starts[chunk] + stride > file.size:
-                raise CacheError(f"{self.path} has no chunk {chunk} although its clip is marked done; {VERIFY}")
         readv, starts = file.readv, self._starts
         checksums = np.empty((len(chunks), CRC_BYTES), dtype=np.uint8)
 
@@ -137,7 +146,11 @@ class ShardFile:
             data = bytearray(length)
             if file.readv([data], start) != length or crc32c(bytes(data[:-CRC_BYTES])) != data[-CRC_BYTES:]:
                 raise CacheError(f"chunk {chunk} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}")
-            row[:] = np.frombuffer(zstd.decompress(bytes(data[:-CRC_BYTES])), dtype=np.uint8)
+            row[:] = 0xFF  # NaN, should it hold fewer numbers
+            try:
+                zstd.decompress(bytes(data[:-CRC_BYTES]), row)
+            except (RuntimeError, ValueError) as error:
+                raise CacheError(f"chunk {chunk} of {self.path} is damaged ({error}); {VERIFY}") from error
 
     def _runs(self, chunks: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
         """First and last (exclusive) of chunks that lie side by side, at most so many of them."""

@@ -11,6 +11,8 @@ from whisper_at_cli.extract.cache.schema import Status, shard_count
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.cache.writer import lock_files, running_slots
 
+MOST_SLOTS = 10_000  # tasks that are all listed
+
 
 def summarise(path: str | Path) -> dict:
     """Settings, counts, sizes and failures of the cache at `path`, ready for JSON."""
@@ -54,6 +56,7 @@ def summarise(path: str | Path) -> dict:
 def _slots(cache: FeatureCache) -> list[dict]:
     """What each task of the last division of the work (`--shard I/N`) has still to do, and whether it is running.
 
+    Of more than MOST_SLOTS tasks, those that were started.
     Empty in a bucket, which has no locks and so no trace of the tasks.
     """
     if not isinstance(cache.store, LocalStore) or not (files := lock_files(cache.store.path)):
@@ -68,5 +71,5 @@ def _slots(cache: FeatureCache) -> list[dict]:
             **{status.name.lower(): int((cache.status[slot_of == index - 1] == status).sum()) for status in Status},
             "running": (index, of) in running,
         }
-        for index in range(1, of + 1)
+        for index in (range(1, of + 1) if of <= MOST_SLOTS else sorted(index for index, n in files if n == of))
     ]

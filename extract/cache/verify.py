@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 
 from whisper_at_cli.extract.cache import schema
 from whisper_at_cli.extract.cache.reader import FeatureCache
-from whisper_at_cli.extract.cache.schema import array_shapes
-from whisper_at_cli.extract.errors import CacheError
+from whisper_at_cli.extract.cache.schema import Status, array_shapes
+from whisper_at_cli.extract.errors import CacheError, WhisperATError
 from whisper_at_cli.extract.progress import Progress
+
+COLUMNS = ("ids", "paths", "split", "errors", "fold", "labels")
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,15 @@ def verify(path: str | Path, *, rows: np.ndarray | None = None, progress: Progre
     Raises UsageError or CacheError where the cache cannot even be opened.
     """
     cache = FeatureCache.open(path)
-    damaged = _metadata_damage(cache) + _chunk_damage(cache)
-    done = np.flatnonzero(cache.done if rows is None else cache.done & rows)
+    damaged = _metadata_damage(cache) + _column_damage(cache) + _chunk_damage(cache)
+    asked = np.ones(len(cache), dtype=bool) if rows is None else rows
+    done = np.flatnonzero(cache.done & asked)
     for shard in np.unique(done // cache.clips_per_shard).tolist():
         rows = done[done // cache.clips_per_shard == shard]
         damaged += _shard_damage(cache, shard, rows)
         if progress:
             progress(int(rows[-1]) + 1, len(cache), f"{len(damaged)} damaged" if damaged else "")
+    damaged += _empty_shard_damage(cache, np.flatnonzero((cache.status == Status.FAILED) & asked), done)
     return VerifyReport(not damaged, len(done), tuple(damaged))
 
 
@@ -59,9 +64,30 @@ def _metadata_damage(cache: FeatureCache) -> list[Damage]:
                 array = zarr.open_array(cache.store.zarr(), path=name, mode="r", zarr_format=3)
             if array.shape != shape or (dtype and array.dtype != dtype):
                 found.append(Damage(-1, (), f"{name}/zarr.json says {array.shape} {array.dtype}, not {shape} {dtype}"))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except WhisperATError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever damaged bytes bring zarr to
             found.append(Damage(-1, (), f"{name}/zarr.json is missing or damaged: {error}"))
     return found
+
+
+def _column_damage(cache: FeatureCache) -> list[Damage]:
+    """What the dataset said of each clip and is no longer readable."""
+    found = []
+    for column in COLUMNS:
+        try:
+            getattr(cache, column)
+        except CacheError as error:
+            found.append(Damage(-1, (), str(error)))
+    return found
+
+
+def _names(cache: FeatureCache, rows: Iterable[int]) -> tuple[str, ...]:
+    """The ids of these clips; their numbers where no id can be read any more."""
+    try:
+        return tuple(str(cache.ids[row]) for row in rows)
+    except CacheError:
+        return tuple(f"row {row}" for row in rows)
 
 
 def _chunk_damage(cache: FeatureCache) -> list[Damage]:
@@ -71,14 +97,14 @@ def _chunk_damage(cache: FeatureCache) -> list[Damage]:
     for name, shards in cache.damaged_chunks.items():
         for shard in sorted(shards):
             rows = schema.shard_rows(shard, cache.clips_per_shard, len(cache))
-            clips = tuple(str(cache.ids[row]) for row in rows)
+            clips = _names(cache, rows)
             found.append(Damage(shard, clips, f"{name}/c/{shard} is damaged: its CRC-32C does not match"))
     return found
 
 
 def _shard_damage(cache: FeatureCache, shard: int, rows: np.ndarray) -> list[Damage]:
     """What is wrong with one shard. A damage that hits all its clips alike is named once."""
-    names = tuple(str(cache.ids[row]) for row in rows)
+    names = _names(cache, rows)
     try:
         means_are_finite = bool(np.isfinite(cache.mean(rows=rows)).all())
     except CacheError as error:
@@ -88,6 +114,20 @@ def _shard_damage(cache: FeatureCache, shard: int, rows: np.ndarray) -> list[Dam
     found += [Damage(shard, (name,), problem) for name, problem in zip(names, problems, strict=True) if problem]
     if len(found) == len(rows) > 1 and len({damage.problem for damage in found}) == 1:
         return [Damage(shard, names, found[0].problem)]
+    return found
+
+
+def _empty_shard_damage(cache: FeatureCache, failed: np.ndarray, done: np.ndarray) -> list[Damage]:
+    """Shards of which every clip failed: they hold but an index, without which Zarr reads none of the array."""
+    S, found = cache.clips_per_shard, []
+    for shard in np.setdiff1d(failed // S, done // S).tolist():
+        names = _names(cache, failed[failed // S == shard])
+        for array in ("features", "mean", "scale")[: 3 if cache.spec.dtype == "int8" else 2]:
+            try:
+                if cache.store.exists(schema.shard_file(array, shard)):
+                    cache._shard(array, shard).check([])
+            except CacheError as error:
+                found.append(Damage(shard, names, str(error)))
     return found
 
 

@@ -308,7 +308,7 @@ def lock_files(path: Path) -> dict[tuple[int, int], Path]:
     files = {}
     for file in lock_folder(path).glob("*-of-*"):
         index, _, of = file.name.partition("-of-")
-        if index.isdecimal() and of.isdecimal():
+        if file.name.isascii() and index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of):
             files[int(index), int(of)] = file
     return files
 
@@ -316,7 +316,7 @@ def lock_files(path: Path) -> dict[tuple[int, int], Path]:
 def running_slots(path: Path) -> set[tuple[int, int]]:
     """The slots that running processes hold. Empty where the file system has no locks: then nobody can know."""
     files = lock_files(path)
-    if not files:
+    if not files or not (lock_folder(path) / "door").exists():
         return set()
     with open(lock_folder(path) / "door") as door:  # else a process that starts now would find its lock taken
         take_lock(door, wait=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 from whisper_at_cli.extract.audio.decode import clip_from_samples
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
 from whisper_at_cli.extract.datasets.classes import classes_beside
+from whisper_at_cli.extract.datasets.tables import MAX_FOLD
 from whisper_at_cli.extract.errors import AudioError, UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +28,18 @@ LAYOUT = (
     "classes); sample rate in its attribute sample_rate"
 )
 NEEDED = ("audio_name", "waveform")
+UNPACKED = 1 << 20  # bytes that may be read of anything; what is packed holds at most 1,100 times as much as it takes
+MOST_PACKED = 1100  # by deflate 1,032
+READ_APART = """
+import resource, sys, h5py
+seconds = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+with h5py.File(sys.argv[1], "r") as pack:
+    pack["audio_name"][:]
+"""
+APART_CPU_SECONDS = 5  # and a second for every 20,000 texts, fifty times what they take
+MAX_CHUNK_BYTES = 1 << 28  # of a waveform: to read any of it, HDF5 unpacks a whole chunk
 
 
 @dataclass(frozen=True)
@@ -76,13 +92,14 @@ def read(path: Path, *, labels: Path | None = None) -> WaveformPack:
             missing = [name for name in NEEDED if name not in pack]
             if missing:
                 raise UsageError(f"{path} has no {missing[0]!r}; it holds {', '.join(pack) or 'nothing'}")
-            names = [_name(value, path) for value in pack["audio_name"][:]]
+            names = [_name(value, path) for value in _whole(pack, "audio_name", path)]
             rate, notes = _rate(pack, path)
             _check_waveform(pack["waveform"], len(names), path)
-            target = pack["target"][:] if "target" in pack else np.zeros((len(names), 0))
-            fold = pack["fold"][:] if "fold" in pack else np.zeros(len(names))
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UsageError(f"{path} cannot be read as a pack of waveforms: {error}") from error
+            target = _whole(pack, "target", path) if "target" in pack else np.zeros((len(names), 0))
+            fold = _whole(pack, "fold", path) if "fold" in pack else np.zeros(len(names))
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            problem = " ".join(str(error).split())
+            raise UsageError(f"{path} cannot be read as a pack of waveforms: {problem}") from error
     _check_columns(target, fold, len(names), path)
     class_names, more = _class_names(path, target.shape[1], labels)
     clips = tuple(
@@ -103,17 +120,48 @@ def _opened(path: Path) -> h5py.File:
         raise UsageError(f"{path} is not a readable HDF5 file: {' '.join(str(error).split())}") from error
 
 
+def _whole(pack: h5py.File, name: str, path: Path) -> np.ndarray:
+    """All of a dataset. Raises UsageError where it declares more than the file can hold: HDF5 would fill memory."""
+    import h5py
+
+    dataset = pack[name]
+    held = max(UNPACKED, MOST_PACKED * dataset.id.get_storage_size())
+    chunk = math.prod(dataset.chunks or (0,)) * dataset.dtype.itemsize
+    if dataset.nbytes > held or chunk > max(UNPACKED, 2 * dataset.nbytes):
+        raise UsageError(f"{path}: {name} is {dataset.shape} of {dataset.dtype}, more than the file holds")
+    if h5py.check_string_dtype(dataset.dtype) and dataset.dtype.kind == "O":
+        _read_apart(path, dataset.size)
+    return dataset[:]
+
+
+def _read_apart(path: Path, texts: int) -> None:
+    """Raise UsageError where HDF5's library does not come through the names.
+
+    Texts of any length lie in heaps. In a damaged heap the library goes round in circles for ever, or crashes; so
+    another process is first to read them.
+    """
+    seconds = APART_CPU_SECONDS + texts // 20_000
+    command = [sys.executable, "-c", READ_APART, str(path.resolve()), str(seconds)]
+    done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode < 0:
+        raise UsageError(f"{path} is damaged: reading its audio_name does not end, or crashes; copy or make it again")
+
+
 def _name(value: object, path: Path) -> str:
     name = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
     if not isinstance(name, str) or not name or len(name) > 1024:
-        raise UsageError(f"{path}: audio_name holds {value!r:.60}, which is no name")
+        shown = " ".join(repr(value)[:60].split())
+        raise UsageError(f"{path}: audio_name holds {shown}, which is no name")
     return as_text(name.replace("\0", ""))
 
 
 def _rate(pack: h5py.File, path: Path) -> tuple[int, list[str]]:
     for place in (pack, pack["waveform"]):
         if "sample_rate" in place.attrs:
-            rate = int(place.attrs["sample_rate"])
+            stored = place.attrs.get_id("sample_rate")
+            if stored.dtype.kind not in "iuf" or math.prod(stored.shape) != 1:
+                raise UsageError(f"{path}: sample_rate is {stored.shape} of {stored.dtype}; give one number in Hz")
+            rate = int(np.ravel(place.attrs["sample_rate"])[0])
             if not 1000 <= rate <= 768_000:
                 raise UsageError(f"{path}: sample_rate is {rate}; give 1000 to 768000 Hz")
             return rate, []
@@ -126,6 +174,8 @@ def _check_waveform(waveform: h5py.Dataset, clips: int, path: Path) -> None:
             f"{path}: waveform is {waveform.shape} of {waveform.dtype}; {clips} names need ({clips}, samples) of int16 "
             "or floating point"
         )
+    if math.prod(waveform.chunks or (0,)) * waveform.dtype.itemsize > MAX_CHUNK_BYTES:
+        raise UsageError(f"{path}: waveform is packed in chunks of {waveform.chunks}; make them smaller")
     if waveform.dtype.kind == "i" and waveform.dtype.itemsize != 2:
         raise UsageError(f"{path}: waveform is {waveform.dtype}; whole numbers must be int16")
 
@@ -133,7 +183,7 @@ def _check_waveform(waveform: h5py.Dataset, clips: int, path: Path) -> None:
 def _check_columns(target: np.ndarray, fold: np.ndarray, clips: int, path: Path) -> None:
     if target.ndim != 2 or len(target) != clips or target.dtype.kind not in "biuf":
         raise UsageError(f"{path}: target is {target.shape} of {target.dtype}; give ({clips}, classes) of 0 and 1")
-    if fold.shape != (clips,) or fold.dtype.kind not in "iuf":
+    if fold.shape != (clips,) or fold.dtype.kind not in "iuf" or not ((fold >= 0) & (fold <= MAX_FOLD)).all():
         raise UsageError(f"{path}: fold is {fold.shape} of {fold.dtype}; give a whole number for each of {clips} clips")
 
 

@@ -61,6 +61,11 @@ class _OpenShard:
     block: ShardBlock | None = None
 
 
+def real_frames(real: int, samples: int) -> int:
+    """How many of a clip's frames hold any of its `real` samples; the others are padding."""
+    return -(-real * FRAMES // samples)
+
+
 def batch_slots(rows: range, redo: np.ndarray, batch_size: int) -> list[range]:
     """The batches of a shard of these rows that hold a clip in `redo`, (N,) bool; as places within the shard."""
     parts = [range(at, min(at + batch_size, len(rows))) for at in range(0, len(rows), batch_size)]
@@ -164,7 +169,7 @@ class ShardRun:
                 continue
             good.append(place)
             encoded.slots.append(slot)
-            encoded.valid_frames.append(-(-real * FRAMES // self.samples))
+            encoded.valid_frames.append(real_frames(real, self.samples))
         batch.audio.clear()
         if good:
             started = time.perf_counter()

@@ -1,0 +1,121 @@
+"""What the dataset said of each clip, read back: id, path, split, error, fold and labels.
+
+Text and labels are packed, and a few packed bytes may say that they are gigabytes: how large a chunk becomes is looked
+up before it is unpacked, and held against what can be.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numcodecs import zstd
+from numcodecs.vlen import VLenUTF8
+
+from whisper_at_cli.extract.cache.schema import MAX_CLIPS_PER_SHARD, CacheSpec, array_shapes, readable
+from whisper_at_cli.extract.cache.shards import CRC_BYTES, crc32c
+from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
+
+if TYPE_CHECKING:
+    import zarr
+
+COLUMNS = ("id", "path", "split", "error", "fold", "labels")
+PACKED = ("zstd", "zstd crc32c")  # caches of before had no checksum on text and labels
+CODECS = {"fold": ("bytes crc32c",), "labels": tuple(f"bytes {rest}" for rest in PACKED)}
+TEXT_CODECS = tuple(f"vlen-utf8 {rest}" for rest in PACKED)
+TEXT_BYTES, TEXT_RATIO = 1 << 26, 100  # a chunk of text is at most so large, or so many times what it takes on disk
+MAX_TEXT = 1 << 16  # characters of an id, a path or an error
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+def read_column(
+    store: LocalStore | BucketStore, group: zarr.Group, name: str, spec: CacheSpec, clips: int
+) -> np.ndarray:
+    """A column of `clips` entries: text as str, fold int16, labels (clips, classes) uint8.
+
+    Raises CacheError where it is missing, damaged or not laid out as designed.
+    """
+    import zarr
+
+    with readable(store, name):
+        array = group[name]
+        if not isinstance(array, zarr.Array):
+            raise TypeError("it is no array")
+        _check_layout(array, name, spec, clips)
+        if name == "fold":
+            return np.asarray(array[:])
+        rows, checked = array.chunks[0], _codecs(array).endswith("crc32c")
+        numbers = name == "labels"
+        out = np.zeros(array.shape, dtype=np.uint8) if numbers else np.full(clips, "", dtype=object)
+
+        def read(number: int) -> None:
+            data = store.read(f"{name}/c/{number}{'/0' if numbers else ''}")
+            if data is None and name == "id":
+                raise ValueError(f"c/{number} is missing")
+            if data is not None:
+                packed = _without_checksum(data) if checked else data
+                part = _labels(packed, array.chunks) if numbers else _texts(packed, rows)
+                out[number * rows : (number + 1) * rows] = part[: clips - number * rows]
+
+        store.map(read, range(math.ceil(clips / rows)))
+        return out if numbers else out.astype(str)
+
+
+def _codecs(array: zarr.Array) -> str:
+    codecs = getattr(array.metadata, "codecs", ())  # Zarr v2 has none
+    return " ".join(str(codec.to_dict()["name"]) for codec in codecs)
+
+
+def _check_layout(array: zarr.Array, name: str, spec: CacheSpec, clips: int) -> None:
+    """Raise ValueError where an array is not laid out as designed: nothing that it declares may cost memory or time."""
+    shape, dtype = array_shapes(spec, clips)[name]
+    if array.shape != shape or (array.dtype != dtype if dtype else array.dtype.kind not in "TO"):
+        raise ValueError(f"its metadata say {array.shape} of {array.dtype}, not {shape} of {dtype or 'text'}")
+    whole = array.chunks[1:] == shape[1:] and array.shards is None
+    if not whole or array.chunks[0] > max(clips, MAX_CLIPS_PER_SHARD):
+        raise ValueError(f"its metadata say chunks of {array.chunks}, for {shape}")
+    if _codecs(array) not in CODECS.get(name, TEXT_CODECS):
+        raise ValueError(f"its metadata say that it is coded by {_codecs(array)!r:.80}")
+
+
+def _without_checksum(data: bytes) -> bytes:
+    if crc32c(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+        raise ValueError("its CRC-32C does not match")
+    return data[:-CRC_BYTES]
+
+
+def _labels(packed: bytes, chunk: tuple[int, ...]) -> np.ndarray:
+    size = math.prod(chunk)
+    if _unpacked_bytes(packed) != size:
+        raise ValueError(f"a chunk is {_unpacked_bytes(packed)} bytes unpacked, not {size}")
+    return np.frombuffer(zstd.decompress(packed), dtype=np.uint8).reshape(chunk)
+
+
+def _texts(packed: bytes, count: int) -> np.ndarray:
+    """The texts of a chunk: their number, then the length and UTF-8 bytes of each."""
+    size = _unpacked_bytes(packed)
+    if size > max(TEXT_BYTES, TEXT_RATIO * len(packed)):
+        raise ValueError(f"a chunk is {size} bytes unpacked")
+    data = zstd.decompress(packed)
+    if data[:4] != struct.pack("<I", count):
+        raise ValueError(f"a chunk is not of {count} texts")
+    texts = VLenUTF8().decode(data)
+    longest = max(map(len, texts), default=0)
+    if longest > MAX_TEXT:  # as an array, every text takes the room of the longest
+        raise ValueError(f"it holds a text of {longest} characters")
+    return texts
+
+
+def _unpacked_bytes(packed: bytes) -> int:
+    """How many bytes a Zstandard frame holds, by its own header. Raises ValueError where it does not say."""
+    if packed[:4] != ZSTD_MAGIC or len(packed) < 6:
+        raise ValueError("a chunk is no Zstandard frame")
+    flags = packed[4]
+    single = flags >> 5 & 1
+    width = (single, 2, 4, 8)[flags >> 6]
+    at = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
+    if not width:
+        raise ValueError("a chunk does not say how large it is")
+    return int.from_bytes(packed[at : at + width], "little") + (256 if width == 2 else 0)
