@@ -27,7 +27,7 @@ import engine  # noqa: E402
 import head_files  # noqa: E402
 import manifests  # noqa: E402
 import packs  # noqa: E402
-from machine import machine  # noqa: E402
+from record import machine  # noqa: E402
 
 MODULES = (manifests, ctranslate2_folders, caches, packs, head_files)
 READERS = {module.READER.name: module.READER for module in MODULES}

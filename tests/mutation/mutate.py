@@ -180,7 +180,7 @@ def main() -> None:
         tree = copied(Path(folder).resolve())
         groups = {name: try_group(tree, *GROUPS[name], options) for name in options.groups}
         sys.path[:0] = [folder, str(tree / "benchmarks")]
-        from machine import machine, publish
+        from record import machine, publish
 
         versions = {module.__name__: module.__version__ for module in (coverage, pytest, numpy, torch)}
         others = json.loads(options.out.read_text())["groups"] if options.out and options.out.exists() else {}
