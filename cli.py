@@ -5,6 +5,7 @@ Each room's own commands are in its `commands.py`: arguments in, calls out, tabl
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,10 @@ from whisper_at_cli.heads.tagging import commands as tagging_commands
 from whisper_at_cli.probe import commands as probe_commands
 from whisper_at_cli.probe.report import commands as report_commands
 from whisper_at_cli.probe.robustness import commands as robustness_commands
+
+# Before torch is loaded: threads that have nothing to do sleep. As they come, they spin, and where another program
+# wants the cores too, training a small head took two to ten times as long. What the user has set stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class _Commands(click.Group):

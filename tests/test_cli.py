@@ -1,6 +1,7 @@
 """The command line as a user meets it: one clear line for every mistake, JSON that is JSON, exit status as promised."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -220,3 +221,13 @@ def test_what_the_system_refuses_is_said_as_that(capsys, cache, tmp_path, monkey
     status, out, err = run(capsys, "export", cache, tmp_path / "out")
     assert status == 1 and out == "" and err.count("\n") == 1
     assert f"{tmp_path / 'out'}: Permission denied" in err and "should not happen" not in err
+
+
+@pytest.mark.parametrize("given, used", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(given, used):
+    """It has to be said before torch is loaded, and importing the commands does not load it."""
+    code = "import os, sys, whisper_at_cli.cli; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = inherited | ({"OMP_WAIT_POLICY": given} if given else {})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [used, "False"]
