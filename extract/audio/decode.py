@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from whisper_at_cli.extract.audio.lengths import refuse_truncated, seconds_of
+from whisper_at_cli.extract.audio.lengths import refuse_huge_chunks, refuse_truncated, seconds_of
 from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
 from whisper_at_cli.extract.audio.segments import decode_span
 from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
@@ -134,6 +134,8 @@ def _options(source: Source, head: bytes) -> dict[str, str]:
     """For FFmpeg's demuxer: nothing but this file is opened, and no long look into plain PCM."""
     if any(mark in head for mark in PLAYLISTS):
         raise AudioError("it is a playlist, not audio")
+    if head[:4] == b"RIFF":
+        refuse_huge_chunks(source)
     look = {"probesize": str(WAV_PROBE_BYTES)} if head[:4] == b"RIFF" else {}
     return {"protocol_whitelist": "file"} | look
 
@@ -153,6 +155,8 @@ def _opened(source: Source, options: dict[str, str]) -> Iterator:
         container = stack.enter_context(av.open(file, metadata_errors="ignore", options=options))
         if not container.streams.audio:
             raise AudioError("it holds no audio")
+        if container.streams.audio[0].codec_context is None:
+            raise AudioError("it cannot be decoded: its audio has a codec that FFmpeg does not know")
         yield container
 
 
