@@ -24,7 +24,7 @@ test-slow: $(INSTALLED)
 FUZZ_SECONDS ?= 600
 
 fuzz: $(INSTALLED)
-	for reader in manifest ctranslate2 cache hdf5 heads; do \
+	for reader in manifest ctranslate2 cache hdf5 heads sounds; do \
 	    OMP_NUM_THREADS=1 nice $(BIN)/python tests/fuzz/fuzz.py $$reader --cpu-seconds $(FUZZ_SECONDS) \
 	        --out benchmarks/results/fuzz-$$reader.json || exit 1; \
 	done

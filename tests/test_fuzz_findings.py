@@ -5,6 +5,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from numcodecs.vlen import VLenUTF8
 from whisper_forms import random_whisper, write_form
 
 from planted import planted_cache
+from whisper_at_cli.extract import extract
+from whisper_at_cli.extract.audio.decode import audio_seconds, load_clip
 from whisper_at_cli.extract.backbones.ctranslate2 import Variables, read_ctranslate2
 from whisper_at_cli.extract.backbones.weights import read_weights
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.datasets import waveforms
-from whisper_at_cli.extract.errors import CacheError, UsageError, WeightsError, WhisperATError
+from whisper_at_cli.extract.errors import AudioError, CacheError, UsageError, WeightsError, WhisperATError
 from whisper_at_cli.heads.checkpoint import HeadDescription, load_head, save_head, to_safetensors, trained_id_hashes
 from whisper_at_cli.heads.forms import build_head
 from whisper_at_cli.heads.original import read_state
@@ -38,7 +41,7 @@ def test_no_reader_has_a_finding_within_a_few_hundred_inputs(tmp_path):
     done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     records = {record["reader"]: record for record in json.loads(done.stdout)}
-    assert records.keys() == {"manifest", "ctranslate2", "cache", "hdf5", "heads"}
+    assert records.keys() == {"manifest", "ctranslate2", "cache", "hdf5", "heads", "sounds"}
     for record in records.values():
         assert record["inputs"] == 100 and record["accepted"] > 0 and record["refused"] > 10, record
 
@@ -371,7 +374,7 @@ def test_a_heap_of_texts_that_goes_round_in_circles_is_refused(tmp_path):
     assert data[sizes[0]] == 5
     data[sizes[0]] = 0x15
     (tmp_path / "a.h5").write_bytes(data)
-    with pytest.raises(UsageError, match="a.h5 is damaged: reading its audio_name does not end, or crashes"):
+    with pytest.raises(UsageError, match="a.h5 is damaged: reading it does not end, or crashes"):
         waveforms.read(tmp_path / "a.h5")
 
 
@@ -480,3 +483,49 @@ def test_a_head_packed_to_a_thousandth_is_refused_before_it_is_unpacked(tmp_path
             packed.writestr(name, plain.read(name))
     with pytest.raises(WhisperATError, match="b.pth is damaged in 'its list of records'"):
         read_state(tmp_path / "b.pth")
+
+
+# Audio
+
+
+def wav(*, codec: int = 1, chunks: bytes = b"") -> bytes:
+    head = struct.pack("<HHIIHH", codec, 1, 16000, 32000, 2, 16)
+    tone = (np.sin(np.arange(8000) * 0.2) * 9999).astype("<i2").tobytes()
+    body = b"WAVEfmt " + struct.pack("<I", len(head)) + head + chunks + b"data" + struct.pack("<I", len(tone)) + tone
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def asked_all(path: Path) -> list[str]:
+    """What is said of a file by whatever reads it."""
+    found = []
+    for ask in (lambda: load_clip(path, 8000), lambda: load_clip(path, 800, start=0.2), lambda: audio_seconds(path)):
+        with pytest.raises(AudioError) as raised:
+            ask()
+        found.append(str(raised.value))
+    return found
+
+
+def test_audio_of_a_codec_that_nobody_knows_fails_alone(tmp_path, random_backbone):
+    """It was an AttributeError, which ended the whole extraction."""
+    (tmp_path / "a.wav").write_bytes(wav(codec=0xFF10))
+    assert all("a codec that FFmpeg does not know" in reason for reason in asked_all(tmp_path / "a.wav"))
+    (tmp_path / "b.wav").write_bytes(wav())
+    (tmp_path / "m.csv").write_text("audio,start\na.wav,0\na.wav,0.1\nb.wav,0\n")
+    report = extract(tmp_path / "m.csv", tmp_path / "a.zarr", model=random_backbone, clip_seconds=0.5)
+    assert (report.written, report.failed) == (1, 2)
+
+
+def test_a_chunk_that_is_larger_than_its_file_takes_no_memory(tmp_path):
+    """FFmpeg makes room for what a LIST chunk says, a gigabyte here."""
+    huge = b"LIST" + struct.pack("<I", 2**30) + b"INFOISFT" + struct.pack("<I", 2**29)
+    (tmp_path / "a.wav").write_bytes(wav(chunks=huge))
+    assert all("its chunk b'LIST' says 1073741824 bytes" in reason for reason in asked_all(tmp_path / "a.wav"))
+    (tmp_path / "b.wav").write_bytes(wav(chunks=b"LIST" + struct.pack("<I", 12) + b"INFOISFT\0\0\0\0"))
+    assert load_clip(tmp_path / "b.wav", 8000)[1] == 8000
+
+
+def test_a_file_of_empty_chunks_is_not_walked_to_its_end(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"RIFF\xff\xff\xff\x7fWAVE" + b"junk\0\0\0\0" * 2_000_000)
+    begin = time.process_time()
+    assert all("more than 9999 chunks" in reason for reason in asked_all(tmp_path / "a.wav"))
+    assert time.process_time() - begin < 3

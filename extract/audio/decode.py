@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from whisper_at_cli.extract.audio.lengths import refuse_truncated, seconds_of
+from whisper_at_cli.extract.audio.lengths import refuse_huge_chunks, refuse_truncated, seconds_of
 from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
 from whisper_at_cli.extract.audio.segments import decode_span
 from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
@@ -44,7 +44,7 @@ def decode(source: str | Source, *, start: float = 0.0, max_seconds: float | Non
     """
     source = Path(source) if isinstance(source, str) else source
     most = math.inf if max_seconds is None else max_seconds
-    options = _options(_head(source))
+    options = _options(source, _head(source))
     with _decoding_errors():
         if start > 0:
             first = round(start * SAMPLE_RATE)
@@ -103,7 +103,7 @@ def audio_seconds(source: str | Source) -> tuple[float, bool]:
     From its header where that can be trusted, else from counting packets. Raises AudioError for what cannot be read.
     """
     source = Path(source) if isinstance(source, str) else source
-    options = _options(_head(source))
+    options = _options(source, _head(source))
     with _decoding_errors(), _opened(source, options) as container:
         return seconds_of(source, container)
 
@@ -133,10 +133,12 @@ def _head(source: Source) -> bytes:
         raise AudioError(f"its name cannot be that of a file ({error})") from error
 
 
-def _options(head: bytes) -> dict[str, str]:
+def _options(source: Source, head: bytes) -> dict[str, str]:
     """For FFmpeg's demuxer: nothing but this file is opened, and no long look into plain PCM."""
     if any(mark in head for mark in PLAYLISTS):
         raise AudioError("it is a playlist, not audio")
+    if head[:4] == b"RIFF":
+        refuse_huge_chunks(source)
     look = {"probesize": str(WAV_PROBE_BYTES)} if head[:4] == b"RIFF" else {}
     return {"protocol_whitelist": "file"} | look
 
@@ -156,6 +158,8 @@ def _opened(source: Source, options: dict[str, str]) -> Iterator[InputContainer]
         container = stack.enter_context(av.open(file, mode="r", metadata_errors="ignore", options=options))
         if not container.streams.audio:
             raise AudioError("it holds no audio")
+        if container.streams.audio[0].codec_context is None:
+            raise AudioError("it cannot be decoded: its audio has a codec that FFmpeg does not know")
         yield container
 
 

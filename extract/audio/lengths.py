@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -20,6 +21,8 @@ TIMED = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "ogg"))  # whose 
 COUNTED_TOLERANCE_SECONDS = 0.05
 TIMED_TOLERANCE_SECONDS = 0.5  # an encoder's delay and padding, and lengths rounded to a packet
 OGG_PAGE_BYTES = 65307  # at most
+MOST_CHUNKS = 10_000  # of a RIFF file that are looked at
+MOST_LACKING = 1 << 24  # bytes that a chunk other than the audio may lack
 
 Source = Path | bytes
 
@@ -103,20 +106,36 @@ def _open(source: Source) -> BinaryIO:
 
 def _lacking_wav_bytes(source: Source) -> int:
     """How many bytes the data chunk of a RIFF file lacks. FFmpeg takes what is there for the whole."""
+    for name, length, left in _riff_chunks(source):
+        if name == b"data":
+            unknown = length in (0, 0xFFFFFFFF)  # written to a pipe: the header never learned the length
+            return 0 if unknown else max(0, length - left)
+    return 0
+
+
+def refuse_huge_chunks(source: Source) -> None:
+    """Raise AudioError where a chunk of a RIFF file is far larger than the file, for which FFmpeg would make room, or
+    where there are more chunks than any has."""
+    for number, (name, length, left) in enumerate(_riff_chunks(source), start=1):
+        if number == MOST_CHUNKS:
+            raise AudioError(f"it is damaged: it has more than {MOST_CHUNKS - 1} chunks")
+        if name != b"data" and length > left + MOST_LACKING:
+            raise AudioError(f"it is damaged: its chunk {name!r} says {length} bytes, and {left} are left of the file")
+
+
+def _riff_chunks(source: Source) -> Iterator[tuple[bytes, int, int]]:
+    """Name and length of each chunk of a RIFF file, and how many bytes there are from its content on."""
     with _open(source) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         if file.read(4) != b"RIFF":
-            return 0
-        at = 12
-        while at + 8 <= size:
+            return
+        at, number = 12, 0
+        while at + 8 <= size and number < MOST_CHUNKS:
             file.seek(at)
             name, length = struct.unpack("<4sI", file.read(8))
-            if name == b"data":
-                unknown = length in (0, 0xFFFFFFFF)  # written to a pipe: the header never learned the length
-                return 0 if unknown else max(0, at + 8 + length - size)
-            at += 8 + length + length % 2
-    return 0
+            yield name, length, size - at - 8
+            at, number = at + 8 + length + length % 2, number + 1
 
 
 def _ends_on_ogg_page(source: Source) -> bool:

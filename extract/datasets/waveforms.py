@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from whisper_at_cli.extract.audio.decode import clip_from_samples
+from whisper_at_cli.extract.datasets.apart import look_apart
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
 from whisper_at_cli.extract.datasets.classes import classes_beside
 from whisper_at_cli.extract.datasets.tables import MAX_FOLD
@@ -27,18 +26,9 @@ LAYOUT = (
     "an HDF5 file with audio_name (clips,), waveform (clips, samples) of int16 and, for labels, target (clips, "
     "classes); sample rate in its attribute sample_rate"
 )
-NEEDED = ("audio_name", "waveform")
+NEEDED, OPTIONAL = ("audio_name", "waveform"), ("target", "fold")
 UNPACKED = 1 << 20  # bytes that may be read of anything; what is packed holds at most 1,100 times as much as it takes
 MOST_PACKED = 1100  # by deflate 1,032
-READ_APART = """
-import resource, sys, h5py
-seconds = int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-with h5py.File(sys.argv[1], "r") as pack:
-    pack["audio_name"][:]
-"""
-APART_CPU_SECONDS = 5  # and a second for every 20,000 texts, fifty times what they take
 MAX_CHUNK_BYTES = 1 << 28  # of a waveform: to read any of it, HDF5 unpacks a whole chunk
 
 
@@ -87,6 +77,8 @@ def recognise(path: Path) -> bool:
 
 def read(path: Path, *, labels: Path | None = None) -> WaveformPack:
     """All clips of a pack. Class names are those of a class_labels_indices.csv beside it or given, else numbers."""
+    if path.is_file():
+        look_apart(path, (*NEEDED, *OPTIONAL))
     with _opened(path) as pack:
         try:
             missing = [name for name in NEEDED if name not in pack]
@@ -122,29 +114,12 @@ def _opened(path: Path) -> h5py.File:
 
 def _whole(pack: h5py.File, name: str, path: Path) -> np.ndarray:
     """All of a dataset. Raises UsageError where it declares more than the file can hold: HDF5 would fill memory."""
-    import h5py
-
     dataset = pack[name]
     held = max(UNPACKED, MOST_PACKED * dataset.id.get_storage_size())
     chunk = math.prod(dataset.chunks or (0,)) * dataset.dtype.itemsize
     if dataset.nbytes > held or chunk > max(UNPACKED, 2 * dataset.nbytes):
         raise UsageError(f"{path}: {name} is {dataset.shape} of {dataset.dtype}, more than the file holds")
-    if h5py.check_string_dtype(dataset.dtype) and dataset.dtype.kind == "O":
-        _read_apart(path, dataset.size)
     return dataset[:]
-
-
-def _read_apart(path: Path, texts: int) -> None:
-    """Raise UsageError where HDF5's library does not come through the names.
-
-    Texts of any length lie in heaps. In a damaged heap the library goes round in circles for ever, or crashes; so
-    another process is first to read them.
-    """
-    seconds = APART_CPU_SECONDS + texts // 20_000
-    command = [sys.executable, "-c", READ_APART, str(path.resolve()), str(seconds)]
-    done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True)
-    if done.returncode < 0:
-        raise UsageError(f"{path} is damaged: reading its audio_name does not end, or crashes; copy or make it again")
 
 
 def _name(value: object, path: Path) -> str:

@@ -174,7 +174,7 @@ def _refusal(error: WhisperATError, folder: Path, files: Files) -> tuple[str, st
     text = str(error)
     cause = error
     while cause is not None:
-        if isinstance(cause, MemoryError) and "more memory" not in text:  # of torch: asked for in one piece, refused
+        if isinstance(cause, MemoryError) and "memory" not in text:  # of torch and FFmpeg: asked for in one piece
             return "exception", f"out of memory on the way to {_where(error)}"
         cause = cause.__cause__ or cause.__context__
     named = str(folder) in text or any(Path(name).name in text for name in files)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import random
+import sys
 from pathlib import Path
 
 import h5py
@@ -12,7 +14,7 @@ import mutate
 import numpy as np
 from engine import Files, Reader
 
-from whisper_at_cli.extract.datasets import waveforms
+from whisper_at_cli.extract.datasets import apart, waveforms
 
 NAME = "pack.h5"
 HUGE = (2**31, 2**40, 2**62)
@@ -75,7 +77,7 @@ def _add(pack, name: str, clips: int, rng: random.Random) -> None:
 
 
 def _add_dataset(pack, name: str, clips: int, rng: random.Random) -> None:
-    if name == "audio_name" and rng.random() < 0.25:  # of any length: slow, a process each
+    if name == "audio_name" and rng.random() < 0.6:
         names = [rng.choice((f"{n}.wav", f"{n}.flac", "a.wav", "", "é", "a" * 2000, "..", "/")) for n in range(clips)]
         pack.create_dataset(name, data=np.array(names, dtype=object), dtype=h5py.string_dtype())
         return
@@ -102,7 +104,26 @@ def change(files: Files, rng: random.Random, other: Files) -> Files:
     return {NAME: mutate.change_bytes(files[NAME], rng, other[NAME])}
 
 
+def forked_program(arguments: list[str]) -> tuple[int, bytes]:
+    """The look by another process, forked from this one instead of started: twenty times as many inputs."""
+    ours, theirs = os.pipe()
+    if not (child := os.fork()):
+        sys.settrace(None)
+        try:
+            os.dup2(theirs, 1)
+            sys.argv, sys.stdout = ["-c", *arguments], os.fdopen(1, "w", closefd=False)
+            exec(compile(apart.PROGRAM, "apart", "exec"), {"__name__": "__main__"})
+            sys.stdout.flush()
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as pipe:
+        printed = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), printed
+
+
 def read(folder: Path) -> str:
+    apart.run_program = forked_program
     path = folder / NAME
     waveforms.recognise(path)
     pack = waveforms.read(path)
