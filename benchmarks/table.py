@@ -1,9 +1,9 @@
-"""Write the table of every measured ratio, and AudioSet-2M on paper, into README.md from the results.
+"""Write the table of every measured ratio, AudioSet-2M on paper and the fuzzers' runs into README.md from the results.
 
     python benchmarks/table.py
 
-Reads every file of `results/` and what is open, in `open.json`; the table stands between two marker lines of README.md,
-and so does the paper; nothing between them is written by hand. A result without rows is an error unless it is named
+Reads every file of `results/` and what is open, in `open.json`. Each block stands between two marker lines of
+README.md; nothing between them is written by hand. A result without rows is an error unless it is named
 here as no ratio, with its reason.
 """
 
@@ -30,6 +30,10 @@ NO_RATIO = {
     "no limit to be a ratio to; `docs/robustness.md` shows them",
     "mutation.json": "the share of planted faults that the tests notice; README.md here says it at its end",
     "engines-simulation.png": "the figure of the simulated cluster, drawn from `engines-cpu.json`",
+}
+NO_RATIO |= {
+    path.name: "what a fuzzer of one reader came to, in the section on fuzzing"
+    for path in sorted(RESULTS.glob("fuzz-*.json"))
 }
 COLUMNS = (
     "what", "measured", "baseline", "ratio", "limit in the same run", "of the limit", "asked", "hardware and date",
@@ -149,6 +153,34 @@ def table(results: dict[str, Result], still_open: list[dict[str, Any]]) -> str:
     return "\n".join(lines + [f"* [{name}](results/{name}): {reason}" for name, reason in NO_RATIO.items()])
 
 
+def fuzzing(folder: Path = RESULTS) -> str:
+    """What the fuzzer of each reader came to."""
+    header = (
+        "reader",
+        "inputs",
+        "processor time",
+        "read",
+        "refused",
+        "wordings",
+        "most memory",
+        "slowest",
+        "findings",
+        "date",
+    )
+    lines = [cells(header), cells(["---"] * len(header))]
+    for path in sorted(folder.glob("fuzz-*.json")):
+        run = json.loads(path.read_text())
+        lines.append(
+            cells([
+                f"[{run['reader']}](results/{path.name})", f"{run['inputs']:,}", f"{run['cpu_seconds']:.0f} s",
+                f"{run['accepted']:,}", f"{run['refused']:,}", f"{run['distinct_refusals']:,}",
+                f"{run['peak_memory_mb']:.0f} MB", f"{run['slowest_seconds']:.1f} s", str(len(run["findings"])),
+                run["date"],
+            ])
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
 def between(text: str, name: str, block: str) -> str:
     """The text with this block between its two marker lines. Raises ValueError unless each stands there once."""
     begin, end = (f"<!-- {name}: {which}, written by table.py -->\n" for which in ("begin", "end"))
@@ -161,8 +193,10 @@ def between(text: str, name: str, block: str) -> str:
 
 
 def written(text: str, results: dict[str, Result], still_open: list[dict[str, Any]]) -> str:
-    """README.md's text with both blocks as these results make them."""
-    return between(between(text, "table", table(results, still_open)), "paper", paper(results))
+    """README.md's text with its blocks as these results make them."""
+    for name, block in (("table", table(results, still_open)), ("paper", paper(results)), ("fuzzing", fuzzing())):
+        text = between(text, name, block)
+    return text
 
 
 def main() -> None:
