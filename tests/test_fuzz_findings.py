@@ -1,5 +1,4 @@
 """What fuzzing found in files that others wrote: each stays a clear refusal, without much time or memory."""
-# long: a short test for each finding, and a finding is looked for here
 
 import hashlib
 import json
