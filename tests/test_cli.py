@@ -223,11 +223,16 @@ def test_what_the_system_refuses_is_said_as_that(capsys, cache, tmp_path, monkey
     assert f"{tmp_path / 'out'}: Permission denied" in err and "should not happen" not in err
 
 
-@pytest.mark.parametrize("given, used", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_idle_threads_sleep_unless_the_user_says_otherwise(given, used):
+@pytest.mark.parametrize(
+    "given, used", [({}, "5000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(given, used):
     """It has to be said before torch is loaded, and importing the commands does not load it."""
-    code = "import os, sys, whisper_at_cli.cli; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment = inherited | ({"OMP_WAIT_POLICY": given} if given else {})
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    code = "import os, sys, whisper_at_cli.cli; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == [used, "False"]
