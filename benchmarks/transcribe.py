@@ -29,8 +29,8 @@ from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import Whisper
 
 from whisper_at_cli.extract import FeatureCache
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.decode import decode
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.heads import Tagger, train_head
 from whisper_at_cli.heads.tagging.events import EventSettings
 

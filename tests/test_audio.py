@@ -12,7 +12,7 @@ import pytest
 import whisper
 
 from conftest import noise, write_wav
-from whisper_at_cli.extract.audio.decode import decode, load_clip
+from whisper_at_cli.extract.audio.decode import decode, decode_int16, load_clip
 from whisper_at_cli.extract.errors import AudioError
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -86,7 +86,7 @@ def test_a_clip_is_cut_or_zero_padded_and_says_how_much_is_real(tmp_path):
     path = write_wav(tmp_path / "a.wav", noise(0, 2.0))
     cut, real = load_clip(path, 16000)
     assert len(cut) == 16000 and real == 16000
-    np.testing.assert_array_equal(cut, decode(path)[:16000])
+    np.testing.assert_array_equal(cut, decode_int16(path)[:16000])
     padded, real = load_clip(path, 48000)
     assert real == 32000 and not padded[32000:].any() and padded[:32000].any()
 

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import noise, write_wav
 from whisper_at_cli.extract.audio import mp3, resample, segments
-from whisper_at_cli.extract.audio.decode import audio_seconds, decode, load_clip
+from whisper_at_cli.extract.audio.decode import audio_seconds, decode, decode_int16, load_clip
 from whisper_at_cli.extract.errors import AudioError
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -84,7 +84,7 @@ def test_a_part_of_bytes_in_memory_is_that_of_the_file(files, name):
 
 def test_an_end_before_the_clips_end_leaves_zeros(files):
     clip, real = load_clip(files["a.flac"], 48000, start=2.0, end=3.5)
-    np.testing.assert_array_equal(clip[:24000], decode(files["a.flac"])[32000:56000])
+    np.testing.assert_array_equal(clip[:24000], decode_int16(files["a.flac"])[32000:56000])
     assert real == 24000 and not clip[24000:].any()
     clip, real = load_clip(files["a.flac"], 48000, end=1.5)
     assert real == 24000 and not clip[24000:].any()
@@ -173,5 +173,5 @@ def test_ten_seconds_from_the_middle_of_two_hours_cost_at_most_three_times_ten_s
         f"{name}: 10 s file {short * 1e3:.1f} ms, from the middle {middle / short:.2f} times, again {again / short:.2f}"
     )
     first = round(3599.777 * 16000)
-    np.testing.assert_array_equal(part, decode(long, max_seconds=3620)[first : first + 160000])
+    np.testing.assert_array_equal(part, decode_int16(long, max_seconds=3620)[first : first + 160000])
     assert middle <= 3 * short

@@ -52,10 +52,10 @@ def test_the_backbone_of_the_guide_is_extracted_and_probed(mels, noise_folder, c
     assert status == 0 and json.loads(out)["written"] == 12
     cache = FeatureCache.open("mels.zarr")
     assert (cache.spec.backbone, cache.spec.layers, cache.spec.dim) == ("mels", 2, 80)
-    from whisper_at_cli.extract.audio.decode import load_clip
+    from whisper_at_cli.extract.audio.decode import as_float, load_clip
     from whisper_at_cli.extract.backbones.mel import log_mel
 
-    bands = log_mel(torch.from_numpy(load_clip(noise_folder / cache.paths[3], 16000)[0])[None], 80)[0].numpy()
+    bands = log_mel(torch.from_numpy(as_float(load_clip(noise_folder / cache.paths[3], 16000)[0]))[None], 80)[0].numpy()
     frames = bands.reshape(80, 25, 4).mean(axis=2).T
     np.testing.assert_allclose(cache.features([3])[0, 0], frames, rtol=2e-3, atol=2e-3)
     status, out, _ = run(capsys, *arguments, "--json")

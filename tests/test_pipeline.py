@@ -7,7 +7,7 @@ import pytest
 
 from conftest import array_bytes, make_backbone, noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract, extract_on_devices
-from whisper_at_cli.extract.audio.decode import load_clip
+from whisper_at_cli.extract.audio.decode import as_float, load_clip
 from whisper_at_cli.extract.cache import Status
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
@@ -27,7 +27,7 @@ def test_features_are_those_of_each_clip_alone(noise_folder, tmp_path, random_ba
         import torch
 
         clip, real = load_clip(noise_folder / cache.paths[row], 32000)
-        alone = random_backbone.encode(torch.from_numpy(clip)[None])[0].numpy()
+        alone = random_backbone.encode(torch.from_numpy(as_float(clip))[None])[0].numpy()
         np.testing.assert_allclose(cache.features([row])[0], alone, rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(cache.mean(rows=[row])[0], alone.mean(axis=1), rtol=2e-3, atol=2e-3)
         assert cache.valid_frames[row] == -(-real * 25 // 32000)

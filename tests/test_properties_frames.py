@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.decode import clip_from_samples
 from whisper_at_cli.extract.backbones.encoder import POSITIONS_PER_SECOND, clip_samples, pool_frames
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.pipeline.shard_run import real_frames

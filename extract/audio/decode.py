@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.lengths import refuse_huge_chunks, refuse_truncated, seconds_of
 from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
 from whisper_at_cli.extract.audio.segments import decode_span
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.errors import AudioError, MissingAudioError
 
 if TYPE_CHECKING:
@@ -39,6 +39,19 @@ Source = Path | bytes  # a file, or what one holds
 def decode(source: str | Source, *, start: float = 0.0, max_seconds: float | None = None) -> np.ndarray:
     """The samples of an audio file: (samples,) float32 in [-1, 1) at 16 kHz, channels mixed to one.
 
+    Options and errors are those of `decode_int16`.
+    """
+    return as_float(decode_int16(source, start=start, max_seconds=max_seconds))
+
+
+def as_float(samples: np.ndarray) -> np.ndarray:
+    """int16 samples as float32 in [-1, 1)."""
+    return samples.astype(np.float32) / 32768.0
+
+
+def decode_int16(source: str | Source, *, start: float = 0.0, max_seconds: float | None = None) -> np.ndarray:
+    """The samples of an audio file: (samples,) int16 at 16 kHz, channels mixed to one.
+
     With `start` in seconds, decoding begins there; with `max_seconds`, it stops so much later. Raises AudioError for
     whatever is not a whole, readable audio file, MissingAudioError (a kind of it) where there is no such file.
     """
@@ -56,24 +69,20 @@ def decode(source: str | Source, *, start: float = 0.0, max_seconds: float | Non
                     refuse_truncated(source, container, len(samples) / SAMPLE_RATE)
     if not len(samples):
         raise AudioError(f"it holds no samples from {start:g} s on" if start > 0 else "it holds no samples")
-    return samples.astype(np.float32) / 32768.0
+    return samples
 
 
 def load_clip(
     source: str | Source, samples: int, *, start: float | None = None, end: float | None = None
 ) -> tuple[np.ndarray, int]:
-    """A clip of exactly `samples` samples, (samples,) float32, cut or zero-padded; and how many of them are real.
+    """A clip of exactly `samples` samples, (samples,) int16, cut or zero-padded; and how many of them are real.
 
     With `start` or `end`, in seconds, it is cut from that part of the file.
     """
     start = start or 0.0
     wanted = samples if end is None else min(samples, max(1, round(end * SAMPLE_RATE) - round(start * SAMPLE_RATE)))
-    decoded = decode(source, start=start, max_seconds=wanted / SAMPLE_RATE)[:wanted]
-    if len(decoded) == samples:
-        return decoded, samples
-    clip = np.zeros(samples, dtype=np.float32)
-    clip[: len(decoded)] = decoded
-    return clip, len(decoded)
+    decoded = decode_int16(source, start=start, max_seconds=wanted / SAMPLE_RATE)[:wanted]
+    return _padded(decoded, samples), len(decoded)
 
 
 def clip_from_samples(waveform: np.ndarray, rate: int, samples: int) -> tuple[np.ndarray, int]:
@@ -91,10 +100,14 @@ def clip_from_samples(waveform: np.ndarray, rate: int, samples: int) -> tuple[np
     with _decoding_errors():
         resampler = Resampler(form_of(frame), frame.layout.name, checked=waveform.dtype != np.int16)
         resampler.push(frame)
-        decoded = np.concatenate(resampler.finish())[:samples].astype(np.float32) / 32768.0
-    clip = np.zeros(samples, dtype=np.float32)
+        decoded = np.concatenate(resampler.finish())[:samples]
+    return _padded(decoded, samples), len(decoded)
+
+
+def _padded(decoded: np.ndarray, samples: int) -> np.ndarray:
+    clip = np.zeros(samples, dtype=np.int16)
     clip[: len(decoded)] = decoded
-    return clip, len(decoded)
+    return clip
 
 
 def audio_seconds(source: str | Source) -> tuple[float, bool]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.errors import AudioError
 
 if TYPE_CHECKING:

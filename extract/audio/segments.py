@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.mp3 import Mp3Index, Unindexable, mp3_index
 from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from fractions import Fraction

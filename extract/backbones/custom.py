@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_at_cli.extract.backbones.mel import MEL_FRAMES_PER_SECOND, SAMPLE_RATE
+from whisper_at_cli.extract.audio import SAMPLE_RATE
+from whisper_at_cli.extract.backbones.mel import MEL_FRAMES_PER_SECOND
 from whisper_at_cli.extract.backbones.sizes import MAX_POSITIONS
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.errors import UsageError, WeightsError

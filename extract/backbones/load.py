@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.backbones import custom
 from whisper_at_cli.extract.backbones.encoder import PRECISIONS, WhisperEncoder, clip_samples, encoder_from_state
 from whisper_at_cli.extract.backbones.huggingface import download_folder, is_hub_name
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE, filters_and_window, log_mel
+from whisper_at_cli.extract.backbones.mel import filters_and_window, log_mel
 from whisper_at_cli.extract.backbones.weights import WhisperWeights, folder_kind, read_weights, whisper_names
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError

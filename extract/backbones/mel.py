@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-SAMPLE_RATE = 16000
+from whisper_at_cli.extract.audio import SAMPLE_RATE
+
 N_FFT = 400
 HOP = 160
 MEL_FRAMES_PER_SECOND = SAMPLE_RATE // HOP

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.backbones.encoder import PRECISIONS, PackedLinear, pool_frames
 from whisper_at_cli.extract.backbones.huggingface import read_json
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.backbones.weights import state_sha256
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.errors import UsageError, WeightsError

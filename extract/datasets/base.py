@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from whisper_at_cli.extract.audio.decode import load_clip
+from whisper_at_cli.extract.audio.decode import as_float
+from whisper_at_cli.extract.audio.sources import ClipSource, FileClip
 from whisper_at_cli.extract.cache.schema import ClipTable
 from whisper_at_cli.extract.errors import UsageError
 
@@ -65,14 +66,20 @@ class Dataset:
         except (OSError, ValueError):
             return True  # a name that cannot be a file's: reading it says so
 
+    def source(self, row: int) -> ClipSource:
+        """Where the audio of a clip lies: what a decoding process is sent to read it. A subclass may have its own kind,
+        of a class that other processes can import."""
+        clip = self.clips[row]
+        return FileClip(str(self.root / clip.path), clip.start, clip.end)
+
     def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
         """The audio of a clip, (samples,) float32 at 16 kHz, cut or zero-padded; and how many samples are real.
 
-        Called from several threads at once. Raises AudioError for what cannot be read, MissingAudioError for what is
-        not there.
+        Safe to call from several threads. Raises AudioError for what cannot be read, MissingAudioError for what is not
+        there.
         """
-        clip = self.clips[row]
-        return load_clip(self.audio_path(clip), samples, start=clip.start, end=clip.end)
+        clip, real = self.source(row).read(samples)
+        return as_float(clip), real
 
     def part(self, rows: Sequence[int]) -> Dataset:
         """These clips alone, to be sent to another process."""

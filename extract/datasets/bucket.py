@@ -8,12 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
-
-from whisper_at_cli.extract.audio.decode import load_clip
+from whisper_at_cli.extract.audio.sources import ClipSource, FileClip, ObjectClip
 from whisper_at_cli.extract.cache.store import BucketStore
 from whisper_at_cli.extract.datasets.base import Dataset
-from whisper_at_cli.extract.errors import MissingAudioError, UsageError
+from whisper_at_cli.extract.errors import UsageError
 
 LISTS = frozenset((".csv", ".json", ".jsonl", ".txt", ".tsv"))  # suffixes of what lists clips, classes and folds
 MAX_LIST_BYTES = 500_000_000
@@ -35,34 +33,14 @@ class BucketDataset(Dataset):
         return self
 
     def is_there(self, row: int) -> bool:
-        path = self.clips[row].path
-        return Path(path).exists() if Path(path).is_absolute() else self._store().size(self._name(path)) is not None
+        source = self.source(row)
+        return source.is_there() if isinstance(source, ObjectClip) else Path(self.clips[row].path).exists()
 
-    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
+    def source(self, row: int) -> ClipSource:
         clip = self.clips[row]
         if Path(clip.path).is_absolute():  # a manifest may name files of this machine
-            return load_clip(clip.path, samples, start=clip.start, end=clip.end)
-        data = self._store().read(self._name(clip.path)) if clip.path else None
-        if data is None:
-            raise MissingAudioError(f"no object {clip.path} in {self.address}")
-        return load_clip(data, samples, start=clip.start, end=clip.end)
-
-    def _name(self, path: str) -> str:
-        return posixpath.normpath(path)
-
-    def _store(self) -> BucketStore:
-        """The connection of this process."""
-        store = self.__dict__.get("_connected")
-        if store is None:
-            store = BucketStore(self.address)
-            object.__setattr__(self, "_connected", store)
-        return store
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_connected"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+            return FileClip(clip.path, clip.start, clip.end)
+        return ObjectClip(self.address, clip.path, clip.start, clip.end)
 
 
 def open_in_bucket(address: str, read: Callable[[Path], Dataset]) -> BucketDataset:

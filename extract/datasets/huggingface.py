@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field
+import bisect
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from whisper_at_cli.extract.audio.decode import load_clip
+from whisper_at_cli.extract.audio.sources import TableClip, arrow_rows
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text
-from whisper_at_cli.extract.errors import AudioError, MissingAudioError, UsageError
+from whisper_at_cli.extract.errors import UsageError
 
 if TYPE_CHECKING:
     import datasets
@@ -27,47 +25,22 @@ FAULTS = (  # what the library raises of a folder that is damaged or not its own
 
 @dataclass(frozen=True)
 class TableDataset(Dataset):
-    """Clips whose audio lies in Arrow tables, as bytes or as a path. Safe between threads."""
+    """Clips whose audio lies in Arrow files, as bytes or as a path."""
 
-    tables: tuple = ()  # one per split, audio undecoded
+    tables: tuple[str, ...] = ()  # Arrow files, in the order of their rows
     ends: tuple[int, ...] = ()  # rows up to and with each table
     column: str = "audio"
-    _guard: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     of_files = False
 
     def is_there(self, row: int) -> bool:
-        try:
-            audio = self._audio(row)
-        except AudioError:
-            return False
-        return audio.get("bytes") is not None or (bool(audio.get("path")) and (self.root / audio["path"]).exists())
+        return self.source(row).is_there()
 
-    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
-        audio = self._audio(row)
-        if audio.get("bytes") is not None:
-            return load_clip(audio["bytes"], samples)
-        if not audio.get("path"):
-            raise MissingAudioError("the table holds neither bytes nor a path")
-        return load_clip(self.root / audio["path"], samples)
-
-    def _audio(self, row: int) -> dict:
+    def source(self, row: int) -> TableClip:
         row = self.source_row(row)
-        number = next(at for at, end in enumerate(self.ends) if row < end)
-        try:
-            with self._guard:
-                audio = self.tables[number][row - (self.ends[number - 1] if number else 0)][self.column]
-        except FAULTS as error:
-            raise AudioError(f"its row cannot be read: {error}") from error
-        if not isinstance(audio, dict):
-            raise MissingAudioError("the table holds no audio here")
-        return audio
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_guard"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _guard=threading.Lock())
+        table = bisect.bisect_right(self.ends, row)
+        first = self.ends[table - 1] if table else 0
+        return TableClip(self.tables[table], row - first, self.column, str(self.root))
 
 
 def recognise(path: Path) -> bool:
@@ -106,20 +79,24 @@ def _dataset(path: Path, splits: dict) -> TableDataset:
     if column is None:
         raise UsageError(f"{path} has no Audio column; its columns are {', '.join(first.features)}")
     label, class_names = _label_column(first.features)
-    clips, tables = [], []
+    clips, tables, rows = [], [], []
     for split, table in splits.items():
         if str(table.features.get(label)) != str(first.features.get(label)):
             raise UsageError(f"{path}: the splits differ in their classes")
         clips += _clips(table, split, label, len(class_names))
-        tables.append(table.cast_column(column, datasets.Audio(decode=False)).select_columns([column]))
+        files = [file["filename"] for file in table.cache_files]
+        tables += files
+        rows += [arrow_rows(file) for file in files]
+        if sum(rows) != len(clips):
+            raise UsageError(f"{path}: split {split or 'train'} has {len(table)} rows and its Arrow files do not")
     if len({clip.id for clip in clips}) != len(clips):
         clips = [Clip(f"{clip.split}/{clip.id}", *_rest(clip)) for clip in clips]
     if len({clip.id for clip in clips}) != len(clips):
         raise UsageError(f"{path} names two clips alike in its column id")
-    ends = tuple(accumulate(len(table) for table in tables))
     return TableDataset(
-        path.resolve().name, path, tuple(clips), class_names, tables=tuple(tables), ends=ends, column=column
-    )
+        path.resolve().name, path, tuple(clips), class_names, tables=tuple(tables), ends=tuple(accumulate(rows)),
+        column=column,
+    )  # fmt: skip
 
 
 def _rest(clip: Clip) -> tuple:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from whisper_at_cli.extract.audio.decode import clip_from_samples
+from whisper_at_cli.extract.audio.sources import PackClip
 from whisper_at_cli.extract.datasets.apart import look_apart
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
 from whisper_at_cli.extract.datasets.classes import classes_beside
 from whisper_at_cli.extract.datasets.tables import MAX_FOLD
-from whisper_at_cli.extract.errors import AudioError, UsageError
+from whisper_at_cli.extract.errors import UsageError
 
 if TYPE_CHECKING:
     import h5py
@@ -34,37 +33,17 @@ MAX_CHUNK_BYTES = 1 << 28  # of a waveform: to read any of it, HDF5 unpacks a wh
 
 @dataclass(frozen=True)
 class WaveformPack(Dataset):
-    """Clips whose waveforms lie in one HDF5 file, read row by row. Safe between threads; each process opens its own."""
+    """Clips whose waveforms lie in one HDF5 file, read row by row."""
 
     rate: int = PANNS_RATE
-    _open: list = field(default_factory=list, compare=False, repr=False)
-    _guard: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     of_files = False
 
     def is_there(self, row: int) -> bool:
         return True
 
-    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
-        needed = -(-(samples + 16000) * self.rate // 16000)
-        try:
-            with self._guard:
-                if not self._open:
-                    self._open.append(_opened(self.root))
-                values = self._open[0]["waveform"][self.source_row(row), :needed]
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise AudioError(f"it cannot be read from {self.root.name}: {error}") from error
-        if values.dtype != np.int16:
-            if not np.isfinite(values).all():
-                raise AudioError("it holds samples that are not finite (NaN or infinity)")
-            values = values.astype(np.float32)
-        return clip_from_samples(values, self.rate, samples)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_guard")}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _open=[], _guard=threading.Lock())
+    def source(self, row: int) -> PackClip:
+        return PackClip(str(self.root), self.source_row(row), self.rate)
 
 
 def recognise(path: Path) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.decode import audio_seconds
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, seconds_suffix
 from whisper_at_cli.extract.devices import cores
 from whisper_at_cli.extract.errors import AudioError, UsageError

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.decode import decode
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.datasets.synthesis import SAMPLE_RATE as SOUND_RATE
 from whisper_at_cli.extract.datasets.synthesis import synthesise_clip
 from whisper_at_cli.extract.errors import AudioError

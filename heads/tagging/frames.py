@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.heads.tagging.windows import (
     SAMPLES_PER_POSITION,
     EncodedWindow,

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from whisper_at_cli.extract.ahead import in_order
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.decode import decode
 from whisper_at_cli.extract.backbones.encoder import clip_samples
 from whisper_at_cli.extract.backbones.load import Backbone, WhisperBackbone, load_backbone, load_whisper
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.backbones.weights import WhisperWeights
 from whisper_at_cli.extract.datasets.scan import audio_files as audio_files_below
 from whisper_at_cli.extract.devices import (

@@ -25,7 +25,8 @@ from whisper.audio import N_FRAMES, N_SAMPLES, pad_or_trim
 from whisper.decoding import DecodingOptions
 from whisper.model import AudioEncoder, MultiHeadAttention, Whisper
 
-from whisper_at_cli.extract.backbones.mel import HOP, MEL_FRAMES_PER_SECOND, N_FFT, SAMPLE_RATE, filters_and_window
+from whisper_at_cli.extract.audio import SAMPLE_RATE
+from whisper_at_cli.extract.backbones.mel import HOP, MEL_FRAMES_PER_SECOND, N_FFT, filters_and_window
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.tagging.windows import EncodedWindow, Span

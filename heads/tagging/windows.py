@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.backbones.encoder import POSITIONS_PER_SECOND
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
 from whisper_at_cli.extract.errors import UsageError
 
 SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_SECOND

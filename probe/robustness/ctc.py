@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from whisper_at_cli import __version__
-from whisper_at_cli.extract.backbones.mel import SAMPLE_RATE
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.devices import one_thread_per_operation
 from whisper_at_cli.extract.errors import AudioError, UsageError
