@@ -1,5 +1,6 @@
 """Extraction from sounds to cache: nothing lost, nothing invented, and the same bytes however it is run."""
 
+import os
 from itertools import chain
 
 import numpy as np
@@ -11,7 +12,7 @@ from whisper_at_cli.extract.audio.decode import as_float, load_clip
 from whisper_at_cli.extract.cache import Status
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
-from whisper_at_cli.extract.pipeline import prepare, shard_run
+from whisper_at_cli.extract.pipeline import blocks, prepare, shard_run
 from whisper_at_cli.extract.pipeline.several_devices import slots_of
 
 SHARD_MB = 5 * 3 * 25 * 64 * 2 / 1e6  # at most five clips of the random backbone in float16
@@ -173,30 +174,29 @@ def test_a_slow_disk_holds_extraction_back(tmp_path, random_backbone, monkeypatc
     """No more than a few shards are ever in memory, however slow the disk."""
     for index in range(30):
         write_wav(tmp_path / "sounds" / f"{index:02d}.wav", noise(index, 0.5))
-    alive, peak = set(), []
-    original, empty = shard_run.CacheWriter.write, shard_run.ShardBlock.empty
-
-    def counted_empty(clips, spec):
-        block = empty(clips, spec)
-        alive.add(id(block))
-        peak.append(len(alive))
-        return block
+    made, counts = [], []
+    original, empty, prepare = shard_run.CacheWriter.write, blocks.Block.empty, shard_run.Blocks.__init__
 
     def slow_write(self, shard, block):
         import time
 
-        time.sleep(0.05)
+        time.sleep(0.1)
         original(self, shard, block)
-        alive.discard(id(block))
 
-    monkeypatch.setattr(shard_run.ShardBlock, "empty", counted_empty)
+    def counted(self, count, *arguments, **options):
+        counts.append(count)
+        prepare(self, count, *arguments, **options)
+
+    monkeypatch.setattr(blocks.Block, "empty", lambda *all, **options: made.append(1) or empty(*all, **options))
+    monkeypatch.setattr(shard_run.Blocks, "__init__", counted)
     monkeypatch.setattr(shard_run.CacheWriter, "write", slow_write)
     report = extract(
         tmp_path / "sounds", tmp_path / "a.zarr", model=random_backbone, clip_seconds=0.5, shard_mb=0.001, batch_size=1
     )
     assert report.written == 30
     assert report.disk_wait_seconds > 0.5 and report.encoder_busy < 0.9
-    assert len(peak) == 30 and max(peak) <= shard_run.SHARDS_BEHIND + 2
+    most = os.cpu_count() + 1 + shard_run.BATCHES_AHEAD + shard_run.MOST_WRITERS
+    assert len(made) <= counts[0] <= most, "blocks are used again, and their number is bounded"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

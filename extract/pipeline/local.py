@@ -7,9 +7,12 @@ from pathlib import Path
 
 from whisper_at_cli.extract.backbones.custom import checked_backbone, clip_samples
 from whisper_at_cli.extract.backbones.load import Backbone, load_backbone
-from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB
+from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, METADATA
+from whisper_at_cli.extract.cache.store import location
 from whisper_at_cli.extract.datasets import Dataset
-from whisper_at_cli.extract.devices import cores, fitting_batch_size
+from whisper_at_cli.extract.devices import fitting_batch_size
+from whisper_at_cli.extract.machine import cores
+from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.prepare import (
     batch_size_of,
     check_numbers,
@@ -40,24 +43,28 @@ def extract(
     """
     started = time.perf_counter()
     check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
-    dataset = open_clips(
-        dataset, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, workers=workers
-    )
-    seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
-    if isinstance(model, str | Path):
-        backbone = load_backbone(model, device=device, precision=precision)
-    else:
-        backbone = checked_backbone(model, "model")
-    samples = clip_samples(backbone, seconds)
-    if compile:
-        compile_backbone(backbone)
-    size = batch_size or fitting_batch_size(backbone, samples)
-    with open_cache(cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard) as writer:
-        if batch_size is None:
-            size = batch_size_of(writer, size)
-        redo = clips_to_do(writer, dataset, repair)
-        run = ShardRun(dataset, backbone, writer, redo, samples, size, workers or cores(), progress)
-        run.all_shards()
-        return report_of(
-            writer, dataset, run.done, time.perf_counter() - started, run.encoder_busy, run.disk_wait_seconds
-        )
+    with DecodePool(workers or cores()) as pool:
+        dataset = open_clips(
+            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
+        )  # fmt: skip
+        if not location(cache).exists(METADATA):
+            pool.start(len(dataset))  # they get ready while weights are loaded
+        seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
+        if isinstance(model, str | Path):
+            backbone = load_backbone(model, device=device, precision=precision)
+        else:
+            backbone = checked_backbone(model, "model")
+        samples = clip_samples(backbone, seconds)
+        if compile:
+            compile_backbone(backbone)
+        size = batch_size or fitting_batch_size(backbone, samples)
+        with open_cache(cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard) as writer:
+            if batch_size is None:
+                size = batch_size_of(writer, size)
+            redo = clips_to_do(writer, dataset, repair)
+            pool.start(int((redo & writer.mine()).sum()))
+            run = ShardRun(backbone, writer, redo, samples=samples, batch_size=size, progress=progress)
+            run.from_pool(pool, dataset)
+            return report_of(
+                writer, dataset, run.done, time.perf_counter() - started, run.encoder_busy, run.disk_wait_seconds
+            )

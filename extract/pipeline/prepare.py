@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset, open_dataset, windowed
 from whisper_at_cli.extract.datasets.base import as_text
+from whisper_at_cli.extract.datasets.windows import Length
 from whisper_at_cli.extract.errors import MISSING, UsageError
+from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
+from whisper_at_cli.extract.pipeline.decode_worker import DONE, measure_length
 
 
 def check_numbers(**numbers: float | None) -> None:
@@ -27,8 +31,8 @@ def check_numbers(**numbers: float | None) -> None:
 
 
 def open_clips(
-    dataset: str | Path | Dataset, *, format: str, labels: str | Path | None, window: float | None, hop: float | None,
-    clip_seconds: float | None, workers: int | None = None,
+    dataset: str | Path | Dataset, pool: DecodePool, *, format: str, labels: str | Path | None, window: float | None,
+    hop: float | None, clip_seconds: float | None,
 ) -> Dataset:  # fmt: skip
     """The dataset that was asked for, its files cut into windows where that was asked for too."""
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, labels=labels)
@@ -38,7 +42,11 @@ def open_clips(
         return dataset
     if clip_seconds not in (None, window):
         raise UsageError(f"windows of {window:g} s are clips of that length; leave out --clip-seconds {clip_seconds:g}")
-    return windowed(dataset, window, hop, workers=workers)
+
+    def lengths(paths: Sequence[str]) -> list[Length | None]:
+        return [value if kind == DONE else None for kind, value in pool.map(measure_length, paths)]
+
+    return windowed(dataset, window, hop, lengths=lengths)
 
 
 def compile_backbone(backbone: Backbone) -> None:

@@ -30,7 +30,9 @@ from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, Status
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline import prepare
+from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.ray_worker import Encoder, EncoderInfo, PartOfDataset, Shard, decode_clips
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
 from whisper_at_cli.extract.pipeline.shard_run import batch_slots
@@ -76,9 +78,10 @@ def extract_on_ray(
         raise UsageError("--engine ray needs the model by name or path, so that each worker can load it")
     prepare.check_numbers(encoders=encoders, batch_size=batch_size, shard_mb=shard_mb)
     started = time.perf_counter()
-    dataset = prepare.open_clips(
-        dataset, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
-    )
+    with DecodePool(cores()) as pool:
+        dataset = prepare.open_clips(
+            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
+        )
     dataset = dataset.absolute()
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     cache = cache if "://" in str(cache) else Path(cache).resolve()

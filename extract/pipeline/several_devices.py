@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline.local import extract
 from whisper_at_cli.extract.pipeline.report import ExtractReport
 from whisper_at_cli.extract.progress import Progress
@@ -37,6 +38,7 @@ def extract_on_devices(
         raise UsageError("several devices need the model by name or path, so that each process can load it")
     started = time.perf_counter()
     context = multiprocessing.get_context("spawn")
+    options["workers"] = options.get("workers") or max(1, cores() // len(devices))
     messages: Queue = context.Queue()
     processes: list[BaseProcess] = []
     for number, (device, slot) in enumerate(zip(devices, slots_of(shard, len(devices)), strict=True)):
