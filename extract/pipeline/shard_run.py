@@ -99,7 +99,7 @@ class ShardRun:
         self.disk = ThreadPoolExecutor(1, thread_name_prefix="write")
         self.open_shards: dict[int, _OpenShard] = {}
         self.writing: deque[Future] = deque()
-        self.done = self.failed = 0
+        self.done = self.failed = self.redone = 0
         self.encode_seconds = self.disk_wait_seconds = self.seconds = 0.0
         self.redo = redo
         self.total = int(writer.mine().sum())
@@ -202,6 +202,8 @@ class ShardRun:
     def _fill(self, block: ShardBlock, encoded: _Encoded, stored: Stored, redo: np.ndarray) -> None:
         """Copy what was encoded into the block, where it was asked for and is finite."""
         slots = np.array(encoded.slots)
+        if stored.redone is not None:
+            self.redone += int((stored.redone.numpy() & redo[slots]).sum())
         finite = stored.finite.numpy()
         good = finite.all(axis=1) & redo[slots]
         at = slots[good]
@@ -220,7 +222,8 @@ class ShardRun:
         message = f"layer {layer} holds a value that is not finite in {self.writer.spec.dtype}"
         if self.writer.spec.dtype != "float32":
             return f"{message}; extract with --dtype float32"
-        return f"{message}; extract with --precision float32" if self.backbone.precision == "float16" else message
+        half = self.backbone.precision == "float16" and not hasattr(self.backbone, "in_float32")
+        return f"{message}; extract with --precision float32" if half else message
 
     def _report_progress(self) -> None:
         if self.progress:
