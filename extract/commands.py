@@ -51,7 +51,10 @@ FAILURES_SHOWN = 20
 @click.option("--hop", type=float, help="Seconds from one window to the next.  [default: the window's length]")
 @click.option("--clip-seconds", type=float, help="Cut or pad clips to this length.  [default: the dataset's; else 10]")
 @click.option("--dtype", default="float16", show_default=True, help="Storage type: float16, float32 or int8.")
-@click.option("--precision", default="float32", show_default=True, help="Arithmetic: float32, bfloat16 or float16.")
+@click.option(
+    "--precision", default="auto", show_default=True,
+    help="Arithmetic: float32, bfloat16, float16 or auto, which is float16 on CUDA and float32 elsewhere.",
+)  # fmt: skip
 @click.option("--batch-size", default="auto", show_default=True, help="Clips encoded together; auto finds what fits.")
 @click.option("--workers", type=int, help="Threads that decode audio.  [default: one per core]")
 @click.option("--shard-mb", type=float, default=128, show_default=True, help="Size of a shard file of a new cache.")
@@ -62,7 +65,7 @@ FAILURES_SHOWN = 20
 @click.option("--engine", default="local", show_default=True, help="local: this machine; ray: a Ray cluster.")
 @click.option("--address", help="Ray cluster: auto, HOST:PORT or ray://...  [default: RAY_ADDRESS, else this machine]")
 @click.option("--encoders", type=int, help="With ray, at most so many.  [default: one per GPU, else one per core]")
-@click.option("--compile", is_flag=True, help="Compile the encoder first; pays on a GPU when a run takes long.")
+@click.option("--compile", is_flag=True, help="Run torch.compile first; GPUs only, for long runs in float32.")
 @click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
 @DEVICES
 @click.pass_context
@@ -79,7 +82,7 @@ def extract_command(
 
     \b
         whisper-at-cli extract ESC-50 esc50.zarr --model tiny.en
-        whisper-at-cli extract my-sounds sounds.zarr --model large-v1 --clip-seconds 5 --precision bfloat16
+        whisper-at-cli extract my-sounds sounds.zarr --model large-v1 --clip-seconds 5 --device cuda
         whisper-at-cli extract ESC-50 hubert.zarr --model facebook/hubert-xlarge-ll60k
         whisper-at-cli extract field-recordings.csv field.zarr --model tiny.en --window 10 --hop 5
     """
@@ -88,6 +91,8 @@ def extract_command(
     with progress_on_stderr("extract", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = run(dataset, cache, progress=progress, **options)
     print_notes(report.notes)
+    if report.redone_in_float32:
+        print_notes([f"clips encoded again in float32, as they were not finite in less: {report.redone_in_float32}"])
     _print_failures([asdict(failure) for failure in report.failures], cache)
     if as_json:
         print_json(report)
@@ -150,7 +155,7 @@ def slurm_command(
     task still lacks.
 
     \b
-        whisper-at-cli slurm audioset as2m.zarr --tasks 16 -- --model large-v1 --precision bfloat16 > job.sh
+        whisper-at-cli slurm audioset as2m.zarr --tasks 16 -- --model large-v1 > job.sh
         sbatch job.sh
     """
     from whisper_at_cli.extract.pipeline.slurm import SlurmJob, job_script

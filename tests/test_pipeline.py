@@ -5,6 +5,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import array_bytes, make_backbone, noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract, extract_on_devices
@@ -25,8 +26,6 @@ def test_features_are_those_of_each_clip_alone(noise_folder, tmp_path, random_ba
     cache = FeatureCache.open(tmp_path / "a.zarr")
     assert cache.complete and cache.clips_per_shard == 4, "three shards, equally full"
     for row in range(12):
-        import torch
-
         clip, real, _ = load_clip(noise_folder / cache.paths[row], 32000)
         alone = random_backbone.encode(torch.from_numpy(as_float(clip))[None])[0].numpy()
         np.testing.assert_allclose(cache.features([row])[0], alone, rtol=2e-3, atol=2e-3)
@@ -272,25 +271,52 @@ class SmallDevice:
 
     def __init__(self, backbone, room: int):
         self.backbone, self.room = backbone, room
+        self.weights_sha256 = f"room for {room}"  # what is learnt of its memory is not learnt of the other's
 
     def __getattr__(self, name):
         return getattr(self.backbone, name)
 
     def encode(self, waveforms):
         if len(waveforms) > self.room:
-            import torch
-
             raise torch.OutOfMemoryError("out of memory")
         return self.backbone.encode(waveforms)
 
 
-def test_a_batch_that_does_not_fit_is_halved_once(noise_folder, tmp_path, random_backbone):
+def test_a_batch_that_does_not_fit_is_split_and_the_user_told_once(noise_folder, tmp_path, random_backbone):
     extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, batch_size=4)
-    extract(noise_folder, tmp_path / "b.zarr", model=SmallDevice(random_backbone, 2), batch_size=4)
+    report = extract(noise_folder, tmp_path / "b.zarr", model=SmallDevice(random_backbone, 2), batch_size=4)
+    assert [note[:38] for note in report.notes] == ["batches of 4 clips did not fit in the "]
     found, expected = (FeatureCache.open(tmp_path / name).features(range(12)) for name in ("b.zarr", "a.zarr"))
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4)
-    with pytest.raises(WhisperATError, match="give --batch-size 1 or free some memory"):
-        extract(noise_folder, tmp_path / "c.zarr", model=SmallDevice(random_backbone, 1), batch_size=4)
+    with pytest.raises(WhisperATError, match="one clip of 10 s does not fit in the memory of cpu"):
+        extract(noise_folder, tmp_path / "c.zarr", model=SmallDevice(random_backbone, 0), batch_size=4)
+
+
+def test_a_batch_size_found_on_another_kind_of_device_does_not_bind():
+    made = {"device": "cpu", "batch_size": 2}
+    size, note = prepare.batch_size_of(made, torch.device("cuda", 0), 64)
+    assert size == 64
+    assert note == (
+        "the cache was begun on cpu with --batch-size 2; this run, on cuda:0, uses 64. Features from the two devices "
+        "differ in their last bits"
+    )
+    for device, of_before in (("cpu", made), ("cuda:1", {"device": "cuda:0", "batch_size": 32})):
+        assert prepare.batch_size_of(of_before, torch.device(device), 64) == (of_before["batch_size"], None)
+    assert prepare.batch_size_of({}, torch.device("cpu"), 2) == (2, None), "a cache that says nothing of it"
+
+
+def test_auto_continues_a_cache_in_the_precision_it_was_made_with(noise_folder, tmp_path, tiny_en):
+    path = tmp_path / "a.zarr"
+    assert prepare.precision_of(path, "auto") == "auto", "a new cache"
+    report = extract(noise_folder, path, model=tiny_en, device="cpu", precision="float16", shard=(1, 6), shard_mb=0.1)
+    assert report.written and prepare.precision_of(path, "auto") == "float16"
+    assert prepare.precision_of(path, "bfloat16") == "bfloat16", "what is asked for is compared with the cache"
+    extract(noise_folder, path, model=tiny_en, device="cpu", shard_mb=0.1)
+    assert FeatureCache.open(path).complete
+    with pytest.raises(CacheError, match="precision: float16, not float32"):
+        extract(noise_folder, path, model=tiny_en, device="cpu", precision="float32")
+    extract(noise_folder, tmp_path / "b.zarr", model=tiny_en, device="cpu")
+    assert FeatureCache.open(tmp_path / "b.zarr").spec.precision == "float32", "auto on a CPU"
 
 
 def test_two_devices_fill_one_cache_with_the_same_bytes(noise_folder, tmp_path, tiny_en):

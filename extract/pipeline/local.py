@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from whisper_at_cli.extract.backbones.custom import checked_backbone, clip_samples
 from whisper_at_cli.extract.backbones.load import Backbone, load_backbone
+from whisper_at_cli.extract.backbones.precision import cost_note
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, METADATA
 from whisper_at_cli.extract.cache.store import location
 from whisper_at_cli.extract.datasets import Dataset
-from whisper_at_cli.extract.devices import fitting_batch_size
+from whisper_at_cli.extract.devices import FITTING, fitting_batch_size
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.prepare import (
@@ -20,6 +22,7 @@ from whisper_at_cli.extract.pipeline.prepare import (
     compile_backbone,
     open_cache,
     open_clips,
+    precision_of,
 )
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
 from whisper_at_cli.extract.pipeline.shard_run import ShardRun
@@ -29,7 +32,7 @@ from whisper_at_cli.extract.progress import Progress
 def extract(
     dataset: str | Path | Dataset, cache: str | Path, *, model: str | Path | Backbone, format: str = "auto",
     labels: str | Path | None = None, window: float | None = None, hop: float | None = None,
-    clip_seconds: float | None = None, dtype: str = "float16", precision: str = "float32", device: str = "auto",
+    clip_seconds: float | None = None, dtype: str = "float16", precision: str = "auto", device: str = "auto",
     batch_size: int | None = None, workers: int | None = None, shard_mb: float = DEFAULT_SHARD_MB,
     shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
     progress: Progress | None = None,
@@ -51,20 +54,24 @@ def extract(
             pool.start(len(dataset))  # they get ready while weights are loaded
         seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
         if isinstance(model, str | Path):
-            backbone = load_backbone(model, device=device, precision=precision)
+            backbone = load_backbone(model, device=device, precision=precision_of(cache, precision))
         else:
             backbone = checked_backbone(model, "model")
         samples = clip_samples(backbone, seconds)
-        if compile:
-            compile_backbone(backbone)
-        size = batch_size or fitting_batch_size(backbone, samples)
+        size, notes = batch_size or fitting_batch_size(backbone, samples, dtype), [cost_note(backbone)]
         with open_cache(cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard) as writer:
             if batch_size is None:
-                size = batch_size_of(writer, size)
+                size, note = batch_size_of(writer.cache.attributes["made"], backbone.device, size)
+                notes.append(note)
+            if compile:
+                compile_backbone(backbone, size)
             redo = clips_to_do(writer, dataset, repair)
             pool.start(int((redo & writer.mine()).sum()))
             run = ShardRun(backbone, writer, redo, samples=samples, batch_size=size, progress=progress)
             run.from_pool(pool, dataset)
-            return report_of(
+            notes.append(FITTING.note(backbone, samples, size))
+            report = report_of(
                 writer, dataset, run.done, time.perf_counter() - started, run.encoder_busy, run.disk_wait_seconds
             )
+            said = tuple(note for note in notes if note)
+            return replace(report, notes=report.notes + said, redone_in_float32=run.redone)

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 
 from whisper_at_cli import __version__
+from whisper_at_cli.extract.backbones.encoder import PRECISIONS
 from whisper_at_cli.extract.backbones.load import Backbone, EncoderFacts
-from whisper_at_cli.extract.cache.schema import CacheSpec, Status
+from whisper_at_cli.extract.backbones.precision import AUTO
+from whisper_at_cli.extract.cache.schema import METADATA, CacheSpec, Status, read_attributes, spec_from_attributes
+from whisper_at_cli.extract.cache.store import location
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset, open_dataset, windowed
@@ -49,11 +52,22 @@ def open_clips(
     return windowed(dataset, window, hop, lengths=lengths)
 
 
-def compile_backbone(backbone: Backbone) -> None:
-    """Have a backbone compile itself. Raises UsageError if it cannot."""
+def compile_backbone(backbone: Backbone, batch_size: int) -> None:
+    """Have a backbone compile itself for batches of this size. Raises UsageError if it cannot."""
     if not hasattr(backbone, "compile"):
         raise UsageError(f"--compile is for Whisper; {backbone.name} cannot be compiled. Leave it out")
-    backbone.compile()
+    backbone.compile(batch_size)
+
+
+def precision_of(cache: str | Path, asked: str) -> str:
+    """The precision to load a backbone with: for `auto`, what an existing cache was made with, so that the same command
+    continues it on another device too. What is asked for otherwise stays, as does `auto` for a new cache.
+    """
+    store = location(cache)
+    if asked != AUTO or store.read(METADATA) is None:
+        return asked
+    made_with = spec_from_attributes(read_attributes(store), store).precision
+    return made_with if made_with in PRECISIONS else asked
 
 
 def open_cache(
@@ -82,9 +96,20 @@ def _provenance(backbone: EncoderFacts, dataset: Dataset, batch_size: int) -> di
     }
 
 
-def batch_size_of(writer: CacheWriter, size: int) -> int:
-    """The batch size that began the cache, so that the same clips share a batch."""
-    return writer.cache.attributes["made"].get("batch_size", size)
+def batch_size_of(made: dict, device: object, fitting: int) -> tuple[int, str | None]:
+    """The batch size of a cache that exists, and a note for the user or None; `made` are the cache's records of that.
+
+    On the kind of device that began the cache, its batch size is kept, so that the same clips share a batch. On another
+    kind `fitting` is taken, what fits there: the features differ in their last bits anyway.
+    """
+    begun_with, size = str(made.get("device", device)), made.get("batch_size", fitting)
+    kinds = [str(name).partition(":")[0] for name in (begun_with, device)]
+    if kinds[0] == kinds[1] or size == fitting:
+        return size, None
+    return fitting, (
+        f"the cache was begun on {begun_with} with --batch-size {size}; this run, on {device}, uses {fitting}. "
+        "Features from the two devices differ in their last bits"
+    )
 
 
 def clips_to_do(writer: CacheWriter, dataset: Dataset, repair: bool) -> np.ndarray:

@@ -34,6 +34,7 @@ class EncoderInfo:
     samples: int  # of a clip of the length that was asked for
     batch_size: int
     node: str
+    note: str | None  # for the user
 
 
 @dataclass(frozen=True)
@@ -55,24 +56,26 @@ class Outcome:
     written: int
     encode_seconds: float
     disk_wait_seconds: float
+    redone: int  # clips encoded again in float32
+    note: str | None  # for the user
 
 
 class Encoder:
     """The actor: a backbone on one GPU or core. On a GPU two shards are encoded side by side, as the local engine does
     with two batches; on a core one after the other."""
 
-    def __init__(self, *, model: str | Path, device: str, precision: str, compile: bool):
+    def __init__(self, *, model: str | Path, device: str, precision: str, compile: bool, dtype: str):
         from whisper_at_cli.extract.backbones.load import load_backbone
 
         self.backbone = load_backbone(model, device=device, precision=precision)
-        if compile:
-            compile_backbone(self.backbone)
+        self.compile, self.dtype = compile, dtype
         self.writers: dict[str, CacheWriter] = {}
         self.pools = threading.local()  # of one process, for each thread that extracts
 
     def describe(self, clip_seconds: float) -> EncoderInfo:
         import ray
 
+        from whisper_at_cli.extract.backbones.precision import cost_note
         from whisper_at_cli.extract.devices import fitting_batch_size
 
         b = self.backbone
@@ -80,14 +83,19 @@ class Encoder:
         node = ray.util.get_node_ip_address() + "/" + ray.get_runtime_context().get_node_id()[:6]
         return EncoderInfo(
             name=b.name, weights_sha256=b.weights_sha256, layers=b.layers, dim=b.dim, precision=b.precision,
-            device=str(b.device), samples=samples, batch_size=fitting_batch_size(b, samples), node=node,
+            device=str(b.device), samples=samples, batch_size=fitting_batch_size(b, samples, self.dtype), node=node,
+            note=cost_note(b),
         )  # fmt: skip
 
     def extract_shard(self, shard: Shard, clips: PartOfDataset | None, *decoded: Decoded) -> Outcome:
         """Encode and write one shard, from its clips or from audio that was decoded elsewhere."""
+        from whisper_at_cli.extract.devices import FITTING
+
         if shard.cache not in self.writers:
             self.writers[shard.cache] = CacheWriter.join(shard.cache)
         writer = self.writers[shard.cache]
+        if self.compile:
+            compile_backbone(self.backbone, shard.batch_size)
         redo = np.zeros(len(writer.cache), dtype=bool)
         redo[list(shard.todo)] = True
         run = ShardRun(
@@ -98,7 +106,8 @@ class Encoder:
         else:
             run.all_shards(_DecodedClips(decoded), BATCHES_AHEAD)
         status = writer.cache.status[np.array(writer.rows(shard.number))]
-        return Outcome(status, run.done, run.encode_seconds, run.disk_wait_seconds)
+        note = FITTING.note(self.backbone, shard.samples, shard.batch_size)
+        return Outcome(status, run.done, run.encode_seconds, run.disk_wait_seconds, run.redone, note)
 
     def _pool(self) -> DecodePool:
         """This thread's pool; it goes with the actor."""

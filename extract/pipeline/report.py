@@ -45,7 +45,8 @@ class ExtractReport:
     missing: int = 0
     coverage: float = 1.0
     missing_expected: bool = False
-    notes: tuple[str, ...] = ()  # on how the dataset was read
+    notes: tuple[str, ...] = ()  # on how the dataset was read, and on what made the run slow
+    redone_in_float32: int = 0  # clips that were not finite in less, and were encoded again
 
     @property
     def ok(self) -> bool:

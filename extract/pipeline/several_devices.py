@@ -11,9 +11,11 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
+from whisper_at_cli.extract.backbones.precision import AUTO
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline.local import extract
+from whisper_at_cli.extract.pipeline.prepare import precision_of
 from whisper_at_cli.extract.pipeline.report import ExtractReport
 from whisper_at_cli.extract.progress import Progress
 
@@ -37,6 +39,9 @@ def extract_on_devices(
     if not isinstance(model, str | Path):
         raise UsageError("several devices need the model by name or path, so that each process can load it")
     started = time.perf_counter()
+    if len({device.partition(":")[0] for device in devices}) > 1 and options.get("precision", AUTO) == AUTO:
+        made_with = precision_of(cache, AUTO)
+        options["precision"] = "float32" if made_with == AUTO else made_with  # what each kind would choose may differ
     context = multiprocessing.get_context("spawn")
     options["workers"] = options.get("workers") or max(1, cores() // len(devices))
     messages: Queue = context.Queue()
@@ -102,6 +107,8 @@ def _merged(reports: list[ExtractReport], seconds: float) -> ExtractReport:
         coverage=1 - missing / max(1, clips),
         written=written,
         skipped=sum(report.skipped for report in reports),
+        redone_in_float32=sum(report.redone_in_float32 for report in reports),
+        notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
         failed=sum(report.failed for report in reports),
         failures=tuple(failure for report in reports for failure in report.failures),
         seconds=round(seconds, 3),

@@ -70,7 +70,7 @@ class ShardRun:
         self.samples, self.batch_size = samples, min(batch_size, writer.clips_per_shard)
         self.streams = streams or streams_of(backbone.device)
         self.writers = max(FEWEST_WRITERS, min(MOST_WRITERS, cores() // 4))
-        self.done = self.failed = 0
+        self.done = self.failed = self.redone = 0
         self.encode_seconds = self.disk_wait_seconds = self.seconds = 0.0
         self.total = int(writer.mine().sum())
         self.skipped = int((writer.mine() & ~redo).sum())
@@ -225,6 +225,8 @@ class ShardRun:
                 block.valid_frames[slot] = real_frames(value.real, self.samples)
                 block.status[slot] = Status.DONE
         done = int((block.status[slots.start : slots.stop][redo] == Status.DONE).sum())
+        if stored is not None and stored.redone is not None:
+            self.redone += int((stored.redone.numpy() & redo).sum())
         self.encode_seconds += seconds
         self.done += done
         self.failed += int(redo.sum()) - done
@@ -235,7 +237,8 @@ class ShardRun:
         message = f"layer {layer} holds a value that is not finite in {self.writer.spec.dtype}"
         if self.writer.spec.dtype != "float32":
             return f"{message}; extract with --dtype float32"
-        return f"{message}; extract with --precision float32" if self.backbone.precision == "float16" else message
+        half = self.backbone.precision == "float16" and not hasattr(self.backbone, "in_float32")
+        return f"{message}; extract with --precision float32" if half else message
 
     def _report_progress(self) -> None:
         if self.progress:

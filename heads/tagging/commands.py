@@ -146,7 +146,10 @@ def transcribe_command(
 @HEAD
 @MODEL
 @TAG_OPTIONS
-@click.option("--precision", default="float32", show_default=True, help="Arithmetic: float32, bfloat16 or float16.")
+@click.option(
+    "--precision", default="auto", show_default=True,
+    help="Arithmetic: float32, bfloat16, float16 or auto, which is float16 on CUDA and float32 elsewhere.",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="A file for the lines.  [default: stdout]")
 @DEVICE
 @click.pass_context
