@@ -26,7 +26,7 @@ def test_features_are_those_of_each_clip_alone(noise_folder, tmp_path, random_ba
     for row in range(12):
         import torch
 
-        clip, real = load_clip(noise_folder / cache.paths[row], 32000)
+        clip, real, _ = load_clip(noise_folder / cache.paths[row], 32000)
         alone = random_backbone.encode(torch.from_numpy(as_float(clip))[None])[0].numpy()
         np.testing.assert_allclose(cache.features([row])[0], alone, rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(cache.mean(rows=[row])[0], alone.mean(axis=1), rtol=2e-3, atol=2e-3)

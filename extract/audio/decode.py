@@ -13,7 +13,7 @@ import math
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,14 @@ HEAD_BYTES = 1024
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<MPD")  # FFmpeg would open whatever files these name
 
 Source = Path | bytes  # a file, or what one holds
+
+
+class ClipAudio(NamedTuple):
+    """One clip's audio as it was read."""
+
+    samples: np.ndarray  # (samples,) int16 at 16 kHz, cut or zero-padded
+    real: int  # how many of them are audio
+    note: str = ""  # what a user should know of this file though it was read, in one line
 
 
 def decode(source: str | Source, *, start: float = 0.0, max_seconds: float | None = None) -> np.ndarray:
@@ -72,20 +80,18 @@ def decode_int16(source: str | Source, *, start: float = 0.0, max_seconds: float
     return samples
 
 
-def load_clip(
-    source: str | Source, samples: int, *, start: float | None = None, end: float | None = None
-) -> tuple[np.ndarray, int]:
-    """A clip of exactly `samples` samples, (samples,) int16, cut or zero-padded; and how many of them are real.
+def load_clip(source: str | Source, samples: int, *, start: float | None = None, end: float | None = None) -> ClipAudio:
+    """A clip of exactly `samples` samples, cut or zero-padded.
 
     With `start` or `end`, in seconds, it is cut from that part of the file.
     """
     start = start or 0.0
     wanted = samples if end is None else min(samples, max(1, round(end * SAMPLE_RATE) - round(start * SAMPLE_RATE)))
     decoded = decode_int16(source, start=start, max_seconds=wanted / SAMPLE_RATE)[:wanted]
-    return _padded(decoded, samples), len(decoded)
+    return ClipAudio(_padded(decoded, samples), len(decoded))
 
 
-def clip_from_samples(waveform: np.ndarray, rate: int, samples: int) -> tuple[np.ndarray, int]:
+def clip_from_samples(waveform: np.ndarray, rate: int, samples: int) -> ClipAudio:
     """`load_clip` for a waveform in memory: (n,) int16 or float32 at `rate`. Raises AudioError for NaN."""
     import av
 
@@ -101,7 +107,7 @@ def clip_from_samples(waveform: np.ndarray, rate: int, samples: int) -> tuple[np
         resampler = Resampler(form_of(frame), frame.layout.name, checked=waveform.dtype != np.int16)
         resampler.push(frame)
         decoded = np.concatenate(resampler.finish())[:samples]
-    return _padded(decoded, samples), len(decoded)
+    return ClipAudio(_padded(decoded, samples), len(decoded))
 
 
 def _padded(decoded: np.ndarray, samples: int) -> np.ndarray:
