@@ -69,7 +69,7 @@ def test_padding_is_never_taken_for_real(halves, part, extra):
     samples = halves * SAMPLE_RATE // 2
     length = max(1, round(part * (samples + extra)))
     clip, real, _ = clip_from_samples(np.full(length, 0.5, dtype=np.float32), SAMPLE_RATE, samples)
-    assert real == min(length, samples) and (clip[:real] == 0.5).all() and not clip[real:].any()
+    assert real == min(length, samples) and (clip[:real] == 16384).all() and not clip[real:].any()
     frame = samples // FRAMES
     valid = real_frames(real, samples)
     assert 1 <= valid <= FRAMES

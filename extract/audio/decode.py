@@ -8,32 +8,23 @@ A part of a file has the samples that the whole file has there; `segments` says 
 from __future__ import annotations
 
 import contextlib
-import io
 import math
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
-from whisper_at_cli.extract.audio.lengths import refuse_huge_chunks, refuse_truncated, seconds_of
-from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
+from whisper_at_cli.extract.audio.lengths import refuse_lacking, refuse_truncated, seconds_of
+from whisper_at_cli.extract.audio.opened import AudioFile, Source, audio_stream
+from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_frames, form_of
 from whisper_at_cli.extract.audio.segments import decode_span
-from whisper_at_cli.extract.errors import AudioError, MissingAudioError
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
+from whisper_at_cli.extract.errors import AudioError
 
 SUFFIXES = frozenset(  # of files that a folder is searched for
     ".wav .flac .ogg .oga .opus .mp3 .m4a .aac .mp4 .webm .mka .mkv .aif .aiff .aifc .au .wma .amr .caf .w64".split()
 )
-WAV_PROBE_BYTES = 16384  # enough to tell what is in a WAV file; FFmpeg's own 5 MB cost more than decoding 5 s
-HEAD_BYTES = 1024
-PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<MPD")  # FFmpeg would open whatever files these name
-
-Source = Path | bytes  # a file, or what one holds
 
 
 class ClipAudio(NamedTuple):
@@ -63,20 +54,28 @@ def decode_int16(source: str | Source, *, start: float = 0.0, max_seconds: float
     With `start` in seconds, decoding begins there; with `max_seconds`, it stops so much later. Raises AudioError for
     whatever is not a whole, readable audio file, MissingAudioError (a kind of it) where there is no such file.
     """
-    source = Path(source) if isinstance(source, str) else source
     most = math.inf if max_seconds is None else max_seconds
-    options = _options(source, _head(source))
-    with _decoding_errors():
+    with _decoding_errors(), AudioFile(Path(source) if isinstance(source, str) else source) as file:
         if start > 0:
-            first = round(start * SAMPLE_RATE)
-            samples = decode_span(lambda: _opened(source, options), source, first, round(most * SAMPLE_RATE))
+            samples = decode_span(file, start, most)
+        elif file.riff and file.riff.plain:
+            samples = decode_span(file, 0.0, most)
+            if len(samples) < most * SAMPLE_RATE - 1:
+                refuse_lacking(file)
         else:
-            with _opened(source, options) as container:
-                samples = decode_stream(container, most)
-                if len(samples) < most * SAMPLE_RATE - 1:
-                    refuse_truncated(source, container, len(samples) / SAMPLE_RATE)
+            samples = _decode_whole(file, most)
     if not len(samples):
         raise AudioError(f"it holds no samples from {start:g} s on" if start > 0 else "it holds no samples")
+    return samples
+
+
+def _decode_whole(file: AudioFile, most: float) -> np.ndarray:
+    """By FFmpeg, from the start on."""
+    with file.container() as container:
+        stream = audio_stream(container)
+        samples = decode_frames(stream.codec_context.name, container.decode(stream), most)
+        if len(samples) < most * SAMPLE_RATE - 1:
+            refuse_truncated(file, container, len(samples) / SAMPLE_RATE)
     return samples
 
 
@@ -121,65 +120,11 @@ def audio_seconds(source: str | Source) -> tuple[float, bool]:
 
     From its header where that can be trusted, else from counting packets. Raises AudioError for what cannot be read.
     """
-    source = Path(source) if isinstance(source, str) else source
-    options = _options(source, _head(source))
-    with _decoding_errors(), _opened(source, options) as container:
-        return seconds_of(source, container)
-
-
-def _head(source: Source) -> bytes:
-    """The first bytes of a file. Looked at before FFmpeg opens it: a FIFO would hang, and FFmpeg names no reasons.
-
-    Raises AudioError, or MissingAudioError where there is no such file.
-    """
-    if isinstance(source, bytes):
-        if not source:
-            raise AudioError("it is empty (0 bytes)")
-        return source[:HEAD_BYTES]
-    try:
-        status = source.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise AudioError("it is not a file")
-        if status.st_size == 0:
-            raise AudioError("it is empty (0 bytes)")
-        with open(source, "rb", buffering=0) as file:
-            return file.read(HEAD_BYTES)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingAudioError(error.strerror or str(error)) from error
-    except OSError as error:
-        raise AudioError(f"it cannot be read: {error.strerror}") from error
-    except ValueError as error:  # a NUL or half a character
-        raise AudioError(f"its name cannot be that of a file ({error})") from error
-
-
-def _options(source: Source, head: bytes) -> dict[str, str]:
-    """For FFmpeg's demuxer: nothing but this file is opened, and no long look into plain PCM."""
-    if any(mark in head for mark in PLAYLISTS):
-        raise AudioError("it is a playlist, not audio")
-    if head[:4] == b"RIFF":
-        refuse_huge_chunks(source)
-    look = {"probesize": str(WAV_PROBE_BYTES)} if head[:4] == b"RIFF" else {}
-    return {"protocol_whitelist": "file"} | look
-
-
-@contextlib.contextmanager
-def _opened(source: Source, options: dict[str, str]) -> Iterator[InputContainer]:
-    """FFmpeg's container of a file that holds audio."""
-    import av
-
-    with contextlib.ExitStack() as stack:
-        if isinstance(source, bytes):
-            file: str | BinaryIO = io.BytesIO(source)
-        elif (name := str(source)).isprintable() or name.encode("utf-8", "ignore").decode() == name:
-            file = f"file:{source}"  # "file:" so that no name is taken for a protocol
-        else:  # a name that is not text
-            file = stack.enter_context(open(source, "rb"))
-        container = stack.enter_context(av.open(file, mode="r", metadata_errors="ignore", options=options))
-        if not container.streams.audio:
-            raise AudioError("it holds no audio")
-        if container.streams.audio[0].codec_context is None:
-            raise AudioError("it cannot be decoded: its audio has a codec that FFmpeg does not know")
-        yield container
+    with _decoding_errors(), AudioFile(Path(source) if isinstance(source, str) else source) as file:
+        if file.riff and (plain := file.riff.plain):
+            return plain.length / plain.rate, True
+        with file.container() as container:
+            return seconds_of(file, container)
 
 
 @contextlib.contextmanager

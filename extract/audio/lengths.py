@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import os
-import struct
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from whisper_at_cli.extract.audio.mp3 import Mp3Index, Unindexable, mp3_index
+from whisper_at_cli.extract.audio.opened import AudioFile, audio_stream
 from whisper_at_cli.extract.errors import AudioError
 
 if TYPE_CHECKING:
@@ -21,30 +17,31 @@ TIMED = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "ogg"))  # whose 
 COUNTED_TOLERANCE_SECONDS = 0.05
 TIMED_TOLERANCE_SECONDS = 0.5  # an encoder's delay and padding, and lengths rounded to a packet
 OGG_PAGE_BYTES = 65307  # at most
-MOST_CHUNKS = 10_000  # of a RIFF file that are looked at
-MOST_LACKING = 1 << 24  # bytes that a chunk other than the audio may lack
-
-Source = Path | bytes
 
 
-def refuse_truncated(source: Source, container: InputContainer, seconds: float) -> None:
+def refuse_truncated(file: AudioFile, container: InputContainer, seconds: float) -> None:
     """Raise AudioError where the file's own header promises more audio than the `seconds` it holds."""
     form = container.format.name
-    if form == "ogg" and not _ends_on_ogg_page(source):
+    if form == "ogg" and not _ends_on_ogg_page(file):
         raise AudioError(f"it is truncated: it ends within an Ogg page, after {seconds:.2f} s")
-    if form == "wav" and (lacking := _lacking_wav_bytes(source)):
-        raise AudioError(f"it is truncated: {lacking} bytes of what its header promises are missing")
-    promised, tolerance = _promised_seconds(source, container)
+    refuse_lacking(file)
+    promised, tolerance = _promised_seconds(file, container)
     if promised is not None and seconds < promised - tolerance:
         raise AudioError(f"it is truncated: its header promises {promised:.2f} s, it holds {seconds:.2f} s")
 
 
-def seconds_of(source: Source, container: InputContainer) -> tuple[float, bool]:
+def refuse_lacking(file: AudioFile) -> None:
+    """Raise AudioError where a WAV file is shorter than its header says. FFmpeg takes what is there for the whole."""
+    if file.riff and file.riff.lacking:
+        raise AudioError(f"it is truncated: {file.riff.lacking} bytes of what its header promises are missing")
+
+
+def seconds_of(file: AudioFile, container: InputContainer) -> tuple[float, bool]:
     """The length of an open file, and whether that is exact: from a header that can be trusted, else by its packets."""
-    form, stream = container.format.name, container.streams.audio[0]
+    form, stream = container.format.name, audio_stream(container)
     if form == "mp3":
         try:
-            index = _mp3_index(source, container)
+            index = _mp3_index(file, container)
             return index.total_samples() / index.rate, True
         except Unindexable:
             return _packet_seconds(container), False
@@ -54,9 +51,9 @@ def seconds_of(source: Source, container: InputContainer) -> tuple[float, bool]:
     return _packet_seconds(container), False
 
 
-def _promised_seconds(source: Source, container: InputContainer) -> tuple[float | None, float]:
+def _promised_seconds(file: AudioFile, container: InputContainer) -> tuple[float | None, float]:
     """What the header says, None where it says nothing that must hold; and how far the audio may fall short of it."""
-    form, stream = container.format.name, container.streams.audio[0]
+    form, stream = container.format.name, audio_stream(container)
     if form in COUNTED and stream.duration:
         return _seconds(stream.duration, stream), COUNTED_TOLERANCE_SECONDS
     if form in TIMED - {"ogg"} and len(container.streams) == 1:  # a picture may last longer than its sound
@@ -65,7 +62,7 @@ def _promised_seconds(source: Source, container: InputContainer) -> tuple[float 
         return (container.duration or 0) / 1e6, TIMED_TOLERANCE_SECONDS
     if form == "mp3":
         try:
-            index = _mp3_index(source, container)
+            index = _mp3_index(file, container)
         except Unindexable:
             return None, 0.0
         if index.tagged_frames is not None:
@@ -78,19 +75,19 @@ def _seconds(ticks: int, stream: AudioStream) -> float:
     return float(ticks * stream.time_base)
 
 
-def _mp3_index(source: Source, container: InputContainer) -> Mp3Index:
+def _mp3_index(file: AudioFile, container: InputContainer) -> Mp3Index:
     """The index of an open MP3 file. Raises Unindexable."""
-    stream = container.streams.audio[0]
+    stream = audio_stream(container)
     container.seek(0)
     packet = next(container.demux(stream), None)
     if packet is None or packet.pos is None:
         raise Unindexable
-    return mp3_index(source, packet.pos)
+    return mp3_index(file, packet.pos)
 
 
 def _packet_seconds(container: InputContainer) -> float:
     """The length by what each packet says of itself."""
-    stream = container.streams.audio[0]
+    stream = audio_stream(container)
     container.seek(0)
     spans = [
         (packet.pts, packet.pts + (packet.duration or 0))
@@ -100,50 +97,9 @@ def _packet_seconds(container: InputContainer) -> float:
     return _seconds(max(end for _, end in spans) - min(start for start, _ in spans), stream) if spans else 0.0
 
 
-def _open(source: Source) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-
-
-def _lacking_wav_bytes(source: Source) -> int:
-    """How many bytes the data chunk of a RIFF file lacks. FFmpeg takes what is there for the whole."""
-    for name, length, left in _riff_chunks(source):
-        if name == b"data":
-            unknown = length in (0, 0xFFFFFFFF)  # written to a pipe: the header never learned the length
-            return 0 if unknown else max(0, length - left)
-    return 0
-
-
-def refuse_huge_chunks(source: Source) -> None:
-    """Raise AudioError where a chunk of a RIFF file is far larger than the file, for which FFmpeg would make room, or
-    where there are more chunks than any has."""
-    for number, (name, length, left) in enumerate(_riff_chunks(source), start=1):
-        if number == MOST_CHUNKS:
-            raise AudioError(f"it is damaged: it has more than {MOST_CHUNKS - 1} chunks")
-        if name != b"data" and length > left + MOST_LACKING:
-            raise AudioError(f"it is damaged: its chunk {name!r} says {length} bytes, and {left} are left of the file")
-
-
-def _riff_chunks(source: Source) -> Iterator[tuple[bytes, int, int]]:
-    """Name and length of each chunk of a RIFF file, and how many bytes there are from its content on."""
-    with _open(source) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if file.read(4) != b"RIFF":
-            return
-        at, number = 12, 0
-        while at + 8 <= size and number < MOST_CHUNKS:
-            file.seek(at)
-            name, length = struct.unpack("<4sI", file.read(8))
-            yield name, length, size - at - 8
-            at, number = at + 8 + length + length % 2, number + 1
-
-
-def _ends_on_ogg_page(source: Source) -> bool:
+def _ends_on_ogg_page(file: AudioFile) -> bool:
     """Whether the last Ogg page in the file is whole."""
-    with _open(source) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 2 * OGG_PAGE_BYTES))
-        tail = file.read()
+    tail = file.read(max(0, file.size - 2 * OGG_PAGE_BYTES), 2 * OGG_PAGE_BYTES)
     page = tail.rfind(b"OggS")
     if page < 0 or len(tail) < page + 27:
         return False

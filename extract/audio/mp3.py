@@ -11,6 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from whisper_at_cli.extract.audio.opened import AudioFile
 
 STRIDE = 32  # frames between positions that are kept
 STRIDE_BYTES = STRIDE * 1441  # at most
@@ -146,15 +150,14 @@ _indexes: OrderedDict[tuple, Mp3Index] = OrderedDict()
 _guard = threading.Lock()
 
 
-def mp3_index(source: Path | bytes, first: int) -> Mp3Index:
+def mp3_index(file: AudioFile, first: int) -> Mp3Index:
     """The index of a file, kept for whoever asks next. Raises Unindexable, OSError."""
-    if isinstance(source, bytes):
-        return Mp3Index(lambda at, length: source[at : at + length], first)
-    status = source.stat()
-    key = (str(source), status.st_size, status.st_mtime_ns, first)
+    if file.path is None:
+        return Mp3Index(file.read, first)
+    key = (str(file.path), file.size, file.modified_ns, first)
     with _guard:
         if key not in _indexes:
-            _indexes[key] = Mp3Index(partial(_read_from, source), first)
+            _indexes[key] = Mp3Index(partial(_read_from, file.path), first)
             if len(_indexes) > KEPT_INDEXES:
                 _indexes.popitem(last=False)
         _indexes.move_to_end(key)
@@ -162,6 +165,7 @@ def mp3_index(source: Path | bytes, first: int) -> Mp3Index:
 
 
 def _read_from(path: Path, at: int, length: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:  # read, not mapped: a file that shrinks meanwhile must do no harm
+    """For an index that outlives the open file. Read, not mapped: a file that shrinks meanwhile must do no harm."""
+    with open(path, "rb", buffering=0) as file:
         file.seek(at)
         return file.read(length)

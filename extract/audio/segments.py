@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.mp3 import Mp3Index, Unindexable, mp3_index
-from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
+from whisper_at_cli.extract.audio.opened import AudioFile, audio_stream
+from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, decode_frames, form_of, resampler_of
+from whisper_at_cli.extract.audio.wav import Plain, Read
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -35,6 +35,9 @@ DECODER_SECONDS = 1.0  # decoded before, for codecs that carry something over
 MP3_FRAMES_BEFORE = 96  # looked at: a frame may lean on 511 bytes of those before it, which can be as short as 24
 MP3_BYTES_BEFORE, MP3_FRAME_OVERHEAD, MP3_OVERLAP = 512, 40, 4  # of them decoded: so many bytes, and a few frames more
 
+LONGEST_SECONDS = 1e7  # what "all of it" is taken for
+PLAIN_BLOCK = 1 << 14  # samples that go to the resampler at a time
+
 Numbered = Iterator[tuple[int, "AudioFrame"]]  # number of its first sample within the whole file, and a frame
 
 
@@ -42,63 +45,90 @@ class _Inexact(Exception):
     """What was tried cannot say exactly where it is in the file."""
 
 
-def decode_span(
-    opened: Callable[[], AbstractContextManager[InputContainer]], source: Path | bytes, first: int, count: int
-) -> np.ndarray:
-    """int16 samples `first` to `first + count` at 16 kHz of the whole file; fewer at its end.
+class _Span(NamedTuple):
+    """Samples `first` to `first + wanted` at 16 kHz, and those of the source that they are made from."""
 
-    `opened` gives FFmpeg's container of the source, at its start.
-    """
+    first: int
+    wanted: int
+    rate: int  # of the source
+
+    @property
+    def begin(self) -> int:
+        """A sample of the source that falls on a sample of the output, early enough for the resampler's history."""
+        step = self.rate // math.gcd(self.rate, SAMPLE_RATE)
+        return max(0, int((self.first / SAMPLE_RATE - RESAMPLER_SECONDS) * self.rate)) // step * step
+
+    @property
+    def enough(self) -> float:
+        return ((self.first + self.wanted) / SAMPLE_RATE + RESAMPLER_SECONDS) * self.rate
+
+
+def decode_span(file: AudioFile, start: float, most: float) -> np.ndarray:
+    """int16 samples at 16 kHz of the whole file, from `start` on and at most `most` seconds; fewer at its end."""
+    first, count = round(start * SAMPLE_RATE), round(min(most, LONGEST_SECONDS) * SAMPLE_RATE)
+    if file.riff and (plain := file.riff.plain):
+        if (plain.rate, plain.channels) == (SAMPLE_RATE, 1):
+            return plain.samples(file.read, first, count)[:, 0]
+        span = _Span(first, count, plain.rate)
+        return _resampled(_plain_frames(file.read, plain, span.begin), span, "pcm_s16le")
     for frames_from in (_by_count, _from_start):
-        with opened() as container:
+        with file.container() as container:
+            codec = audio_stream(container).codec_context
             try:
-                return _resampled(container, source, frames_from, first, count)
+                span = _Span(first, count, codec.sample_rate or SAMPLE_RATE)
+                return _resampled(frames_from(file, container, span), span, codec.name)
             except (_Inexact, Unindexable):
                 continue
-    with opened() as container:  # the stream changes its form on the way
-        return decode_stream(container, (first + count) / SAMPLE_RATE)[first : first + count]
+    with file.container() as container:  # the stream changes its form on the way
+        stream = audio_stream(container)
+        samples = decode_frames(stream.codec_context.name, container.decode(stream), (first + count) / SAMPLE_RATE)
+        return samples[first : first + count]
 
 
-def _resampled(
-    container: InputContainer, source: Path | bytes,
-    frames_from: Callable[[InputContainer, Path | bytes, int, float], Numbered], first: int, count: int,
-) -> np.ndarray:  # fmt: skip
-    stream = container.streams.audio[0]
-    rate = stream.codec_context.sample_rate
-    if not rate:
-        raise _Inexact
-    step = rate // math.gcd(rate, SAMPLE_RATE)  # source samples between two that fall on samples of the output
-    begin = max(0, int((first / SAMPLE_RATE - RESAMPLER_SECONDS) * rate)) // step * step
-    enough = ((first + count) / SAMPLE_RATE + RESAMPLER_SECONDS) * rate
-    resampler, form, following = None, None, 0
-    for number, frame in frames_from(container, source, begin, enough):
+def _resampled(frames: Numbered, span: _Span, codec: str) -> np.ndarray:
+    """The samples of a span, from frames that begin before it without a gap. Raises _Inexact for others."""
+    resampler, form, following, begin = None, None, 0, span.begin
+    for number, frame in frames:
         if resampler is None:
-            if number > begin or frame.rate != rate:
+            if number > begin or frame.rate != span.rate:
                 raise _Inexact
-            resampler, form = Resampler.of(frame, stream, skip=begin - number), form_of(frame)
+            resampler, form = resampler_of(frame, codec, skip=begin - number), form_of(frame)
         elif form_of(frame) != form or number != following:
             raise _Inexact
         resampler.push(frame)
         following = number + frame.samples
-        if following >= enough:
+        if following >= span.enough:
             break
     pieces = resampler.finish() if resampler else []
-    offset = first - begin * SAMPLE_RATE // rate
-    return np.concatenate(pieces)[offset : offset + count] if pieces else np.zeros(0, dtype=np.int16)
+    offset = span.first - begin * SAMPLE_RATE // span.rate
+    return np.concatenate(pieces)[offset : offset + span.wanted] if pieces else np.zeros(0, dtype=np.int16)
 
 
-def _by_count(container: InputContainer, source: Path | bytes, begin: int, enough: float) -> Numbered:
+def _plain_frames(read: Read, plain: Plain, begin: int) -> Numbered:
+    import av
+
+    layout = ("mono", "stereo")[plain.channels - 1]
+    for number in range(begin, plain.length, PLAIN_BLOCK):
+        samples = plain.samples(read, number, PLAIN_BLOCK)
+        if not len(samples):
+            return
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout=layout)
+        frame.sample_rate = plain.rate
+        yield number, frame
+
+
+def _by_count(file: AudioFile, container: InputContainer, span: _Span) -> Numbered:
     """Frames from `begin` on or a little before, found without decoding the file up to there."""
     if container.format.name == "mp3":
-        return _mp3_frames(container, source, begin, enough)
+        return _mp3_frames(file, container, span)
     if container.format.name in COUNTED:
-        return _sought_frames(container, begin)
+        return _sought_frames(container, span.begin)
     raise _Inexact
 
 
 def _sought_frames(container: InputContainer, begin: int) -> Numbered:
     """Frames from FFmpeg's seek. Where block sizes vary (Vorbis), single time stamps are off: most of them decide."""
-    stream = container.streams.audio[0]
+    stream = audio_stream(container)
     rate, tick = stream.codec_context.sample_rate, stream.time_base
     start = next(container.decode(stream), None)
     origin = None if start is None else start.pts
@@ -129,14 +159,14 @@ def _sought_frames(container: InputContainer, begin: int) -> Numbered:
         counted += frame.samples
 
 
-def _mp3_frames(container: InputContainer, source: Path | bytes, begin: int, enough: float) -> Numbered:
+def _mp3_frames(file: AudioFile, container: InputContainer, span: _Span) -> Numbered:
     import av
 
-    stream = container.streams.audio[0]
+    stream = audio_stream(container)
     packet = next(container.demux(stream), None)
     if packet is None or packet.pos is None:
         raise _Inexact
-    index = mp3_index(source, packet.pos)
+    index, begin = mp3_index(file, packet.pos), span.begin
     ahead = round(
         (stream.start_time or 0) * (stream.time_base or 0) * index.rate
     )  # the encoder's delay, which FFmpeg leaves off
@@ -144,7 +174,7 @@ def _mp3_frames(container: InputContainer, source: Path | bytes, begin: int, eno
         raise _Inexact
     target = (begin + ahead) // index.samples
     number = max(0, target - MP3_FRAMES_BEFORE)
-    last = math.ceil((enough + ahead) / index.samples) + 1
+    last = math.ceil((span.enough + ahead) / index.samples) + 1
     codec = cast("AudioCodecContext", av.CodecContext.create(stream.codec_context.name, "r"))
     end = _mp3_end(index, last)
     packets = list(index.packets(number, last - number))
@@ -193,12 +223,12 @@ def _mp3_end(index: Mp3Index, last: int) -> float:
     return math.inf
 
 
-def _from_start(container: InputContainer, _source: Path | bytes, begin: int, _enough: float) -> Numbered:
-    """Frames that hold `begin` and what follows it; all before it are decoded too."""
+def _from_start(_file: AudioFile, container: InputContainer, span: _Span) -> Numbered:
+    """Frames that hold where a span begins and what follows it; all before it are decoded too."""
     number, form = 0, None
-    for frame in container.decode(audio=0):
+    for frame in container.decode(audio_stream(container)):
         if form not in (None, form := form_of(frame)):
             raise _Inexact
-        if number + frame.samples > begin:
+        if number + frame.samples > span.begin:
             yield number, frame
         number += frame.samples

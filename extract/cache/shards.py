@@ -76,7 +76,7 @@ def shard_buffers(chunks: np.ndarray, present: np.ndarray, *, compressed: bool =
     index[written, 0] = np.cumsum(lengths) - lengths
     index[written, 1] = lengths
     index_bytes = index.tobytes()
-    trailers = memoryview(checksums.view(np.uint8))
+    trailers = memoryview(checksums.tobytes())
     buffers: list = []
     for at, part in enumerate(data):
         buffers += (part, trailers[CRC_BYTES * at : CRC_BYTES * (at + 1)])
