@@ -56,7 +56,7 @@ FAILURES_SHOWN = 20
     help="Arithmetic: float32, bfloat16, float16 or auto, which is float16 on CUDA and float32 elsewhere.",
 )  # fmt: skip
 @click.option("--batch-size", default="auto", show_default=True, help="Clips encoded together; auto finds what fits.")
-@click.option("--workers", type=int, help="Threads that decode audio.  [default: one per core]")
+@click.option("--workers", type=int, help="Processes that decode audio.  [default: cores divided by devices]")
 @click.option("--shard-mb", type=float, default=128, show_default=True, help="Size of a shard file of a new cache.")
 @click.option(
     "--shard", default="1/1", show_default=True, metavar="I/N",
@@ -93,6 +93,7 @@ def extract_command(
     print_notes(report.notes)
     if report.redone_in_float32:
         print_notes([f"clips encoded again in float32, as they were not finite in less: {report.redone_in_float32}"])
+    _print_first([f"note: {printable(noted.path)}: {noted.note}" for noted in report.clip_notes], "note", cache)
     _print_failures([asdict(failure) for failure in report.failures], cache)
     if as_json:
         print_json(report)
@@ -123,7 +124,7 @@ def info_command(cache: Path | str, as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
-    failures, made, slots = summary.pop("failures"), summary.pop("made"), summary.pop("slots")
+    failures, notes, made, slots = (summary.pop(name) for name in ("failures", "notes", "made", "slots"))
     summary |= {f"made: {name}": value for name, value in made.items()}
     print_table([(name.replace("_", " "), plain(value)) for name, value in summary.items()], ("what", "value"))
     if len(slots) > 1:
@@ -131,6 +132,8 @@ def info_command(cache: Path | str, as_json: bool) -> None:
         print_table([[plain(slot[name]) for name in columns] for slot in slots], columns)
     for failure in failures:
         click.echo(f"failed: {printable(failure['path'])}: {failure['error']}")
+    for noted in notes:
+        click.echo(f"note: {printable(noted['path'])}: {noted['note']}")
 
 
 @command("slurm")

@@ -27,6 +27,16 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """Noise of which something was lost."""
+
+    note: str = "0.4 s of 10 s were lost"
+
+    def read(self, samples: int) -> ClipAudio:
+        return Noise(0).read(samples)._replace(real=samples - 10, note=self.note)
+
+
+@dataclass(frozen=True)
 class Crash:
     """Takes its process with it, by a signal."""
 
@@ -89,4 +99,4 @@ def process_of(_request: object) -> tuple[int, int]:
     return 0, os.getpid()
 
 
-__all__ = ["Bug", "Crash", "FileClip", "Hang", "HangOnce", "Noise", "PlantedDataset", "planted", "process_of"]
+__all__ = ["Bug", "Crash", "FileClip", "Hang", "HangOnce", "Noise", "Noted", "PlantedDataset", "planted", "process_of"]

@@ -293,6 +293,7 @@ def test_info_says_everything_of_a_cache(tmp_path):
         "bytes": sum(file.stat().st_size for file in files), "made": {},
         "slots": [{"shard": "1/1", "clips": N, "pending": 3, "done": 7, "failed": 1, "running": False}],
         "failures": [{"id": "clip3", "path": "audio/clip3.wav", "error": "planted failure"}],
+        "notes": [],
     }  # fmt: skip
     assert cache.complete and list(summarise(path))[:6] == ["cache", "complete", "clips", "done", "failed", "pending"]
 

@@ -14,16 +14,19 @@ import numpy as np
 import planted_sources
 import pytest
 from loaded_modules import loaded_modules
-from planted_sources import Bug, Crash, Hang, HangOnce, Noise, planted
+from planted_sources import Bug, Crash, Hang, HangOnce, Noise, Noted, planted
 
 from conftest import array_bytes, noise, write_wav
+from whisper_at_cli.cli import cli as main
 from whisper_at_cli.extract import FeatureCache, extract
+from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.datasets import open_dataset
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.pipeline import decode_pool
 from whisper_at_cli.extract.pipeline.audio_batches import AudioBatches, Batch
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.decode_worker import DONE, FAILED, Heard
+from whisper_at_cli.extract.pipeline.report import ClipNote
 
 SAMPLES = 800
 OPTIONS = dict(clip_seconds=0.5, batch_size=2, shard_mb=5 * 3 * 25 * 64 * 2 / 1e6)
@@ -161,6 +164,21 @@ def test_clips_that_crash_or_hang_fail_alone_in_a_cache(sounds, whole, tmp_path,
     names = [name for name in whole if not name.startswith("error/")]
     mended = array_bytes(path)
     assert [name for name in names if mended[name] != whole[name]] == []
+
+
+def test_what_is_lost_of_a_clip_is_noted_in_report_cache_and_info(sounds, tmp_path, random_backbone, capsys):
+    path = tmp_path / "a.zarr"
+    dataset = planted(open_dataset(sounds), row_3=Noted())
+    report = extract(dataset, path, model=random_backbone, **OPTIONS)
+    name, file = dataset.clips[3].id, dataset.clips[3].path
+    assert report.ok and report.clip_notes == (ClipNote(name, file, "0.4 s of 10 s were lost"),)
+    assert FeatureCache.open(path).errors[3] == "0.4 s of 10 s were lost" and FeatureCache.open(path).done.all()
+    assert summarise(path)["notes"] == [{"id": name, "path": file, "note": "0.4 s of 10 s were lost"}]
+    main(["info", str(path)], standalone_mode=False)
+    assert f"note: {file}: 0.4 s of 10 s were lost" in capsys.readouterr().out
+    (path / "mean/c/0/0/0").unlink()  # the shard is written again, and keeps the note of a clip that is kept
+    again = extract(planted(open_dataset(sounds), row_3=Noted()), path, model=random_backbone, repair=True, **OPTIONS)
+    assert again.clip_notes == report.clip_notes
 
 
 def run_while_killing(kills, pool_of, work, *, seed=0):

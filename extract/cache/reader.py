@@ -91,7 +91,7 @@ class FeatureCache:
 
     @cached_property
     def errors(self) -> np.ndarray:
-        """(N,) str: why a clip failed, empty otherwise."""
+        """(N,) str: why a clip failed; of one that is done, a note on it. Mostly empty."""
         return self._column("error")
 
     @cached_property

@@ -36,7 +36,7 @@ class ShardBlock:
     mean: np.ndarray  # (n, L, D) in the mean's type
     valid_frames: np.ndarray  # (n,) uint8
     status: np.ndarray  # (n,) uint8, DONE or FAILED
-    errors: dict[int, str] = field(default_factory=dict)  # row within the shard -> why it failed
+    errors: dict[int, str] = field(default_factory=dict)  # row within the shard -> why it failed, or a note
     scale: np.ndarray | None = None  # (n, L, D) float16, with int8 features
 
     @classmethod
@@ -163,7 +163,7 @@ class CacheWriter:
         """Put into an empty block what the cache has of a shard's clips that are not in `redo`, (N,) bool."""
         rows = np.array(self.rows(shard))
         done = self.cache.status[rows] == Status.DONE
-        kept, failed = np.flatnonzero(~redo[rows] & done), np.flatnonzero(~redo[rows] & ~done)
+        kept, others = np.flatnonzero(~redo[rows] & done), np.flatnonzero(~redo[rows])
         if len(kept):
             at = rows[kept]
             block.features[kept] = self.cache.stored_features(at)
@@ -172,9 +172,9 @@ class CacheWriter:
                 block.scale[kept] = self.cache.scale(at)
             block.valid_frames[kept] = self.cache.valid_frames[at]
             block.status[kept] = Status.DONE
-        if len(failed):
+        if len(others):
             errors = self.read_errors(rows)
-            block.errors = {slot: str(errors[slot]) for slot in failed.tolist()}
+            block.errors = {slot: str(errors[slot]) for slot in others.tolist() if errors[slot]}
 
     def read_errors(self, rows: np.ndarray | None = None) -> np.ndarray:
         """Why clips failed, as it is on disk now; `rows` is a run of rows, all by default."""

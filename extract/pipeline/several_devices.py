@@ -111,6 +111,7 @@ def _merged(reports: list[ExtractReport], seconds: float) -> ExtractReport:
         notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
         failed=sum(report.failed for report in reports),
         failures=tuple(failure for report in reports for failure in report.failures),
+        clip_notes=tuple(note for report in reports for note in report.clip_notes),
         seconds=round(seconds, 3),
         clips_per_second=round(written / max(seconds, 1e-9), 2),
         encoder_busy=round(sum(report.encoder_busy for report in reports) / len(reports), 3),

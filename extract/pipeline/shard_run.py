@@ -224,6 +224,8 @@ class ShardRun:
             else:
                 block.valid_frames[slot] = real_frames(value.real, self.samples)
                 block.status[slot] = Status.DONE
+                if value.note:
+                    block.errors[slot] = value.note
         done = int((block.status[slots.start : slots.stop][redo] == Status.DONE).sum())
         if stored is not None and stored.redone is not None:
             self.redone += int((stored.redone.numpy() & redo).sum())
