@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
-from whisper_at_cli.extract.audio.lengths import refuse_lacking, refuse_truncated, seconds_of
-from whisper_at_cli.extract.audio.opened import AudioFile, Source, audio_stream
+from whisper_at_cli.extract.audio.lengths import loss_note, seconds_of
+from whisper_at_cli.extract.audio.opened import AudioFile, Source
 from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_frames, form_of
 from whisper_at_cli.extract.audio.segments import decode_span
+from whisper_at_cli.extract.audio.track import Track
 from whisper_at_cli.extract.errors import AudioError
 
 SUFFIXES = frozenset(  # of files that a folder is searched for
@@ -51,43 +52,39 @@ def as_float(samples: np.ndarray) -> np.ndarray:
 def decode_int16(source: str | Source, *, start: float = 0.0, max_seconds: float | None = None) -> np.ndarray:
     """The samples of an audio file: (samples,) int16 at 16 kHz, channels mixed to one.
 
-    With `start` in seconds, decoding begins there; with `max_seconds`, it stops so much later. Raises AudioError for
-    whatever is not a whole, readable audio file, MissingAudioError (a kind of it) where there is no such file.
+    With `start` in seconds, decoding begins there; with `max_seconds`, it stops so much later or a little after that.
+    What FFmpeg's program passes over is passed over. Raises AudioError for what is no readable audio file and where
+    more than a tenth is lost of what the file promises; MissingAudioError (a kind of it) where there is no such file.
     """
-    most = math.inf if max_seconds is None else max_seconds
-    with _decoding_errors(), AudioFile(Path(source) if isinstance(source, str) else source) as file:
-        if start > 0:
-            samples = decode_span(file, start, most)
-        elif file.riff and file.riff.plain:
-            samples = decode_span(file, 0.0, most)
-            if len(samples) < most * SAMPLE_RATE - 1:
-                refuse_lacking(file)
-        else:
-            samples = _decode_whole(file, most)
-    if not len(samples):
-        raise AudioError(f"it holds no samples from {start:g} s on" if start > 0 else "it holds no samples")
-    return samples
-
-
-def _decode_whole(file: AudioFile, most: float) -> np.ndarray:
-    """By FFmpeg, from the start on."""
-    with file.container() as container:
-        stream = audio_stream(container)
-        samples = decode_frames(stream.codec_context.name, container.decode(stream), most)
-        if len(samples) < most * SAMPLE_RATE - 1:
-            refuse_truncated(file, container, len(samples) / SAMPLE_RATE)
-    return samples
+    return _decoded(source, start, math.inf if max_seconds is None else max_seconds)[0]
 
 
 def load_clip(source: str | Source, samples: int, *, start: float | None = None, end: float | None = None) -> ClipAudio:
-    """A clip of exactly `samples` samples, cut or zero-padded.
+    """A clip of exactly `samples` samples, cut or zero-padded, with a note of what is lost of it.
 
-    With `start` or `end`, in seconds, it is cut from that part of the file.
+    With `start` or `end`, in seconds, it is cut from that part of the file. Errors are those of `decode_int16`.
     """
     start = start or 0.0
     wanted = samples if end is None else min(samples, max(1, round(end * SAMPLE_RATE) - round(start * SAMPLE_RATE)))
-    decoded = decode_int16(source, start=start, max_seconds=wanted / SAMPLE_RATE)[:wanted]
-    return ClipAudio(_padded(decoded, samples), len(decoded))
+    decoded, note = _decoded(source, start, wanted / SAMPLE_RATE)
+    decoded = decoded[:wanted]
+    return ClipAudio(_padded(decoded, samples), len(decoded), note)
+
+
+def _decoded(source: str | Source, start: float, most: float) -> tuple[np.ndarray, str]:
+    """Samples from `start` on, of `most` seconds or a little more, and a note of what is lost of them."""
+    with _decoding_errors(), AudioFile(Path(source) if isinstance(source, str) else source) as file:
+        if start > 0 or (file.riff and file.riff.plain):
+            samples, track = decode_span(file, start, most)
+        else:
+            with file.container() as container:
+                track = Track(container)
+                samples = decode_frames(track.codec, track.frames(), most)
+        note = loss_note(file, track, start, len(samples) / SAMPLE_RATE, most)
+    if not len(samples):
+        reason = f"cannot be decoded: {track.reason}" if track and track.reason else "holds no samples"
+        raise AudioError(f"it {reason} from {start:g} s on" if start > 0 else f"it {reason}")
+    return samples, note
 
 
 def clip_from_samples(waveform: np.ndarray, rate: int, samples: int) -> ClipAudio:
@@ -121,10 +118,7 @@ def audio_seconds(source: str | Source) -> tuple[float, bool]:
     From its header where that can be trusted, else from counting packets. Raises AudioError for what cannot be read.
     """
     with _decoding_errors(), AudioFile(Path(source) if isinstance(source, str) else source) as file:
-        if file.riff and (plain := file.riff.plain):
-            return plain.length / plain.rate, True
-        with file.container() as container:
-            return seconds_of(file, container)
+        return seconds_of(file)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from whisper_at_cli.extract.audio.wav import MAGIC, Riff, read_riff
 from whisper_at_cli.extract.errors import AudioError, MissingAudioError
 
 if TYPE_CHECKING:
-    from av.audio.stream import AudioStream
     from av.container import InputContainer
 
 HEAD_BYTES = 1 << 16  # read at once, and kept
@@ -22,6 +21,7 @@ BUFFER_BYTES = 1 << 16  # that FFmpeg asks for at a time
 MARK_BYTES = 1024  # in which a playlist says that it is one
 WAV_PROBE_BYTES = 16384  # enough to tell what is in a WAV file; FFmpeg's own 5 MB cost more than decoding 5 s
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<MPD")  # FFmpeg would open whatever files these name
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 Source = Path | bytes  # a file, or what one holds
 
@@ -41,9 +41,11 @@ class AudioFile:
             self._open(cast("Path", source))
         else:
             self.size = len(self._bytes)
-        if not self.size:
+        try:
+            self._refuse_what_is_no_audio()
+        except AudioError:
             self.close()
-            raise AudioError("it is empty (0 bytes)")
+            raise
 
     def _open(self, path: Path) -> None:
         """Without waiting for whoever writes to a FIFO."""
@@ -60,6 +62,14 @@ class AudioFile:
             self.close()
             raise AudioError("it is not a file")
         self.size, self.modified_ns = status.st_size, status.st_mtime_ns
+
+    def _refuse_what_is_no_audio(self) -> None:
+        if not self.size:
+            raise AudioError("it is empty (0 bytes)")
+        if any(mark in self.head[:MARK_BYTES] for mark in PLAYLISTS):
+            raise AudioError("it is a playlist, not audio")
+        if self.head.startswith(LFS_POINTER):
+            raise AudioError("it is a Git LFS pointer, not the audio itself: run git lfs pull")
 
     def __enter__(self) -> AudioFile:
         return self
@@ -96,13 +106,16 @@ class AudioFile:
         """Where the audio of a WAV file lies; None for other files. Raises AudioError for a damaged one."""
         return read_riff(self.read, self.size) if self.head.startswith(MAGIC) else None
 
+    @property
+    def key(self) -> tuple:
+        """Another one if the file was replaced."""
+        return str(self.path), self.size, self.modified_ns
+
     @contextlib.contextmanager
     def container(self) -> Iterator[InputContainer]:
         """FFmpeg's container, at its start. FFmpeg reads through this object and can open no other file."""
         import av
 
-        if any(mark in self.head[:MARK_BYTES] for mark in PLAYLISTS):
-            raise AudioError("it is a playlist, not audio")
         options = {"protocol_whitelist": "none"}
         if self.riff:
             options["probesize"] = str(WAV_PROBE_BYTES)
@@ -130,15 +143,3 @@ class _Reader:
 
     def tell(self) -> int:
         return self._at
-
-
-def audio_stream(container: InputContainer) -> AudioStream:
-    """The audio track of a container, decoded without threads of its own. Raises AudioError where there is none."""
-    if not container.streams.audio:
-        raise AudioError("it holds no audio")
-    stream = container.streams.audio[0]
-    if stream.codec_context is None:
-        raise AudioError("it cannot be decoded: its audio has a codec that FFmpeg does not know")
-    if not stream.codec_context.is_open:
-        stream.codec_context.thread_count = 1
-    return stream

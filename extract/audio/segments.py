@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
+from whisper_at_cli.extract.audio.lengths import has_gaps, ogg_of
 from whisper_at_cli.extract.audio.mp3 import Mp3Index, Unindexable, mp3_index
-from whisper_at_cli.extract.audio.opened import AudioFile, audio_stream
+from whisper_at_cli.extract.audio.opened import AudioFile
 from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, decode_frames, form_of, resampler_of
+from whisper_at_cli.extract.audio.track import MP4, Track, cut
 from whisper_at_cli.extract.audio.wav import Plain, Read
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
     from av import AudioFrame
     from av.audio.codeccontext import AudioCodecContext
-    from av.container import InputContainer
 
 COUNTED = frozenset(("wav", "w64", "flac", "aiff", "au", "caf", "ogg", "mov,mp4,m4a,3gp,3g2,mj2"))  # time stamps do
 STATELESS = ("pcm_", "flac", "alac")  # codecs whose packets stand alone
@@ -36,6 +37,7 @@ MP3_FRAMES_BEFORE = 96  # looked at: a frame may lean on 511 bytes of those befo
 MP3_BYTES_BEFORE, MP3_FRAME_OVERHEAD, MP3_OVERLAP = 512, 40, 4  # of them decoded: so many bytes, and a few frames more
 
 LONGEST_SECONDS = 1e7  # what "all of it" is taken for
+HOLE_SECONDS = 0.05  # between time stamps and samples: more than single time stamps are off
 PLAIN_BLOCK = 1 << 14  # samples that go to the resampler at a time
 
 Numbered = Iterator[tuple[int, "AudioFrame"]]  # number of its first sample within the whole file, and a frame
@@ -63,26 +65,31 @@ class _Span(NamedTuple):
         return ((self.first + self.wanted) / SAMPLE_RATE + RESAMPLER_SECONDS) * self.rate
 
 
-def decode_span(file: AudioFile, start: float, most: float) -> np.ndarray:
-    """int16 samples at 16 kHz of the whole file, from `start` on and at most `most` seconds; fewer at its end."""
+def decode_span(file: AudioFile, start: float, most: float) -> tuple[np.ndarray, Track | None]:
+    """int16 samples at 16 kHz of the whole file, from `start` on and at most `most` seconds; fewer at its end.
+
+    And what decoded them, for its account of damage; None where nothing could be damaged.
+    """
     first, count = round(start * SAMPLE_RATE), round(min(most, LONGEST_SECONDS) * SAMPLE_RATE)
     if file.riff and (plain := file.riff.plain):
         if (plain.rate, plain.channels) == (SAMPLE_RATE, 1):
-            return plain.samples(file.read, first, count)[:, 0]
+            return plain.samples(file.read, first, count)[:, 0], None
         span = _Span(first, count, plain.rate)
-        return _resampled(_plain_frames(file.read, plain, span.begin), span, "pcm_s16le")
+        return _resampled(_plain_frames(file.read, plain, span.begin), span, "pcm_s16le"), None
     for frames_from in (_by_count, _from_start):
         with file.container() as container:
-            codec = audio_stream(container).codec_context
+            track = Track(container)
             try:
-                span = _Span(first, count, codec.sample_rate or SAMPLE_RATE)
-                return _resampled(frames_from(file, container, span), span, codec.name)
+                span = _Span(first, count, track.stream.codec_context.sample_rate or SAMPLE_RATE)
+                samples = _resampled(frames_from(file, track, span), span, track.codec)
+                if frames_from is _by_count and (track.passed_over or track.hole_seconds > HOLE_SECONDS):
+                    continue  # time stamps count what is not there
+                return samples, track  # noqa: TRY300
             except (_Inexact, Unindexable):
                 continue
     with file.container() as container:  # the stream changes its form on the way
-        stream = audio_stream(container)
-        samples = decode_frames(stream.codec_context.name, container.decode(stream), (first + count) / SAMPLE_RATE)
-        return samples[first : first + count]
+        track = Track(container)
+        return decode_frames(track.codec, track.frames(), start + most)[first : first + count], track
 
 
 def _resampled(frames: Numbered, span: _Span, codec: str) -> np.ndarray:
@@ -117,29 +124,32 @@ def _plain_frames(read: Read, plain: Plain, begin: int) -> Numbered:
         yield number, frame
 
 
-def _by_count(file: AudioFile, container: InputContainer, span: _Span) -> Numbered:
+def _by_count(file: AudioFile, track: Track, span: _Span) -> Numbered:
     """Frames from `begin` on or a little before, found without decoding the file up to there."""
-    if container.format.name == "mp3":
-        return _mp3_frames(file, container, span)
-    if container.format.name in COUNTED:
-        return _sought_frames(container, span.begin)
-    raise _Inexact
+    if track.form == "mp3":
+        return _mp3_frames(file, track, span)
+    if track.form not in COUNTED or (track.form == MP4 and has_gaps(track)):
+        raise _Inexact
+    if track.form == "ogg" and ((ogg := ogg_of(file)) is None or ogg.links > 1 or ogg.damaged):
+        raise _Inexact  # its time stamps begin anew, or go further than its samples
+    return _sought_frames(track, span.begin)
 
 
-def _sought_frames(container: InputContainer, begin: int) -> Numbered:
+def _sought_frames(track: Track, begin: int) -> Numbered:
     """Frames from FFmpeg's seek. Where block sizes vary (Vorbis), single time stamps are off: most of them decide."""
-    stream = audio_stream(container)
+    stream = track.stream
     rate, tick = stream.codec_context.sample_rate, stream.time_base
-    start = next(container.decode(stream), None)
+    start = next(track.frames(), None)
     origin = None if start is None else start.pts
     before = 0 if stream.codec_context.name.startswith(STATELESS) else round(DECODER_SECONDS * rate)
     if origin is None or tick is None or (1 / tick) % rate or begin <= before:
         raise _Inexact  # its time stamps do not count samples; or it is near enough to the start
-    container.seek(origin + int((begin - before) / rate / tick), stream=stream, backward=True)
+    track.container.seek(origin + int((begin - before) / rate / tick), stream=stream, backward=True)
     waiting: list[tuple[int, AudioFrame]] = []
     offsets: Counter[Fraction] = Counter()
     counted = 0
-    frames = container.decode(stream)
+    track.forget()
+    frames = track.frames()
     for frame in frames:
         if frame.pts is None:
             raise _Inexact
@@ -159,14 +169,14 @@ def _sought_frames(container: InputContainer, begin: int) -> Numbered:
         counted += frame.samples
 
 
-def _mp3_frames(file: AudioFile, container: InputContainer, span: _Span) -> Numbered:
+def _mp3_frames(file: AudioFile, track: Track, span: _Span) -> Numbered:
     import av
 
-    stream = audio_stream(container)
-    packet = next(container.demux(stream), None)
-    if packet is None or packet.pos is None:
+    stream = track.stream
+    next(track.packets())
+    if track.first_byte is None:
         raise _Inexact
-    index, begin = mp3_index(file, packet.pos), span.begin
+    index, begin = mp3_index(file, track.first_byte), span.begin
     ahead = round(
         (stream.start_time or 0) * (stream.time_base or 0) * index.rate
     )  # the encoder's delay, which FFmpeg leaves off
@@ -185,15 +195,15 @@ def _mp3_frames(file: AudioFile, container: InputContainer, span: _Span) -> Numb
             return
         try:
             frames = codec.decode(av.Packet(data))
-        except av.FFmpegError:
+        except av.FFmpegError as error:
             if first + index.samples > begin:
-                raise
+                raise _Inexact from error
             continue  # it leans on frames that lie before the first that was read
         if first + index.samples <= begin:
             continue
         if first < 0 or len(frames) != 1:
             raise _Inexact  # it begins within a frame
-        yield first, frames[0] if first + index.samples <= end else _cut(frames[0], int(end) - first)
+        yield first, frames[0] if first + index.samples <= end else cut(frames[0], int(end) - first)
 
 
 def _not_leant_on(packets: list[bytes]) -> int:
@@ -206,16 +216,6 @@ def _not_leant_on(packets: list[bytes]) -> int:
     return 0
 
 
-def _cut(frame: AudioFrame, samples: int) -> AudioFrame:
-    """The first samples of a planar frame."""
-    import av
-
-    kept: np.ndarray = np.ascontiguousarray(frame.to_ndarray()[:, :samples])
-    cut = av.AudioFrame.from_ndarray(kept, format=frame.format.name, layout=frame.layout.name)
-    cut.sample_rate = frame.sample_rate
-    return cut
-
-
 def _mp3_end(index: Mp3Index, last: int) -> float:
     """Samples after which the file ends, where that is before frame `last`."""
     if index.count(last) < last or (index.tagged_frames is not None and last > index.tagged_frames):
@@ -223,12 +223,14 @@ def _mp3_end(index: Mp3Index, last: int) -> float:
     return math.inf
 
 
-def _from_start(_file: AudioFile, container: InputContainer, span: _Span) -> Numbered:
+def _from_start(_file: AudioFile, track: Track, span: _Span) -> Numbered:
     """Frames that hold where a span begins and what follows it; all before it are decoded too."""
     number, form = 0, None
-    for frame in container.decode(audio_stream(container)):
+    for frame in track.frames():
         if form not in (None, form := form_of(frame)):
             raise _Inexact
         if number + frame.samples > span.begin:
             yield number, frame
+        else:
+            track.forget()
         number += frame.samples
