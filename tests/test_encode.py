@@ -1,5 +1,6 @@
 """A batch through the encoder: int16 and float32, new tensors and a shard's own, memory that runs out, overflow."""
 
+import sys
 import threading
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from conftest import make_backbone, noise, write_wav
-from whisper_at_cli.extract import FeatureCache, extract, load_backbone
+from whisper_at_cli.extract import FeatureCache, devices, extract, load_backbone
 from whisper_at_cli.extract.audio.decode import as_float
+from whisper_at_cli.extract.backbones import encoder, precision
 from whisper_at_cli.extract.backbones.encoder import encoder_from_state
 from whisper_at_cli.extract.cache.storage import Stored
 from whisper_at_cli.extract.devices import FittingBatches, with_index
@@ -268,3 +270,100 @@ def test_encoders_from_one_state_are_equal():
     """What the tests above rest on."""
     first, second = (encoder_from_state(state_that_overflows(), heads=2) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+class OnCuda(OfYourOwn):
+    """Claims to be on a GPU; each clip takes so many bytes."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, memory, bytes_per_clip):
+        self.memory, self.bytes_per_clip, self.sizes = memory, bytes_per_clip, []
+
+    def encode(self, waveforms):
+        self.sizes.append(len(waveforms))
+        self.memory.use(len(waveforms) * self.bytes_per_clip)
+        return super().encode(waveforms)
+
+
+class Memory:
+    """A GPU's memory, as torch.cuda tells of it."""
+
+    def __init__(self, monkeypatch, total):
+        self.total, self.peak = total, 0
+        for name in ("reset_peak_memory_stats", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: self.peak)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total, total))
+
+    def use(self, count):
+        if count > self.total:
+            raise torch.OutOfMemoryError("full")
+        self.peak = count
+
+
+@pytest.mark.parametrize(
+    "total, expected, probes",
+    [(10**9, 256, [8]), (32 * 1000 / 0.4, 32, [8]), (31 * 1000 / 0.4, 16, [8]), (8000, 8, [8]), (2500, 2, [8, 4, 2])],
+)
+def test_the_batch_is_the_largest_power_of_two_that_fits_beside_another(monkeypatch, total, expected, probes):
+    backbone = OnCuda(Memory(monkeypatch, total), 1000)
+    assert devices.fitting_batch_size(backbone, SAMPLES) == expected and backbone.sizes == probes
+    assert 64 % min(expected, 64) == 0, "it fills a shard of 64 clips"
+
+
+def test_what_storage_takes_counts_for_the_batch_size(monkeypatch):
+    memory = Memory(monkeypatch, 80000 / 0.4)
+    backbone = OnCuda(memory, 100)
+    assert devices.fitting_batch_size(backbone, SAMPLES, "int8") == 256
+    original = devices.to_storage
+
+    def takes_memory(features, dtype):
+        memory.use(8 * 1000)
+        return original(features, dtype)
+
+    monkeypatch.setattr(devices, "to_storage", takes_memory)
+    assert devices.fitting_batch_size(backbone, SAMPLES, "int8") == 64
+
+
+def test_a_gpu_without_room_for_one_clip_is_an_error(monkeypatch):
+    with pytest.raises(WhisperATError, match="one clip of 1 s does not fit in the memory of cuda:0"):
+        devices.fitting_batch_size(OnCuda(Memory(monkeypatch, 10), 1000), SAMPLES)
+
+
+def test_compile_is_for_the_batch_size_that_is_used(monkeypatch):
+    backbone, compiled = make_backbone(), []
+
+    def compile(encoder, *, dynamic):
+        assert dynamic is False
+        return lambda mel: compiled.append(len(mel)) or encoder(mel)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(backbone, "device", torch.device("cuda", 0))
+    backbone.compile(4)
+    backbone.compile(4)
+    monkeypatch.undo()
+    for clips in (8, 4, 4, 3):
+        backbone.encode(samples_int16(clips))
+    assert compiled == [4, 4], "no other batch waits for the compiler"
+
+
+def test_float32_on_a_gpu_is_true_float32_and_says_what_it_costs(monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        precision.use_true_float32(torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == "high", "no GPU, nothing to change"
+        precision.use_true_float32(torch.device("cuda", 0))
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert "69 against 616 clips/s" in precision.cost_note(OnCuda(None, 0))
+    assert precision.cost_note(OfYourOwn()) is None
+
+
+def test_without_triton_the_plain_path_is_taken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "whisper_at_cli.extract.backbones.kernels", None)
+    assert not encoder._kernels_are_right(64, torch.float16, torch.device("cpu"))

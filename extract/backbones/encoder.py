@@ -91,6 +91,7 @@ class WhisperEncoder(nn.Module):
     """
 
     LINEAR: ClassVar = {"stem1": True, "stem2": True}
+    fused = False  # whether Triton's kernels run the blocks; `prepare` finds out
 
     def __init__(self, *, mels: int, layers: int, dim: int, heads: int):
         super().__init__()
@@ -106,6 +107,10 @@ class WhisperEncoder(nn.Module):
         x_BPD = self.stem2(windows(self.stem1(windows(mel_BFM, 1), gelu=True), 2), gelu=True)
         B, P, D = x_BPD.shape
         x_BPD = x_BPD + self.positions[:P]  # float32, and a tensor of its own, which the blocks then add to
+        if self.fused and P % FRAMES == 0 and not torch.compiler.is_compiling():
+            from whisper_at_cli.extract.backbones.kernels import run_blocks
+
+            return run_blocks(self.blocks, x_BPD)
         pooled = x_BPD.new_empty(B, len(self.blocks), FRAMES, D)
         for layer, block in enumerate(self.blocks):
             block(x_BPD)
@@ -118,7 +123,16 @@ class WhisperEncoder(nn.Module):
         set_precision(self, self.LINEAR, dtype, device)
         for block in self.blocks:
             set_precision(block, block.LINEAR, dtype, device)
+        self.fused = device.type == "cuda" and dtype != torch.float32 and _kernels_are_right(self.dim, dtype, device)
         return self.requires_grad_(False).eval().to(device)
+
+
+def _kernels_are_right(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    try:
+        from whisper_at_cli.extract.backbones import kernels
+    except ImportError:  # Triton is not there for every build of torch
+        return False
+    return kernels.is_right(dim, dtype, device)
 
 
 def encoder_from_state(state: dict[str, Tensor], *, heads: int) -> WhisperEncoder:
