@@ -122,6 +122,18 @@ def test_the_script_quotes_what_a_shell_would_split(run_script):
     assert run_script(script, "exit 0") == (0, ["srun", "--cpus-per-task=6", *expected, "--shard", "auto"])
 
 
+def test_cores_of_the_session_that_submitted_the_job_do_not_bind_it(run_script):
+    """sbatch passes on its environment, and inside `srun --pty bash` that has a mask of the session's cores."""
+    script = job_script(SlurmJob(tasks=2), ["a", "b"])
+    inherited = {
+        "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+        "SLURM_CPU_BIND_LIST": "0x1",
+        "SLURM_CPU_BIND_TYPE": "mask_cpu:",
+    }
+    ended, called = run_script(script, 'echo "bound: ${!SLURM_CPU_BIND@}" >> $NOTES', **inherited)
+    assert ended == 0 and called[-1] == "bound: "
+
+
 SIGNALLED = "echo $$ > $NOTES.step; sleep 0.3; kill -USR1 $PPID; for _ in {1..100}; do sleep 0.1; done"
 
 

@@ -120,6 +120,7 @@ stop_and_requeue() {{
     exit
 }}
 trap stop_and_requeue USR1
+unset "${{!SLURM_CPU_BIND@}}"  # of a session that sbatch was run in: it would keep srun to that session's cores
 {command} &
 step=$!
 wait "$step"  # the trap runs only while bash waits: that is why srun is in the background
