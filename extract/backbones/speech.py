@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.backbones.encoder import PRECISIONS, PackedLinear, pool_frames
 from whisper_at_cli.extract.backbones.huggingface import read_json
-from whisper_at_cli.extract.backbones.weights import state_sha256
+from whisper_at_cli.extract.backbones.weights import check_finite, state_sha256
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 
@@ -78,6 +78,7 @@ class SpeechBackbone:
         normalise = _input_normalisation(folder)
         model = _load(folder, kind)
         used = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(UNUSED)}
+        check_finite(folder, used)
         # what is done to the waveform decides the features as weights do
         sha256 = state_sha256(used | {"normalise": torch.tensor(float(normalise))})
         return cls(model, name=name, weights_sha256=sha256, normalise=normalise, device=device, precision=precision)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from whisper_at_cli.extract.backbones.custom import checked_backbone, clip_samples
 from whisper_at_cli.extract.backbones.load import Backbone, load_backbone
+from whisper_at_cli.extract.backbones.recognise import check_model
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB
 from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.devices import cores, fitting_batch_size
@@ -40,6 +41,8 @@ def extract(
     """
     started = time.perf_counter()
     check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
+    if isinstance(model, str | Path):
+        check_model(model)
     dataset = open_clips(
         dataset, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, workers=workers
     )
