@@ -145,17 +145,22 @@ def info_command(cache: Path | str, as_json: bool) -> None:
 @click.option("--cpus", default=8, show_default=True, help="Cores of each task, for decoding.")
 @click.option("--memory-gb", default=32, show_default=True, help="Main memory of each task.")
 @click.option("--time", default="24:00:00", show_default=True, help="Time limit of each task.")
+@click.option(
+    "--signal-seconds", default=120, show_default=True,
+    help="How long before the time limit a task stops and requeues itself.",
+)  # fmt: skip
+@click.option("--max-requeues", default=100, show_default=True, help="How often a task may be restarted.")
 @click.option("--partition", help="Partition to run in.  [default: the cluster's]")
 @click.option("--account", help="Account to charge.  [default: the user's]")
 @click.option("--name", default="whisper-at", show_default=True, help="Name of the job and of its log files.")
-@click.option("--setup", metavar="LINE", help="Shell line to run first, such as 'conda activate whisper-at-cli'.")
+@click.option("--setup", metavar="LINE", help="Shell line to run first, such as 'source venv/bin/activate'.")
 def slurm_command(
     dataset: Path | str, cache: Path | str, options: tuple[str, ...], as_json: bool, **asked: Any
 ) -> None:
     """Print a job script that fills CACHE from DATASET with an array of SLURM tasks; pipe it to sbatch.
 
-    What follows -- goes to `extract` as it is. Submit the same script again to continue; `info` shows what each
-    task still lacks.
+    What follows -- goes to `extract` as it is. A task that reaches its time limit, is preempted or loses its node is
+    requeued and continues. Submit the same script again to redo what failed; `info` shows what each task still lacks.
 
     \b
         whisper-at-cli slurm audioset as2m.zarr --tasks 16 -- --model large-v1 > job.sh

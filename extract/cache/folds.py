@@ -94,6 +94,17 @@ def evaluation_folds(
     return _by_number(assigned, numbers), [warning + grouping]
 
 
+def untrained_classes(labels: np.ndarray, folds: list[Fold]) -> list[str]:
+    """A warning where a class that some clip of these folds has is on no training clip of a fold; labels (N, C)."""
+    trained = np.stack([labels[fold.train].any(axis=0) for fold in folds])
+    tested = np.stack([labels[fold.test].any(axis=0) for fold in folds])
+    untrained = int((~trained & (trained | tested).any(axis=0)).any(axis=0).sum())
+    if not untrained:
+        return []
+    classes = "1 class has" if untrained == 1 else f"{untrained} classes have"
+    return [f"{classes} no training clip in some fold and cannot be recognised there"]
+
+
 def _by_number(fold: np.ndarray, numbers: np.ndarray) -> list[Fold]:
     """Each fold tested on a model of all the others; rows with fold 0 or less take no part."""
     return [

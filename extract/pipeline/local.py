@@ -9,6 +9,7 @@ from pathlib import Path
 from whisper_at_cli.extract.backbones.custom import checked_backbone, clip_samples
 from whisper_at_cli.extract.backbones.load import Backbone, load_backbone
 from whisper_at_cli.extract.backbones.precision import cost_note
+from whisper_at_cli.extract.backbones.recognise import check_model
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, METADATA
 from whisper_at_cli.extract.cache.store import location
 from whisper_at_cli.extract.datasets import Dataset
@@ -46,6 +47,8 @@ def extract(
     """
     started = time.perf_counter()
     check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
+    if isinstance(model, str | Path):
+        check_model(model)
     with DecodePool(workers or cores()) as pool:
         dataset = open_clips(
             dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds

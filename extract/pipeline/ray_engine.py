@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from whisper_at_cli.extract.backbones.recognise import check_model
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, Status
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset
@@ -77,6 +78,7 @@ def extract_on_ray(
     if not isinstance(model, str | Path):
         raise UsageError("--engine ray needs the model by name or path, so that each worker can load it")
     prepare.check_numbers(encoders=encoders, batch_size=batch_size, shard_mb=shard_mb)
+    check_model(model)
     started = time.perf_counter()
     with DecodePool(cores()) as pool:
         dataset = prepare.open_clips(
