@@ -1,4 +1,4 @@
-"""The commands of stage 1: extract, info, verify, export, import. Heavy imports sit inside them."""
+"""The commands of stage 1: extract, info, notes, verify, export, import. Heavy imports sit inside them."""
 
 from __future__ import annotations
 
@@ -126,6 +126,22 @@ def info_command(cache: Path | str, as_json: bool) -> None:
         print_table([[plain(slot[name]) for name in columns] for slot in slots], columns)
     for failure in failures:
         click.echo(f"failed: {printable(failure['path'])}: {failure['error']}")
+
+
+@command("notes")
+def notes_command(as_json: bool) -> None:
+    """List every note that `extract` can give on how a dataset was read, and what each means.
+
+    \b
+        whisper-at-cli notes
+    """
+    from whisper_at_cli.extract.notes import NOTES
+
+    if as_json:
+        print_json({"notes": [asdict(note) for note in NOTES.values()]})
+        return
+    for note in NOTES.values():
+        click.echo(f"{note.id}\n    note: {note.template}\n    {note.meaning}")
 
 
 @command("slurm")
@@ -317,4 +333,6 @@ def _batch_size(text: str) -> int | None:
     return int(text)
 
 
-COMMANDS = (extract_command, slurm_command, info_command, verify_command, export_command, import_command)
+COMMANDS = (
+    extract_command, slurm_command, info_command, notes_command, verify_command, export_command, import_command,
+)  # fmt: skip
