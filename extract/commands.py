@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -86,9 +87,10 @@ def extract_command(
     options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
     run, options = _engine(**options)
     with progress_on_stderr("extract", "clips", quiet=ctx.obj["quiet"]) as progress:
-        report = run(dataset, cache, progress=progress, **options)
-    print_notes(report.notes)
-    _print_failures([asdict(failure) for failure in report.failures], cache)
+        report = run(dataset, cache, progress=progress, notify=lambda note: print_notes([note]), **options)
+    _print_failures(
+        [asdict(failure) for failure in report.failures], cache, "" if report.missing_expected else report.root
+    )
     if as_json:
         print_json(report)
     else:
@@ -119,11 +121,14 @@ def info_command(cache: Path | str, as_json: bool) -> None:
         print_json(summary)
         return
     failures, made, slots = summary.pop("failures"), summary.pop("made"), summary.pop("slots")
+    said = made.pop("notes", [])
     summary |= {f"made: {name}": value for name, value in made.items()}
     print_table([(name.replace("_", " "), plain(value)) for name, value in summary.items()], ("what", "value"))
     if len(slots) > 1:
         columns = ("shard", "clips", "done", "failed", "pending", "running")
         print_table([[plain(slot[name]) for name in columns] for slot in slots], columns)
+    for note in said:
+        click.echo(f"note: {note}")
     for failure in failures:
         click.echo(f"failed: {printable(failure['path'])}: {failure['error']}")
 
@@ -274,13 +279,17 @@ def import_command(ctx: click.Context, /, folder: Path, cache: Path | str, as_js
         ctx.exit(1)
 
 
-def _print_failures(failures: Sequence[dict], cache: Path | str) -> None:
-    """The first clips that failed, on stderr, and where to find the others; those that are missing by themselves."""
+def _print_failures(failures: Sequence[dict], cache: Path | str, root: str = "") -> None:
+    """The first clips that failed, on stderr, and where to find the others; those that are missing by themselves.
+
+    A missing clip is shown with the path below `root` that was tried; without one by its id.
+    """
     missing = [failure for failure in failures if failure["error"].startswith(MISSING)]
     broken = [failure for failure in failures if not failure["error"].startswith(MISSING)]
     lines = [f"failed: {printable(failure['path'])}: {failure['error']}" for failure in broken]
     _print_first(lines, "failed", cache)
-    _print_first([f"missing: {printable(failure['id'])}" for failure in missing], "missing", cache)
+    tried = [posixpath.join(root, failure["path"]) if root else failure["id"] for failure in missing]
+    _print_first([f"missing: {printable(path)}" for path in tried], "missing", cache)
 
 
 def _print_first(lines: list[str], what: str, cache: Path | str) -> None:

@@ -63,12 +63,17 @@ WHOLE_LABELS = _note(
     "pandas writes whole numbers as 1.0 where a column has empty cells.")
 TABLE_FOUND = _note(
     "table-found", "clips and labels were read from {table}", "The table was found beside the audio.")
+TABLES_JOINED = _note(
+    "tables-joined", "{count} tables were read, each as a split: {tables}", "Their names are names of splits.")
 TABLE_UNREAD = _note(
     "table-unread", "{table} was not read: {reason}", "A table lies beside the audio, and labels come from elsewhere.")
 UNLISTED = _note(
     "unlisted", "{files} audio files are not listed in {table} and were left out: {names}",
     "Only the clips of the table are extracted.")
 # Labels, folds and splits
+NO_LABEL_COLUMN = _note(
+    "no-label-column", "{table} has none of the label columns {wanted}; its columns are {columns}",
+    "If one of its columns holds the labels, rename it to label.")
 NO_LABELS = _note(
     "no-labels", "{name} has no labels: features are extracted, but probes and heads need labels",
     "No column, folder or list says what is in the clips.")
@@ -90,7 +95,7 @@ FOLD_ZERO = _note(
     "Evaluation by folds leaves these clips out.")
 # Files
 RELOCATED = _note(
-    "relocated", "files were found by their names in other folders than listed, for example {listed} at {found}",
+    "relocated", "{count} files were found in other folders than listed, for example {listed} at {found}",
     "The dataset was packed in another way than it was published.")
 SAME_NAME = _note(
     "same-name", "{count} clips have several files, of which one was taken: {names}",

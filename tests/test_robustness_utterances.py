@@ -70,12 +70,15 @@ def test_the_digest_follows_the_recordings_and_not_the_transcripts(tmp_path):
     "manifest, said",
     [
         (None, "holds no speech with transcripts"),
-        ("file,text\na.wav,hello\n", "lacks the column 'audio'"),
+        ("clip,text\na.wav,hello\n", "no column of audio: its columns are clip, text; call it audio, path"),
         ("audio,text\n", "names no recording"),
         ("audio,text\na.wav,x\na.wav,y\n", "line 3 .* names a.wav, as line 2 does"),
-        ("audio,text\n,x\n", "line 2 .* lacks its audio"),
-        ("audio,text\na.wav\n", "line 2 .* lacks its audio or its text"),
-        (b"audio,text\na.wav,\xff\xfe\n", "not a readable CSV"),
+        ("audio,text\n,x\n", "line 2 .* names no audio file"),
+        ("audio,text\na.wav\n", "line 2 .*: the text is empty"),
+        (b"audio,text\na.wav,\x81\xfe\n", "not a readable CSV"),
+        ("audio,text\na.wav,nan\n", "line 2 .*: the text is 'nan'"),
+        ("audio,text\na.wav,one\nb.wav,two, three\n", "line 3 .*more fields than the header"),
+        ('audio,text\na.wav,"one\nb.wav,two\n', "line 2 .*opens a quote .* that is not closed"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_named(tmp_path, manifest, said):

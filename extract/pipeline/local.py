@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from whisper_at_cli.extract.backbones.custom import checked_backbone, clip_samples
@@ -17,6 +18,7 @@ from whisper_at_cli.extract.pipeline.prepare import (
     compile_backbone,
     open_cache,
     open_clips,
+    say_notes,
 )
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
 from whisper_at_cli.extract.pipeline.shard_run import ShardRun
@@ -29,13 +31,14 @@ def extract(
     clip_seconds: float | None = None, dtype: str = "float16", precision: str = "float32", device: str = "auto",
     batch_size: int | None = None, workers: int | None = None, shard_mb: float = DEFAULT_SHARD_MB,
     shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None, notify: Callable[[str], None] | None = None,
 ) -> ExtractReport:  # fmt: skip
     """Run a frozen encoder over a dataset once and keep every layer, pooled to 25 frames, in a cache.
 
     A cache that exists is continued. A clip that cannot be read is reported and marked failed; the others go on. One
     whose file was missing is done as soon as the file is there. With `repair`, clips that failed or that `verify` finds
-    damaged are done again. With `window`, and `hop`, in seconds, every file is cut into clips of that length.
+    damaged are done again. With `window`, and `hop`, in seconds, every file is cut into clips of that length. `notify`
+    gets each note on how the dataset was read before encoding begins; the report has them too.
     Raises UsageError or CacheError where nothing can be done as asked.
     """
     started = time.perf_counter()
@@ -56,6 +59,7 @@ def extract(
         if batch_size is None:
             size = batch_size_of(writer, size)
         redo = clips_to_do(writer, dataset, repair)
+        say_notes(dataset, notify)
         run = ShardRun(dataset, backbone, writer, redo, samples, size, workers or cores(), progress)
         run.all_shards()
         return report_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset, open_dataset, windowed
 from whisper_at_cli.extract.datasets.base import as_text
+from whisper_at_cli.extract.datasets.look import looked_at
 from whisper_at_cli.extract.errors import MISSING, UsageError
 
 
@@ -32,6 +34,7 @@ def open_clips(
 ) -> Dataset:  # fmt: skip
     """The dataset that was asked for, its files cut into windows where that was asked for too."""
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, labels=labels)
+    dataset = looked_at(dataset, clip_seconds or dataset.clip_seconds, windows=window is not None)
     if window is None:
         if hop is not None:
             raise UsageError("hop says how far windows lie apart; give their length too (--window)")
@@ -71,7 +74,15 @@ def _provenance(backbone: EncoderFacts, dataset: Dataset, batch_size: int) -> di
         "dataset_root": dataset.place,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
+        "notes": [as_text(note) for note in dataset.notes],
     }
+
+
+def say_notes(dataset: Dataset, notify: Callable[[str], None] | None) -> None:
+    """Say what a user should know of how the dataset was read, before hours of encoding."""
+    if notify:
+        for note in dataset.notes:
+            notify(note)
 
 
 def batch_size_of(writer: CacheWriter, size: int) -> int:

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ def extract_on_ray(
     device: str = "auto", batch_size: int | None = None,
     shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
     decode_in_tasks: bool | None = None, progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> RayReport:  # fmt: skip
     """`extract` on the Ray cluster at `address`; by default the one that Ray knows of, else one on this machine.
 
@@ -92,6 +93,7 @@ def extract_on_ray(
         ) as writer:  # fmt: skip
             size = size if batch_size else prepare.batch_size_of(writer, size)
             todo = prepare.clips_to_do(writer, dataset, repair)
+            prepare.say_notes(dataset, notify)
             in_tasks = fleet.on_gpu if decode_in_tasks is None else decode_in_tasks
             drive = _Drive(dataset, writer, fleet, info.samples, size, todo, in_tasks, progress)
             drive.all_shards()

@@ -1,0 +1,67 @@
+"""A look at some of a dataset's files before encoding begins: which are missing, how much of the audio will be cut."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from whisper_at_cli.extract import notes
+from whisper_at_cli.extract.audio.decode import audio_seconds
+from whisper_at_cli.extract.datasets.base import Dataset
+from whisper_at_cli.extract.datasets.locate import evenly
+from whisper_at_cli.extract.devices import cores
+from whisper_at_cli.extract.errors import AudioError
+
+FILES = 200  # that are looked at; only their headers are read
+SECONDS = 3.0  # that it may take: where headers do not tell a length, packets are counted
+LONGER_SECONDS = 0.1  # by which a file may be longer without a note
+
+
+def looked_at(dataset: Dataset, clip_seconds: float, *, windows: bool) -> Dataset:
+    """The dataset with notes on what some of its files show; clips of `clip_seconds`, or windows that leave no rest."""
+    if not dataset.of_files:
+        return dataset
+    rows = evenly(len(dataset), FILES)
+    there = [row for row in rows if dataset.is_there(row)]
+    said = []
+    if len(there) < len(rows) and not dataset.missing_expected:
+        first = next(row for row in rows if row not in set(there))
+        path = dataset.audio_path(dataset.clips[first])
+        missing = len(rows) - len(there)
+        looked = _looked(len(rows), len(dataset))
+        said.append(notes.MISSING_FILES(missing=missing, clips=len(rows), looked=looked, path=path))
+    if not windows:
+        said += _cut(dataset, there, clip_seconds)
+    return replace(dataset, notes=(*dataset.notes, *said))
+
+
+def _cut(dataset: Dataset, rows: list[int], clip_seconds: float) -> list[str]:
+    """A note where clips are longer than what is encoded of them."""
+    limit = time.monotonic() + SECONDS
+
+    def seconds_of(row: int) -> float | None:
+        clip = dataset.clips[row]
+        if clip.start is not None and clip.end is None:
+            return None  # the clip's length after the start is what was asked for
+        if clip.end is not None:
+            return clip.end - (clip.start or 0.0)
+        if time.monotonic() > limit:
+            return None
+        try:
+            return audio_seconds(dataset.audio_path(clip))[0]
+        except AudioError:
+            return None
+
+    with ThreadPoolExecutor(min(4, cores()), thread_name_prefix="look") as pool:
+        lengths = [seconds for seconds in pool.map(seconds_of, rows) if seconds is not None]
+    long = [seconds for seconds in lengths if seconds > clip_seconds + LONGER_SECONDS]
+    if not long:
+        return []
+    share = 100 * sum(seconds - clip_seconds for seconds in long) / sum(lengths)
+    looked = _looked(len(lengths), len(dataset))
+    return [notes.CUT(long=len(long), clips=len(lengths), looked=looked, seconds=clip_seconds, share=share)]
+
+
+def _looked(rows: int, clips: int) -> str:
+    return "clips" if rows == clips else f"clips that were looked at, of {clips},"
