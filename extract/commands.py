@@ -39,8 +39,8 @@ FAILURES_SHOWN = 20
     "--format",
     default="auto",
     show_default=True,
-    help="Dataset layout: audioset, esc50, fsd50k, urbansound8k, speech-commands, hdf5, huggingface, json, manifest or "
-    "folder; auto looks for itself.",
+    help="Dataset layout: audioset, esc50, fsd50k, urbansound8k, speech-commands, vggsound, hdf5, huggingface, json, "
+    "manifest or folder; auto looks for itself.",
 )
 @click.option(
     "--labels",

@@ -193,7 +193,9 @@ class Table:
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
         """Each row with its place, as `line 3 of clips.csv`."""
         short, first = 0, 0
-        for line, fields in self._records():
+        records = self._records()
+        next(records, None)  # the header
+        for line, fields in records:
             cells = [field.strip() for field in fields]
             if not any(cells):
                 continue
@@ -211,17 +213,13 @@ class Table:
             self.notes.append(said)
 
     def _records(self) -> Iterator[tuple[int, list[str]]]:
-        """The fields of each row below the header, and the line on which it begins."""
+        """The fields of each row, the header first, and the line on which it begins."""
         lines = ((number, line) for number, line in self._file.lines() if number > self._skipped)
         if self._literal:
-            next(lines, None)
             yield from ((number, line.rstrip("\r\n").split("\t")) for number, line in lines)
             return
         feed = _Feed(lines)
         reader = csv.reader(feed, delimiter=self.separator, skipinitialspace=True, strict=True)
-        next(reader, None)  # the header
-        if len(feed.lines) > 1:
-            self._refuse(feed, csv.Error("the header has several lines"))
         while True:
             feed.begin()
             try:
@@ -230,7 +228,8 @@ class Table:
                 return
             except csv.Error as error:
                 row = (self._spaced(feed) if "expected after" in str(error) else []) or self._refuse(feed, error)
-            self._refuse_swallowed_rows(feed)
+            if len(feed.lines) > 1:
+                self._refuse_swallowed_rows(feed)
             yield feed.first, row
 
     def _spaced(self, feed: _Feed) -> list[str]:
@@ -257,9 +256,9 @@ class Table:
 
     def _refuse_swallowed_rows(self, feed: _Feed) -> None:
         """A field may have lines of its own; if one of them looks like a row, a quote was left open."""
-        needed = max(1, len(self.names) - 1)
+        needed, header = max(1, len(self.names) - 1), feed.first == self._skipped + 1
         for number, line in enumerate(feed.lines[1:], start=feed.first + 1):
-            if len(self.names) == 1 or line.count(self.separator) >= needed:
+            if header or len(self.names) == 1 or line.count(self.separator) >= needed:
                 raise UsageError(
                     f'line {feed.first} of {self.path} opens a quote (") that line {feed.first + len(feed.lines) - 1} '
                     f'closes, and line {number} looks like a row of its own; close it, or write "" for a quote'

@@ -54,10 +54,6 @@ def written(columns, rows, *, separator, end, quoting, blanks, spaces, capitals,
     return end.join(lines) + (end if last_end else "")
 
 
-def holds_joint(rows, separator) -> bool:
-    return any(f'"{separator}"' in cell or cell in (f'"{separator}', f'{separator}"') for row in rows for cell in row)
-
-
 @settings(max_examples=400, deadline=None)
 @given(tables(), st.sampled_from(ENCODINGS))
 def test_a_table_comes_back_whatever_wrote_it(tmp_path_factory, table, encoding):
@@ -121,7 +117,9 @@ def rows_of(tmp_path, text) -> list[dict]:
 
 def test_a_quote_that_closes_lines_later_is_refused_and_a_text_of_several_lines_is_read(tmp_path):
     swallowed = 'audio,label,comment\na.wav,dog,"12 inch\nb.wav,rain,ok\nc.wav,rain,ok"\nd.wav,dog,ok\n'
-    with pytest.raises(UsageError, match="line 2 of .* opens a quote .* that line 4 closes, and line 3 looks like a row"):
+    with pytest.raises(
+        UsageError, match="line 2 of .* opens a quote .* that line 4 closes, and line 3 looks like a row"
+    ):
         rows_of(tmp_path, swallowed)
     text = 'audio,label,comment\na.wav,dog,"first line\nsecond, and last"\nb.wav,rain,\n'
     assert [row["comment"] for row in rows_of(tmp_path, text)] == ["first line\nsecond, and last", ""]

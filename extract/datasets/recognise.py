@@ -18,6 +18,7 @@ from whisper_at_cli.extract.datasets import (
     manifest,
     speech_commands,
     urbansound8k,
+    vggsound,
     waveforms,
 )  # fmt: skip
 from whisper_at_cli.extract.datasets.base import Dataset
@@ -49,13 +50,14 @@ def _format(reader: Reader, *, takes_labels: bool = False) -> Format:
 
 
 LAST_RESORT = "folder"
-PUBLISHED = ("audioset", "esc50", "fsd50k", "urbansound8k", "speech-commands", "huggingface")
+PUBLISHED = ("audioset", "esc50", "fsd50k", "urbansound8k", "speech-commands", "vggsound", "huggingface")
 FORMATS = {  # in the order in which they are looked for: what only one layout has comes first
     "audioset": _format(audioset, takes_labels=True),
     "esc50": _format(esc50),
     "fsd50k": _format(fsd50k),
     "urbansound8k": _format(urbansound8k),
     "speech-commands": _format(speech_commands),
+    "vggsound": _format(vggsound),
     "hdf5": _format(waveforms, takes_labels=True),
     "huggingface": _format(huggingface),
     "json": _format(datafile, takes_labels=True),
