@@ -8,6 +8,7 @@ and lists at least half of the audio below. A table that says no more than the f
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -125,7 +126,7 @@ def _unread(table: Path, root: Path, audio: tuple[str, ...]) -> str:
     except UsageError as error:
         return str(error)
     paths, _ = located(root, [entry.audio for entry in entries])
-    there = set(audio).intersection(paths)
+    there = set(audio).intersection(map(posixpath.normpath, paths))
     if 2 * len(there) < len(audio) and not (table.name in METADATA and there):
         return f"it lists {len(there)} of {len(audio)} audio files"
     if _says_what_folders_say(entries, paths):

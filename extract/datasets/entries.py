@@ -78,7 +78,7 @@ def rebased(entries: list[Entry], table: Path, root: Path, *, may_move: bool) ->
 
 
 def _joined(folder: str, path: str) -> str:
-    return path if path.startswith("/") else posixpath.join(folder, path)
+    return path if path.startswith("/") else posixpath.normpath(posixpath.join(folder, path))
 
 
 def entry_of(row: dict, place: str, columns: Columns) -> Entry:

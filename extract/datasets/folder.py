@@ -56,11 +56,25 @@ def read(root: Path) -> Dataset:
     return Dataset(root.resolve().name, root, clips, tuple(names), notes=tuple(said))
 
 
-def refuse_unread_tables(root: Path, dataset: Dataset) -> None:
-    """Raise UsageError where a table that lists the audio cannot be read, and folders do not say what is in it."""
+def read_as_last_resort(root: Path) -> Dataset:
+    """`read`, where nothing else fits.
+
+    Raises UsageError where a table that lists the audio cannot be read, and folders do not say what is in it.
+    """
+    try:
+        dataset = read(root)
+    except UsageError:
+        _refuse_unread_table(root)
+        raise
+    if len(dataset.class_names) < 2:
+        _refuse_unread_table(root)
+    return dataset
+
+
+def _refuse_unread_table(root: Path) -> None:
     found: Found = find_tables(root)
     unread = next((table for table in found.unread if table in found.listing), None)
-    if unread is not None and len(dataset.class_names) < 2:
+    if unread is not None:
         raise UsageError(
             f"{unread} lists the audio of {root} and was not read: {found.unread[unread]}. Mend it, or use --format "
             "folder to extract without it"

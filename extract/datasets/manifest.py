@@ -6,6 +6,7 @@ Columns may have any of their common names. In a folder the table is looked for:
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def read(path: Path, *, labels: Path | None = None) -> Dataset:
         entries += [replace(entry, split=entry.split or found.splits.get(table, "")) for entry in own]
     classes = read_classes(labels, said) if labels else None
     dataset = dataset_of(entries, found.usable[0], classes, root, tuple(said), in_path_order=found.searched)
-    more = found.said({clip.path for clip in dataset.clips})
+    more = found.said({posixpath.normpath(clip.path) for clip in dataset.clips})
     name = dataset.name if not found.searched else root.resolve().name
     return replace(dataset, name=name, notes=dataset.notes + tuple(more))
 

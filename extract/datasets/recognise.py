@@ -86,11 +86,12 @@ def open_dataset(path: str | Path, *, format: str = "auto", labels: str | Path |
     chosen = FORMATS[name]
     if labels is not None and not chosen.takes_labels:
         raise UsageError(f"{path} was read as {name}, which names its own classes; leave out --labels")
-    dataset = chosen.read(path, labels=Path(labels)) if labels is not None else chosen.read(path)
+    read: Callable[..., Dataset] = (
+        folder.read_as_last_resort if name == LAST_RESORT and format == "auto" else chosen.read
+    )
+    dataset = read(path, labels=Path(labels)) if labels is not None else read(path)
     if not dataset.clips:
         raise UsageError(f"{path} was read as {name} and names no clip")
-    if name == "folder" and format == "auto":
-        folder.refuse_unread_tables(path, dataset)
     return with_label_notes(dataset)
 
 

@@ -26,7 +26,8 @@ def read(path: Path) -> Dataset:
         raise UsageError(f"{table} does not exist; VGGSound's layout is {LAYOUT}")
     root = table.parent
     files = {PurePosixPath(file).stem: file for file in sorted(audio_files(root), reverse=True)}
-    names, paths, labels, splits = [], [], [], []
+    labels: list[tuple[str, ...]] = []
+    names, paths, splits = [], [], []
     seen: dict[str, str] = {}
     for place, row in plain_rows(table):
         if len(row) != 4 or row[3].lower() not in SPLITS:
@@ -40,7 +41,7 @@ def read(path: Path) -> Dataset:
         paths.append(next((files[stem] for stem in (name, row[0], f"{row[0]}_{start}") if stem in files), name))
         labels.append((as_name(row[2], "a label", place),))
         splits.append(SPLITS[row[3].lower()])
-    classes = tuple(sorted({label for (label,) in labels}))
+    classes = tuple(sorted({label for each in labels for label in each}))
     refuse_too_many_classes(classes, table)
     clips = tuple(
         Clip(name, file, row, split=split)
