@@ -85,7 +85,7 @@ class Job:
 
     def sources(self) -> np.ndarray:
         """(n,) str: which recording a clip was cut from."""
-        return source_recordings(self.cache.ids[self.rows], self.cache.paths[self.rows])
+        return source_recordings(self.cache.ids[self.rows], self.cache.paths[self.rows], self.cache.dataset)
 
     def blank_logits(self) -> np.ndarray:
         """(n, C) to be filled in where a class is known."""

@@ -143,6 +143,14 @@ def provoke_audio(capsys, tiny_en) -> list[str]:
     lines += said_by(capsys, "--quiet", "extract", "bad.csv", "listed.zarr", "--model", tiny_en)
     for source in ("notes", "notes/a.txt"):
         lines += said_by(capsys, "extract", source, "x.zarr", "--model", tiny_en)
+    for name, text in (
+        ("quote", 'audio,label\nbad/dog/a.wav,"dog\n'), ("comma", "audio,label\nbad/dog/a.wav,dog,cat\n"),
+        ("names", "clip,species\nbad/dog/a.wav,dog\n"), ("species", "audio,species\nbad/dog/a.wav,dog\n"),
+    ):  # fmt: skip
+        Path(f"{name}.csv").write_text(text)
+        lines += said_by(capsys, "--quiet", "extract", f"{name}.csv", f"{name}.zarr", "--model", tiny_en)
+    write_wav(Path("long/dog/a.wav"), noise(0, 3.0))
+    lines += said_by(capsys, "--quiet", "extract", "long", "long.zarr", "--model", tiny_en, "--clip-seconds", 1)
     return lines + said_by(capsys, "probe", "bad.zarr")
 
 

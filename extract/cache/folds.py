@@ -38,6 +38,8 @@ class ClipColumns(Protocol):
     @property
     def path(self) -> object: ...
     @property
+    def dataset(self) -> str: ...
+    @property
     def fold(self) -> np.ndarray: ...
     @property
     def split(self) -> np.ndarray: ...
@@ -55,7 +57,7 @@ def cache_folds(cache: ClipColumns, *, seed: int) -> tuple[list[Fold], list[str]
     """`evaluation_folds` of the finished clips, with their recordings told from their names."""
     return evaluation_folds(
         cache.fold, cache.split, cache.labels, cache.done, seed=seed,
-        sources=lambda: source_recordings(cache.ids, cache.paths),
+        sources=lambda: source_recordings(cache.ids, cache.paths, cache.dataset),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ MAX_CLIPS = 50_000_000
 
 
 Length = tuple[float, bool]  # seconds, and whether that is exact to the sample
+Lengths = Callable[[Sequence[str]], list[Length | None]]  # of files, by their paths
 
 
 def length_of(path: str) -> Length | None:
@@ -28,7 +30,7 @@ def length_of(path: str) -> Length | None:
 
 def windowed(
     dataset: Dataset, window: float, hop: float | None = None, *,
-    lengths: Callable[[Sequence[str]], list[Length | None]] | None = None,
+    lengths: Lengths | None = None,
 ) -> Dataset:  # fmt: skip
     """`window` seconds from every `hop` seconds of each file (by default one window after the other).
 
@@ -50,7 +52,7 @@ def windowed(
     clips = tuple(
         part for clip, count in zip(dataset.clips, counts, strict=True) for part in _windows(clip, count, window, hop)
     )
-    return replace(dataset, clips=clips, clip_seconds=window, texts=())
+    return replace(dataset, clips=_with_unique_ids(clips), clip_seconds=window, texts=())
 
 
 def _window_count(clip: Clip, length: Length | None, window: float, hop: float) -> int:
@@ -73,3 +75,20 @@ def _windows(clip: Clip, count: int, window: float, hop: float) -> Iterator[Clip
         start = (clip.start or 0.0) + number * hop
         end = None if clip.end is None else min(clip.end, start + window)
         yield replace(clip, id=clip.id + seconds_suffix(start), start=start, end=end)
+
+
+def _with_unique_ids(clips: tuple[Clip, ...]) -> tuple[Clip, ...]:
+    """The clips with ~2, ~3 ... behind an id that an earlier one has: `a_10` of a.wav and of an unreadable a_10.wav."""
+    count = Counter(clip.id for clip in clips)
+    if len(count) == len(clips):
+        return clips
+    seen: Counter[str] = Counter()
+    unique = []
+    for clip in clips:
+        seen[clip.id] += 1
+        number, name = seen[clip.id], clip.id
+        while number > 1 and name in count:
+            name, number = f"{clip.id}~{number}", number + 1
+        count[name] += 0  # taken from now on
+        unique.append(replace(clip, id=name))
+    return tuple(unique)

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,7 @@ def extract_on_ray(
     device: str = "auto", batch_size: int | None = None,
     shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
     decode_in_tasks: bool | None = None, progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> RayReport:  # fmt: skip
     """`extract` on the Ray cluster at `address`; by default the one that Ray knows of, else one on this machine.
 
@@ -96,18 +97,19 @@ def extract_on_ray(
         with prepare.open_cache(
             cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard
         ) as writer:  # fmt: skip
-            notes = [info.note]
+            notes = [*dataset.notes, info.note]
             if not batch_size:
                 size, note = prepare.batch_size_of(writer.cache.attributes["made"], info.device, size)
                 notes.append(note)
             todo = prepare.clips_to_do(writer, dataset, repair)
+            said = prepare.say_notes(notes, notify)
             in_tasks = fleet.on_gpu if decode_in_tasks is None else decode_in_tasks
             drive = _Drive(dataset, writer, fleet, info.samples, size, todo, in_tasks, progress)
             drive.all_shards()
             elapsed = time.perf_counter() - started
             report = report_of(writer, dataset, drive.written, elapsed, drive.encoder_busy, drive.disk_wait_seconds)
-    said = tuple(dict.fromkeys(note for note in (*notes, *drive.notes) if note))
-    report = replace(report, notes=report.notes + said, redone_in_float32=drive.redone)
+    said += prepare.say_notes(drive.notes, notify)
+    report = replace(report, notes=said, redone_in_float32=drive.redone)
     return RayReport(**vars(report), nodes=drive.nodes(), lost=fleet.lost)
 
 

@@ -55,6 +55,7 @@ class ExtractReport:
     coverage: float = 1.0
     missing_expected: bool = False
     notes: tuple[str, ...] = ()  # on how the dataset was read, and on what made the run slow
+    root: str = ""  # folder or address that the paths of clips are relative to
     clip_notes: tuple[ClipNote, ...] = ()
     redone_in_float32: int = 0  # clips that were not finite in less, and were encoded again
 
@@ -80,7 +81,7 @@ def report_of(
         cache=str(writer.path), clips=clips_here, written=written,
         skipped=int((mine & (status == Status.DONE)).sum()) - written, failed=len(failures), failures=failures,
         missing=missing, coverage=1 - missing / max(1, clips_here), missing_expected=dataset.missing_expected,
-        notes=dataset.notes, clip_notes=notes, seconds=round(seconds, 3),
+        notes=dataset.notes, root=dataset.place, clip_notes=notes, seconds=round(seconds, 3),
         clips_per_second=round(written / max(seconds, 1e-9), 2),
         encoder_busy=round(encoder_busy, 3), disk_wait_seconds=round(disk_wait_seconds, 3),
     )  # fmt: skip

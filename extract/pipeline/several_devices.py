@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
@@ -30,7 +31,7 @@ def slots_of(shard: tuple[int, int], count: int) -> list[tuple[int, int]]:
 
 def extract_on_devices(
     dataset: str | Path, cache: str | Path, *, model: str | Path, devices: list[str], shard: tuple[int, int] = (1, 1),
-    progress: Progress | None = None, **options: Any,
+    progress: Progress | None = None, notify: Callable[[str], None] | None = None, **options: Any,
 ) -> ExtractReport:  # fmt: skip
     """`extract` with one process per device; the cache has the same bytes as from one. Options are those of `extract`.
 
@@ -52,7 +53,7 @@ def extract_on_devices(
         process.start()
         processes.append(process)
     try:
-        reports = _collect(processes, devices, messages, progress)
+        reports = _collect(processes, devices, messages, progress, notify)
     finally:
         for started_process in processes:
             started_process.terminate()
@@ -63,15 +64,21 @@ def _extract_in_process(number: int, messages: Queue, arguments: dict) -> None:
     def progress(done: int, total: int, _message: str = "") -> None:
         messages.put((number, "progress", (done, total)))
 
+    def notify(note: str) -> None:
+        messages.put((number, "note", note))
+
     try:
-        messages.put((number, "report", extract(progress=progress, **arguments)))
+        messages.put(
+            (number, "report", extract(progress=progress, notify=notify if number == 0 else None, **arguments))
+        )
     except WhisperATError as error:
         messages.put((number, "error", error))
 
 
 def _collect(
-    processes: list[BaseProcess], devices: list[str], messages: Queue, progress: Progress | None
-) -> list[ExtractReport]:
+    processes: list[BaseProcess], devices: list[str], messages: Queue, progress: Progress | None,
+    notify: Callable[[str], None] | None,
+) -> list[ExtractReport]:  # fmt: skip
     """Wait for every process's report, adding up their progress."""
     so_far: dict[int, tuple[int, int]] = {}
     reports: dict[int, ExtractReport] = {}
@@ -88,6 +95,10 @@ def _collect(
             continue
         if kind == "error":
             raise content
+        if kind == "note":
+            if notify:
+                notify(content)
+            continue
         if kind == "report":
             reports[number] = content
             continue
