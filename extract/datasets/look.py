@@ -8,7 +8,7 @@ from dataclasses import replace
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.datasets.base import Dataset
 from whisper_at_cli.extract.datasets.locate import evenly
-from whisper_at_cli.extract.datasets.windows import Lengths
+from whisper_at_cli.extract.datasets.windows import Lengths, lengths_here
 
 FILES = 200  # that are looked at; only their headers are read
 AT_ONCE = 50  # files
@@ -16,7 +16,7 @@ SECONDS = 3.0  # that it may take: where headers do not tell a length, packets a
 LONGER_SECONDS = 0.1  # by which a file may be longer without a note
 
 
-def looked_at(dataset: Dataset, clip_seconds: float, lengths: Lengths, *, windows: bool) -> Dataset:
+def looked_at(dataset: Dataset, clip_seconds: float, lengths: Lengths = lengths_here, *, windows: bool) -> Dataset:
     """The dataset with notes on what some of its files show; clips of `clip_seconds`, or windows that leave no rest."""
     if not dataset.of_files:
         return dataset

@@ -28,14 +28,18 @@ def length_of(path: str) -> Length | None:
         return None
 
 
+def lengths_here(paths: Sequence[str]) -> list[Length | None]:
+    """`length_of` each file, read in this process."""
+    return [length_of(path) for path in paths]
+
+
 def windowed(
-    dataset: Dataset, window: float, hop: float | None = None, *,
-    lengths: Lengths | None = None,
+    dataset: Dataset, window: float, hop: float | None = None, *, lengths: Lengths = lengths_here
 ) -> Dataset:  # fmt: skip
     """`window` seconds from every `hop` seconds of each file (by default one window after the other).
 
-    The last window is as short as its file leaves it. Lengths come from the files' headers, by `lengths` of their paths
-    where that is given. A file whose length cannot be told keeps one clip, which fails with its reason when it is read.
+    The last window is as short as its file leaves it. Lengths come from the files' headers, which `lengths` reads. A
+    file whose length cannot be told keeps one clip, which fails with its reason when it is read.
     """
     hop = window if hop is None else hop
     for name, value in (("window", window), ("hop", hop)):
@@ -44,8 +48,7 @@ def windowed(
     if not dataset.of_files:
         raise UsageError(f"{dataset.name} is no dataset of files; its clips cannot be cut into windows")
     paths = list(dict.fromkeys(str(dataset.audio_path(clip)) for clip in dataset.clips))
-    found = lengths(paths) if lengths else [length_of(path) for path in paths]
-    length = dict(zip(paths, found, strict=True))
+    length = dict(zip(paths, lengths(paths), strict=True))
     counts = [_window_count(clip, length[str(dataset.audio_path(clip))], window, hop) for clip in dataset.clips]
     if sum(counts) > MAX_CLIPS:
         raise UsageError(f"windows every {hop:g} s make {sum(counts)} clips; give a longer --hop")
