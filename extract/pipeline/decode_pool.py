@@ -183,8 +183,9 @@ class DecodePool:
         requests, ours_out = os.pipe()
         ours_in, replies = os.pipe()
         _enlarge(ours_out)
+        path = [str(entry) for entry in sys.path]
         program = (
-            f"import sys; sys.path = {[str(entry) for entry in sys.path]!r}; from whisper_at_cli.extract.pipeline.decode_worker import main; "
+            f"import sys; sys.path = {path!r}; from whisper_at_cli.extract.pipeline.decode_worker import main; "
             f"main({requests}, {replies}, {self._file}, {os.getpid()})"
         )
         try:
