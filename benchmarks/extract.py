@@ -29,8 +29,9 @@ from baseline import Baseline, ffmpeg_in_path
 from record import Figure, Result, Row, arguments, at_least, describe, gpu_name, in_folder, publish
 from synthetic import random_weights, synthetic_dataset
 
-from whisper_at_cli.extract.backbones.encoder import PRECISIONS, PackedLinear, clip_samples
+from whisper_at_cli.extract.backbones.encoder import PRECISIONS, clip_samples
 from whisper_at_cli.extract.backbones.load import WhisperBackbone
+from whisper_at_cli.extract.backbones.routines import PackedLinear
 from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
@@ -92,7 +93,9 @@ class Setup:
             in_memory = InMemory("in memory", folder, dataset.clips)
             _noise(samples)
         backbone = WhisperBackbone.from_weights(weights, device=device, precision=options.precision)
-        packed = ("onednn",) if device.type == "cpu" and PackedLinear.works_for(dtype) else ()
+        packed = (
+            ("onednn",) if device.type == "cpu" and PackedLinear.is_right(backbone.dim, backbone.dim, dtype) else ()
+        )
         batch_size = options.batch_size or fitting_batch_size(backbone, samples)
         return cls(weights, dataset, in_memory, backbone, seconds, samples, batch_size, ("torch.mm", *packed))
 

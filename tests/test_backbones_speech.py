@@ -13,6 +13,7 @@ from conftest import noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract, load_backbone
 from whisper_at_cli.extract.backbones.encoder import pool_frames
 from whisper_at_cli.extract.errors import UsageError, WeightsError
+from whisper_at_cli.extract.pipeline.encode import encode_to_host
 
 transformers = pytest.importorskip("transformers")
 
@@ -125,6 +126,20 @@ def test_every_precision_keeps_its_error_bound(saved, precision, bound):
     assert found.dtype == torch.float32
     for clip in range(3):
         assert relative_error(found[clip], oracle(model, waveforms[clip])) < bound
+
+
+def test_int16_gives_the_bits_of_float32_and_overflow_is_encoded_again(saved):
+    folder, _ = saved
+    backbone = load_backbone(folder, device="cpu", precision="float16")
+    whole = (sounds(2) * 20000).round().to(torch.int16)
+    expected = backbone.encode(whole.float() / 32768)
+    assert torch.equal(backbone.encode(whole), expected)
+    assert not encode_to_host(backbone, whole, "float32").redone
+    backbone.model.encoder.layers[1].feed_forward.output_dense.weight *= 1e30  # in this copy of the weights alone
+    assert not backbone.encode(whole).isfinite().any(dim=0).all()
+    found, exact = encode_to_host(backbone, whole, "float32"), load_backbone(folder, device="cpu")
+    assert found.finite.all() and found.redone.tolist() == [True, True]
+    assert torch.equal(found.features, torch.cat([exact.encode(clip[None]) for clip in whole]))
 
 
 def test_nothing_is_dropped_or_masked_even_where_the_folder_asks_for_it(tmp_path):

@@ -160,7 +160,7 @@ def test_what_is_suggested_is_what_the_library_takes():
 
     of, values = completion.VALUES_OF, completion.VALUES
     assert set(completion.DATASETS) == {"auto", *FORMATS}
-    assert set(values["dtype"]) == set(DTYPES) and set(values["precision"]) == set(PRECISIONS)
+    assert set(values["dtype"]) == set(DTYPES) and set(values["precision"]) == {"auto", *PRECISIONS}
     assert set(of["probe", "kind"]) == set(layers.KINDS) - {"faithful"}
     assert of["figure", "number"] == tuple(FIGURE_OPTIONS)
     assert set(of["robustness", "mixing"]) == set(mixing.FORMS)

@@ -12,7 +12,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def pins(lines) -> dict[str, str]:
-    found = (re.fullmatch(r"([\w.-]+)==(\S+)", line.strip()) for line in lines)
+    found = (re.fullmatch(r"([\w.-]+)==([^\s;]+)(;.*)?", line.strip()) for line in lines)
     return {match[1]: match[2] for match in found if match}
 
 

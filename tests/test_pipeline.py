@@ -1,9 +1,11 @@
 """Extraction from sounds to cache: nothing lost, nothing invented, and the same bytes however it is run."""
 
+import os
 from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import array_bytes, make_backbone, noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract, extract_on_devices
@@ -11,7 +13,7 @@ from whisper_at_cli.extract.audio.decode import as_float, load_clip
 from whisper_at_cli.extract.cache import Status
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
-from whisper_at_cli.extract.pipeline import prepare, shard_run
+from whisper_at_cli.extract.pipeline import blocks, prepare, shard_run
 from whisper_at_cli.extract.pipeline.several_devices import slots_of
 
 SHARD_MB = 5 * 3 * 25 * 64 * 2 / 1e6  # at most five clips of the random backbone in float16
@@ -24,8 +26,6 @@ def test_features_are_those_of_each_clip_alone(noise_folder, tmp_path, random_ba
     cache = FeatureCache.open(tmp_path / "a.zarr")
     assert cache.complete and cache.clips_per_shard == 4, "three shards, equally full"
     for row in range(12):
-        import torch
-
         clip, real, _ = load_clip(noise_folder / cache.paths[row], 32000)
         alone = random_backbone.encode(torch.from_numpy(as_float(clip))[None])[0].numpy()
         np.testing.assert_allclose(cache.features([row])[0], alone, rtol=2e-3, atol=2e-3)
@@ -173,30 +173,29 @@ def test_a_slow_disk_holds_extraction_back(tmp_path, random_backbone, monkeypatc
     """No more than a few shards are ever in memory, however slow the disk."""
     for index in range(30):
         write_wav(tmp_path / "sounds" / f"{index:02d}.wav", noise(index, 0.5))
-    alive, peak = set(), []
-    original, empty = shard_run.CacheWriter.write, shard_run.ShardBlock.empty
-
-    def counted_empty(clips, spec):
-        block = empty(clips, spec)
-        alive.add(id(block))
-        peak.append(len(alive))
-        return block
+    made, counts = [], []
+    original, empty, prepare = shard_run.CacheWriter.write, blocks.Block.empty, shard_run.Blocks.__init__
 
     def slow_write(self, shard, block):
         import time
 
-        time.sleep(0.05)
+        time.sleep(0.1)
         original(self, shard, block)
-        alive.discard(id(block))
 
-    monkeypatch.setattr(shard_run.ShardBlock, "empty", counted_empty)
+    def counted(self, count, *arguments, **options):
+        counts.append(count)
+        prepare(self, count, *arguments, **options)
+
+    monkeypatch.setattr(blocks.Block, "empty", lambda *all, **options: made.append(1) or empty(*all, **options))
+    monkeypatch.setattr(shard_run.Blocks, "__init__", counted)
     monkeypatch.setattr(shard_run.CacheWriter, "write", slow_write)
     report = extract(
         tmp_path / "sounds", tmp_path / "a.zarr", model=random_backbone, clip_seconds=0.5, shard_mb=0.001, batch_size=1
     )
     assert report.written == 30
     assert report.disk_wait_seconds > 0.5 and report.encoder_busy < 0.9
-    assert len(peak) == 30 and max(peak) <= shard_run.SHARDS_BEHIND + 2
+    most = os.cpu_count() + 1 + shard_run.BATCHES_AHEAD + shard_run.MOST_WRITERS
+    assert len(made) <= counts[0] <= most, "blocks are used again, and their number is bounded"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -272,25 +271,52 @@ class SmallDevice:
 
     def __init__(self, backbone, room: int):
         self.backbone, self.room = backbone, room
+        self.weights_sha256 = f"room for {room}"  # what is learnt of its memory is not learnt of the other's
 
     def __getattr__(self, name):
         return getattr(self.backbone, name)
 
     def encode(self, waveforms):
         if len(waveforms) > self.room:
-            import torch
-
             raise torch.OutOfMemoryError("out of memory")
         return self.backbone.encode(waveforms)
 
 
-def test_a_batch_that_does_not_fit_is_halved_once(noise_folder, tmp_path, random_backbone):
+def test_a_batch_that_does_not_fit_is_split_and_the_user_told_once(noise_folder, tmp_path, random_backbone):
     extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, batch_size=4)
-    extract(noise_folder, tmp_path / "b.zarr", model=SmallDevice(random_backbone, 2), batch_size=4)
+    report = extract(noise_folder, tmp_path / "b.zarr", model=SmallDevice(random_backbone, 2), batch_size=4)
+    assert [note[:38] for note in report.notes] == ["batches of 4 clips did not fit in the "]
     found, expected = (FeatureCache.open(tmp_path / name).features(range(12)) for name in ("b.zarr", "a.zarr"))
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4)
-    with pytest.raises(WhisperATError, match="give --batch-size 1 or free some memory"):
-        extract(noise_folder, tmp_path / "c.zarr", model=SmallDevice(random_backbone, 1), batch_size=4)
+    with pytest.raises(WhisperATError, match="one clip of 10 s does not fit in the memory of cpu"):
+        extract(noise_folder, tmp_path / "c.zarr", model=SmallDevice(random_backbone, 0), batch_size=4)
+
+
+def test_a_batch_size_found_on_another_kind_of_device_does_not_bind():
+    made = {"device": "cpu", "batch_size": 2}
+    size, note = prepare.batch_size_of(made, torch.device("cuda", 0), 64)
+    assert size == 64
+    assert note == (
+        "the cache was begun on cpu with --batch-size 2; this run, on cuda:0, uses 64. Features from the two devices "
+        "differ in their last bits"
+    )
+    for device, of_before in (("cpu", made), ("cuda:1", {"device": "cuda:0", "batch_size": 32})):
+        assert prepare.batch_size_of(of_before, torch.device(device), 64) == (of_before["batch_size"], None)
+    assert prepare.batch_size_of({}, torch.device("cpu"), 2) == (2, None), "a cache that says nothing of it"
+
+
+def test_auto_continues_a_cache_in_the_precision_it_was_made_with(noise_folder, tmp_path, tiny_en):
+    path = tmp_path / "a.zarr"
+    assert prepare.precision_of(path, "auto") == "auto", "a new cache"
+    report = extract(noise_folder, path, model=tiny_en, device="cpu", precision="float16", shard=(1, 6), shard_mb=0.1)
+    assert report.written and prepare.precision_of(path, "auto") == "float16"
+    assert prepare.precision_of(path, "bfloat16") == "bfloat16", "what is asked for is compared with the cache"
+    extract(noise_folder, path, model=tiny_en, device="cpu", shard_mb=0.1)
+    assert FeatureCache.open(path).complete
+    with pytest.raises(CacheError, match="precision: float16, not float32"):
+        extract(noise_folder, path, model=tiny_en, device="cpu", precision="float32")
+    extract(noise_folder, tmp_path / "b.zarr", model=tiny_en, device="cpu")
+    assert FeatureCache.open(tmp_path / "b.zarr").spec.precision == "float32", "auto on a CPU"
 
 
 def test_two_devices_fill_one_cache_with_the_same_bytes(noise_folder, tmp_path, tiny_en):

@@ -6,7 +6,7 @@ B clips, M mel bands, P positions (50 a second), T pooled frames (25), D channel
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.backbones.mel import MEL_FRAMES_PER_SECOND
+from whisper_at_cli.extract.backbones.routines import PlainLinear, attention, set_precision
 from whisper_at_cli.extract.backbones.sizes import MAX_POSITIONS
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 
 POSITIONS_PER_SECOND = MEL_FRAMES_PER_SECOND // 2  # the second convolution has stride 2
-LONGEST_UNFUSED = 512  # positions; above it the scores of all heads are too large to keep
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,72 +49,10 @@ def pool_frames(x_BPD: Tensor) -> Tensor:
     return F.adaptive_avg_pool1d(x_BPD.transpose(1, 2).float(), FRAMES).transpose(1, 2)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer, optionally with GELU, by oneDNN with its weights laid out for it in advance. CPU, inference only.
-
-    Measured on an AMD EPYC (Zen 5) in float32: 240 GFLOP/s a core, where the MKL that torch calls by itself reaches 75
-    to 105; GELU costs no pass of its own. See benchmarks/README.md.
-    """
-
-    ROWS = 1000  # what the layout is chosen for; any other number of rows works too
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), self.ROWS)
-        self.bias = linear.bias.detach()
-
-    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
-        post, algorithm = ("gelu", "none") if gelu else ("none", "")
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, post, [], algorithm)
-
-    @staticmethod
-    def works_for(dtype: torch.dtype) -> bool:
-        """Whether this build of torch and this processor have it. What it does not work for takes the plain layers."""
-        try:
-            small = nn.Linear(32, 32, dtype=dtype)
-            PackedLinear(small)(torch.zeros(1, 32, dtype=dtype))
-        except (AttributeError, RuntimeError, NotImplementedError):
-            return False
-        return dtype in (torch.float32, torch.bfloat16)
-
-
-class PlainLinear(nn.Linear):
-    """A linear layer, optionally with GELU."""
-
-    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
-        y = super().forward(x)
-        return F.gelu(y) if gelu else y
-
-
-def set_precision(module: nn.Module, names: tuple[str, ...], dtype: torch.dtype, *, pack: bool) -> None:
-    """Cast these linear layers of a module, and lay out their weights for oneDNN where `pack` says so."""
-    for name in names:
-        linear = getattr(module, name).to(dtype)
-        setattr(module, name, PackedLinear(linear) if pack else linear)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, (B, H, P, E) each -> (B, H, P, E).
-
-    On a CPU in bfloat16, two batched products a clip with a float32 softmax between them: torch's fused kernel took
-    twice the time there (6.9 against 3.1 ms for 4 clips of 250 positions and 8 heads on one Zen 5 core).
-    """
-    B, H, P, E = q.shape
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or P > LONGEST_UNFUSED:
-        return F.scaled_dot_product_attention(q, k, v)
-    q, k, v = (part.reshape(B, H, P, E) for part in (q, k, v))
-    mixed, scores, weights = torch.empty_like(q), q.new_empty(H, P, P), torch.empty(H, P, P)
-    for clip in range(B):  # the scores of one clip stay in the processor's cache; those of a batch would not
-        torch.baddbmm(scores, q[clip], k[clip].transpose(1, 2), beta=0, alpha=E**-0.5, out=scores)
-        torch.softmax(weights.copy_(scores), dim=-1, out=weights)
-        torch.bmm(scores.copy_(weights), v[clip], out=mixed[clip])
-    return mixed
-
-
 class EncoderBlock(nn.Module):
     """One pre-norm Transformer block of Whisper, query, key and value in one product; the residual stays float32."""
 
-    LINEAR = ("qkv", "out", "expand", "contract")
+    LINEAR: ClassVar = {"qkv": False, "out": False, "expand": True, "contract": False}  # and whether GELU follows
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -152,7 +90,8 @@ class WhisperEncoder(nn.Module):
     and pooling in float32, since deep layers carry a few very large activations. No un-pooled layer is kept.
     """
 
-    LINEAR = ("stem1", "stem2")
+    LINEAR: ClassVar = {"stem1": True, "stem2": True}
+    fused = False  # whether Triton's kernels run the blocks; `prepare` finds out
 
     def __init__(self, *, mels: int, layers: int, dim: int, heads: int):
         super().__init__()
@@ -168,6 +107,10 @@ class WhisperEncoder(nn.Module):
         x_BPD = self.stem2(windows(self.stem1(windows(mel_BFM, 1), gelu=True), 2), gelu=True)
         B, P, D = x_BPD.shape
         x_BPD = x_BPD + self.positions[:P]  # float32, and a tensor of its own, which the blocks then add to
+        if self.fused and P % FRAMES == 0 and not torch.compiler.is_compiling():
+            from whisper_at_cli.extract.backbones.kernels import run_blocks
+
+            return run_blocks(self.blocks, x_BPD)
         pooled = x_BPD.new_empty(B, len(self.blocks), FRAMES, D)
         for layer, block in enumerate(self.blocks):
             block(x_BPD)
@@ -177,11 +120,19 @@ class WhisperEncoder(nn.Module):
     def prepare(self, *, precision: str, device: torch.device) -> WhisperEncoder:
         """Move to `device`, cast what runs in `precision`, lay weights out for speed; for inference from here on."""
         dtype = PRECISIONS[precision]
-        pack = device.type == "cpu" and PackedLinear.works_for(dtype)
-        set_precision(self, self.LINEAR, dtype, pack=pack)
+        set_precision(self, self.LINEAR, dtype, device)
         for block in self.blocks:
-            set_precision(block, block.LINEAR, dtype, pack=pack)
+            set_precision(block, block.LINEAR, dtype, device)
+        self.fused = device.type == "cuda" and dtype != torch.float32 and _kernels_are_right(self.dim, dtype, device)
         return self.requires_grad_(False).eval().to(device)
+
+
+def _kernels_are_right(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    try:
+        from whisper_at_cli.extract.backbones import kernels
+    except ImportError:  # Triton is not there for every build of torch
+        return False
+    return kernels.is_right(dim, dtype, device)
 
 
 def encoder_from_state(state: dict[str, Tensor], *, heads: int) -> WhisperEncoder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,12 +12,14 @@ from torch import Tensor
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.backbones import custom
-from whisper_at_cli.extract.backbones.encoder import PRECISIONS, WhisperEncoder, clip_samples, encoder_from_state
+from whisper_at_cli.extract.backbones.encoder import WhisperEncoder, clip_samples, encoder_from_state
 from whisper_at_cli.extract.backbones.huggingface import download_folder, is_hub_name
-from whisper_at_cli.extract.backbones.mel import filters_and_window, log_mel
-from whisper_at_cli.extract.backbones.weights import WhisperWeights, folder_kind, read_weights, whisper_names
-from whisper_at_cli.extract.devices import choose_device
-from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.backbones.mel import as_float32, filters_and_window, log_mel
+from whisper_at_cli.extract.backbones.precision import resolved, use_true_float32
+from whisper_at_cli.extract.backbones.recognise import backbone_kind
+from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights, whisper_names
+from whisper_at_cli.extract.devices import choose_device, with_index
+from whisper_at_cli.extract.errors import UsageError, WeightsError
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
@@ -41,8 +45,9 @@ class EncoderFacts(Protocol):
 class Backbone(Protocol):
     """A frozen encoder. `encode` may be called from several threads at once.
 
-    A backbone may also have `clip_samples(clip_seconds)`, which raises UsageError for a length that it cannot take, and
-    `compile()`. docs/backbones.md shows how to add one.
+    A backbone may also have `clip_samples(clip_seconds)`, which raises UsageError for a length that it cannot take,
+    `in_float32()`, the same encoder in float32 or None, `takes_int16 = True` if `encode` also takes int16 samples, and
+    `compile(batch_size)`. docs/backbones.md shows how to add one.
     """
 
     name: str
@@ -63,49 +68,84 @@ class WhisperBackbone:
 
     sample_rate = SAMPLE_RATE
 
+    takes_int16 = True
+
     def __init__(
-        self, encoder: WhisperEncoder, *, name: str, weights_sha256: str, device: torch.device, precision: str
-    ):
-        self.name, self.weights_sha256, self.precision, self.device = name, weights_sha256, precision, device
+        self, encoder: WhisperEncoder, *, name: str, weights_sha256: str, device: torch.device, precision: str,
+        reload: Callable[[], WhisperWeights] | None = None,
+    ):  # fmt: skip
+        device = with_index(device)
+        self.name, self.weights_sha256, self.device = name, weights_sha256, device
+        self.precision = resolved(precision, device)
+        if self.precision == "float32":
+            use_true_float32(device)
         self.layers, self.dim = len(encoder.blocks), encoder.dim
-        self.encoder = encoder.prepare(precision=precision, device=device)
+        self.encoder = encoder.prepare(precision=self.precision, device=device)
+        self._reload, self._loading = reload, threading.Lock()
+        self._twin: WhisperBackbone | None = None
+        self._compiled: tuple[int, Callable[[Tensor], Tensor]] | None = None
         filters_and_window(encoder.mels, device)
         if device.type == "cuda":  # batches run in streams that do not wait for the one that did this
             torch.cuda.synchronize(device)
 
     @classmethod
-    def from_weights(cls, weights: WhisperWeights, *, device: torch.device, precision: str) -> WhisperBackbone:
+    def from_weights(
+        cls, weights: WhisperWeights, *, device: torch.device, precision: str,
+        reload: Callable[[], WhisperWeights] | None = None,
+    ) -> WhisperBackbone:  # fmt: skip
+        """The encoder of these weights; `reload` reads them again, should a clip need `in_float32`."""
         encoder = encoder_from_state(weights.state, heads=weights.dims["n_audio_head"])
         sha256 = weights.encoder_sha256()
-        return cls(encoder, name=weights.name, weights_sha256=sha256, device=device, precision=precision)
+        return cls(encoder, name=weights.name, weights_sha256=sha256, device=device, precision=precision, reload=reload)
+
+    def in_float32(self) -> WhisperBackbone | None:
+        """The same encoder in float32, loaded when it is first asked for; None if its weights cannot be read again.
+
+        Raises WeightsError if they have changed meanwhile.
+        """
+        if self.precision == "float32":
+            return self
+        with self._loading:
+            if self._twin is None and self._reload is not None:
+                weights = self._reload()
+                twin = WhisperBackbone.from_weights(weights, device=self.device, precision="float32")
+                if twin.weights_sha256 != self.weights_sha256:
+                    raise WeightsError(f"the weights of {self.name} have changed on disk since they were loaded")
+                self._twin = twin
+        return self._twin
 
     clip_samples = staticmethod(clip_samples)
 
-    def compile(self) -> None:
-        """Let torch.compile fuse what lies between the matrix products; the first batch of each size takes a minute.
+    def compile(self, batch_size: int) -> None:
+        """Let torch.compile fuse what lies between the matrix products, for batches of this size: the first one takes
+        a minute. Other batches, such as the last of a dataset, are computed as without.
 
         Raises UsageError on a CPU, where the weights are laid out for oneDNN already and nothing is left to gain.
         """
         if self.device.type == "cpu":
             raise UsageError("--compile is for GPUs; on a CPU the encoder is laid out for oneDNN already. Leave it out")
-        self.encoder.compile(dynamic=False)
+        if self._compiled is None or self._compiled[0] != batch_size:
+            self._compiled = batch_size, torch.compile(self.encoder, dynamic=False)
 
     @torch.inference_mode()
     def encode(self, waveforms: Tensor) -> Tensor:
-        waveforms = waveforms.to(self.device, torch.float32, non_blocking=True)
-        return self.encoder(log_mel(waveforms, self.encoder.mels))
+        """As Backbone.encode; samples may be int16 too."""
+        mel = log_mel(as_float32(waveforms, self.device), self.encoder.mels)
+        if self._compiled is not None and self._compiled[0] == len(mel):
+            return self._compiled[1](mel)
+        return self.encoder(mel)
 
 
 def load_backbone(model: str | Path, *, device: str = "auto", precision: str = "float32") -> Backbone:
     """A frozen encoder ready to encode.
 
     model is an OpenAI name (`tiny.en`), a `.pt` file, a CTranslate2 or Hugging Face folder, `module:function` or an
-    entry point that makes a backbone, or a name on the Hugging Face hub; precision float32, bfloat16 or float16.
-    Raises UsageError for an unknown model, device or precision, WeightsError for weights that cannot be read.
+    entry point that makes a backbone, or a name on the Hugging Face hub; precision float32, bfloat16,
+    float16 or auto: float16 on CUDA, float32 elsewhere. Raises UsageError for an unknown model, device or precision,
+    WeightsError for weights that cannot be read.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r} is not known; choose from {', '.join(PRECISIONS)}")
     chosen = choose_device(device)
+    precision = resolved(precision, chosen)
     path = Path(model)
     if path.is_dir():
         return _from_folder(path, None, device=chosen, precision=precision)
@@ -114,30 +154,31 @@ def load_backbone(model: str | Path, *, device: str = "auto", precision: str = "
             return custom.load_custom(loader, str(model), device=chosen, precision=precision)
         if is_hub_name(model):
             return _from_folder(download_folder(str(model)), str(model), device=chosen, precision=precision)
-    return WhisperBackbone.from_weights(read_weights(model), device=chosen, precision=precision)
+    return _whisper(lambda: read_weights(model), device=chosen, precision=precision)
+
+
+def _whisper(read: Callable[[], WhisperWeights], *, device: torch.device, precision: str) -> Backbone:
+    return WhisperBackbone.from_weights(read(), device=device, precision=precision, reload=read)
 
 
 def _from_folder(folder: Path, name: str | None, *, device: torch.device, precision: str) -> Backbone:
     """The backbone whose weights a folder holds, told by its content."""
-    from whisper_at_cli.extract.backbones.speech import MODEL_CLASSES, SpeechBackbone
+    kind = backbone_kind(folder)
+    if kind not in ("whisper", "ctranslate2"):
+        from whisper_at_cli.extract.backbones.speech import SpeechBackbone
 
-    kind = folder_kind(folder)
-    if kind in MODEL_CLASSES:
         name = name or folder.resolve().name
         return SpeechBackbone.from_folder(folder, kind, name=name, device=device, precision=precision)
-    if kind not in ("whisper", "ctranslate2"):
-        raise UsageError(
-            f"{folder} holds a {kind} model; known are whisper, {', '.join(MODEL_CLASSES)}. {custom.GUIDE} of one's own"
-        )
-    return WhisperBackbone.from_weights(read_weights(folder, name=name), device=device, precision=precision)
+    return _whisper(lambda: read_weights(folder, name=name), device=device, precision=precision)
 
 
 def load_whisper(model: str | Path | WhisperWeights, *, device: str = "auto") -> Whisper:
     """An `openai-whisper` model with these weights, ready to `transcribe`. Takes Whisper in all of its forms, and
-    weights that were read already."""
+    weights that were read already. Raises UsageError where they are an encoder alone."""
     from whisper.model import ModelDimensions, Whisper
 
     weights = model if isinstance(model, WhisperWeights) else read_weights(model)
+    weights.check_decoder()
     whisper_model = Whisper(ModelDimensions(**weights.dims))
     whisper_model.load_state_dict(weights.state)
     heads = torch.zeros(weights.dims["n_text_layer"], weights.dims["n_text_head"], dtype=torch.bool)

@@ -15,12 +15,22 @@ MEL_FRAMES_PER_SECOND = SAMPLE_RATE // HOP
 assert SAMPLE_RATE % HOP == 0
 
 
+def as_float32(waveforms: Tensor, device: torch.device) -> Tensor:
+    """Waveforms on a device as float32 in [-1, 1]: int16 samples divided by 32768, which is exact; float32 as it is."""
+    whole = waveforms.dtype == torch.int16
+    waveforms = waveforms.to(device, non_blocking=True).to(torch.float32)
+    return waveforms.div_(32768) if whole else waveforms
+
+
 @lru_cache(maxsize=8)
 def filters_and_window(mels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Whisper's mel filters (mels, 201) and the window (400,), float32 on a device; made once."""
+    """Whisper's mel filters (mels, 201) and the window (400,), float32 on a device; made once, for every stream."""
     from whisper.audio import mel_filters
 
-    return mel_filters(device, mels), torch.hann_window(N_FFT, device=device)
+    filters, window = mel_filters(device, mels), torch.hann_window(N_FFT, device=device)
+    if device.type == "cuda":  # other streams do not wait for the one that made them
+        torch.cuda.current_stream(device).synchronize()
+    return filters, window
 
 
 def log_mel(waveforms: Tensor, mels: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
-from whisper_at_cli.extract.backbones.encoder import PRECISIONS, PackedLinear, pool_frames
+from whisper_at_cli.extract.backbones.encoder import PRECISIONS, pool_frames
 from whisper_at_cli.extract.backbones.huggingface import read_json
-from whisper_at_cli.extract.backbones.weights import state_sha256
+from whisper_at_cli.extract.backbones.mel import as_float32
+from whisper_at_cli.extract.backbones.precision import resolved, use_true_float32
+from whisper_at_cli.extract.backbones.routines import PackedLinear, conv_is_right
+from whisper_at_cli.extract.backbones.weights import check_finite, state_sha256
 from whisper_at_cli.extract.cache.schema import FRAMES
+from whisper_at_cli.extract.devices import with_index
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 
 MODEL_CLASSES = {
@@ -57,15 +61,20 @@ class SpeechBackbone:
     """
 
     sample_rate = SAMPLE_RATE
+    takes_int16 = True
 
     def __init__(
         self, model: SpeechModel, *, name: str, weights_sha256: str, normalise: bool, device: torch.device,
-        precision: str,
+        precision: str, reload: Callable[[], SpeechBackbone] | None = None,
     ):  # fmt: skip
-        self.name, self.weights_sha256, self.precision, self.device = name, weights_sha256, precision, device
+        device = with_index(device)
+        self.name, self.weights_sha256, self.device = name, weights_sha256, device
+        self.precision = resolved(precision, device)
         self.layers, self.dim, self.normalise = len(model.encoder.layers), int(model.config.hidden_size), normalise
-        self.model = _prepare(model, precision=precision, device=device)
+        self.model = _prepare(model, precision=self.precision, device=device)
         self._pass = threading.local()
+        self._reload, self._loading = reload, threading.Lock()
+        self._twin: SpeechBackbone | None = None
         for layer in self.model.encoder.layers:
             layer.register_forward_hook(self._pool)
         if device.type == "cuda":  # batches run in streams that do not wait for the one that did this
@@ -78,9 +87,32 @@ class SpeechBackbone:
         normalise = _input_normalisation(folder)
         model = _load(folder, kind)
         used = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(UNUSED)}
+        check_finite(folder, used)
         # what is done to the waveform decides the features as weights do
         sha256 = state_sha256(used | {"normalise": torch.tensor(float(normalise))})
-        return cls(model, name=name, weights_sha256=sha256, normalise=normalise, device=device, precision=precision)
+
+        def in_float32() -> SpeechBackbone:
+            return cls.from_folder(folder, kind, name=name, device=device, precision="float32")
+
+        return cls(
+            model, name=name, weights_sha256=sha256, normalise=normalise, device=device, precision=precision,
+            reload=in_float32,
+        )  # fmt: skip
+
+    def in_float32(self) -> SpeechBackbone | None:
+        """The same model in float32, loaded when it is first asked for; None if its weights cannot be read again.
+
+        Raises WeightsError if they have changed meanwhile.
+        """
+        if self.precision == "float32":
+            return self
+        with self._loading:
+            if self._twin is None and self._reload is not None:
+                twin = self._reload()
+                if twin.weights_sha256 != self.weights_sha256:
+                    raise WeightsError(f"the weights of {self.name} have changed on disk since they were loaded")
+                self._twin = twin
+        return self._twin
 
     def positions(self, samples: int) -> int:
         """Encoder positions of a clip: what the convolutions leave of its samples."""
@@ -107,7 +139,8 @@ class SpeechBackbone:
 
     @torch.inference_mode()
     def encode(self, waveforms: Tensor) -> Tensor:
-        waveforms = waveforms.to(self.device, torch.float32, non_blocking=True)
+        """As Backbone.encode; samples may be int16 too."""
+        waveforms = as_float32(waveforms, self.device)
         if self.normalise:
             waveforms = normalise(waveforms)
         self._pass.pooled = []
@@ -210,15 +243,39 @@ def _prepare(model: SpeechModel, *, precision: str, device: torch.device) -> Spe
     model.requires_grad_(False).eval()
     dtype = PRECISIONS[precision]
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv1d):
+        if isinstance(module, nn.Linear):
             module.to(dtype)
+    _set_convolutions(model, dtype, device)
     model.feature_projection.register_forward_hook(_in_float32)
-    if device.type == "cpu" and PackedLinear.works_for(dtype):
+    if device.type == "cpu":
         for layer in model.encoder.layers:
             _pack(layer)
-    if device.type == "cuda" and precision == "float32":
-        torch.backends.cudnn.allow_tf32 = False  # its convolutions would round to ten bits
+    if precision == "float32":
+        use_true_float32(device)
     return model.to(device)
+
+
+class _Float32Conv1d(nn.Conv1d):
+    """A convolution that stays in float32 where autocast would not leave it there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def _set_convolutions(model: SpeechModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Cast the convolutions; on a CPU those that come out right in `dtype`, and not the positional one.
+
+    oneDNN's AMX kernel for a grouped convolution with few channels a group was found wrong by 110 % in bfloat16.
+    """
+    positional = set(model.encoder.pos_conv_embed.modules())
+    for module in [module for module in model.modules() if isinstance(module, nn.Conv1d)]:
+        if dtype == torch.float32:
+            continue
+        if device.type == "cpu" and (module in positional or not conv_is_right(module, dtype, device)):
+            module.__class__ = _Float32Conv1d
+        else:
+            module.to(dtype)
 
 
 def _in_float32(_module: nn.Module, _inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -230,6 +287,7 @@ def _pack(module: nn.Module) -> None:
     """Lay out the linear layers of a block for oneDNN; those of WavLM's attention are read as bare weights instead."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear) and child.bias is not None:
-            setattr(module, name, _CastingLinear(child))
+            if PackedLinear.is_right(child.in_features, child.out_features, child.weight.dtype):
+                setattr(module, name, _CastingLinear(child))
         elif not type(child).__name__.startswith("WavLMAttention"):
             _pack(child)

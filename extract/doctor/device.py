@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from whisper_at_cli.extract.backbones.encoder import PackedLinear
+from whisper_at_cli.extract.backbones.routines import PackedLinear
 from whisper_at_cli.extract.devices import cores, one_thread_per_operation
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def _computes_bfloat16(device: torch.device) -> bool:
 
 def fastest_matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float) -> float:
     """FLOP/s by the routine that the encoder uses on this device."""
-    packed = device.type == "cpu" and PackedLinear.works_for(dtype)
     dim = MEASURED_DIM.get(device.type, LARGE_DIM)
+    packed = device.type == "cpu" and PackedLinear.is_right(dim, dim, dtype)
     return matrix_rate(device, dtype, dim, "onednn" if packed else "torch.mm", seconds)
 
 

@@ -19,18 +19,21 @@ import socket
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from whisper_at_cli.extract.backbones.recognise import check_model
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, Status
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline import prepare
+from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.ray_worker import Encoder, EncoderInfo, PartOfDataset, Shard, decode_clips
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
 from whisper_at_cli.extract.pipeline.shard_run import batch_slots
@@ -61,10 +64,11 @@ class RayReport(ExtractReport):
 def extract_on_ray(
     dataset: str | Path | Dataset, cache: str | Path, *, model: str | Path, address: str | None = None,
     encoders: int | None = None, format: str = "auto", labels: str | Path | None = None, window: float | None = None,
-    hop: float | None = None, clip_seconds: float | None = None, dtype: str = "float16", precision: str = "float32",
+    hop: float | None = None, clip_seconds: float | None = None, dtype: str = "float16", precision: str = "auto",
     device: str = "auto", batch_size: int | None = None,
     shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
     decode_in_tasks: bool | None = None, progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> RayReport:  # fmt: skip
     """`extract` on the Ray cluster at `address`; by default the one that Ray knows of, else one on this machine.
 
@@ -75,28 +79,37 @@ def extract_on_ray(
     if not isinstance(model, str | Path):
         raise UsageError("--engine ray needs the model by name or path, so that each worker can load it")
     prepare.check_numbers(encoders=encoders, batch_size=batch_size, shard_mb=shard_mb)
+    check_model(model)
     started = time.perf_counter()
-    dataset = prepare.open_clips(
-        dataset, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
-    )
+    with DecodePool(cores()) as pool:
+        dataset = prepare.open_clips(
+            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
+        )
     dataset = dataset.absolute()
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     cache = cache if "://" in str(cache) else Path(cache).resolve()
     model = Path(model).resolve() if Path(model).exists() else model
     with _connected(address):
-        fleet = _Fleet(dict(model=model, precision=precision, compile=compile), seconds, device, encoders)
+        precision = prepare.precision_of(cache, precision)
+        fleet = _Fleet(dict(model=model, precision=precision, compile=compile, dtype=dtype), seconds, device, encoders)
         info = fleet.wait_for_one(progress)
         size = batch_size or info.batch_size
         with prepare.open_cache(
             cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard
         ) as writer:  # fmt: skip
-            size = size if batch_size else prepare.batch_size_of(writer, size)
+            notes = [*dataset.notes, info.note]
+            if not batch_size:
+                size, note = prepare.batch_size_of(writer.cache.attributes["made"], info.device, size)
+                notes.append(note)
             todo = prepare.clips_to_do(writer, dataset, repair)
+            said = prepare.say_notes(notes, notify)
             in_tasks = fleet.on_gpu if decode_in_tasks is None else decode_in_tasks
             drive = _Drive(dataset, writer, fleet, info.samples, size, todo, in_tasks, progress)
             drive.all_shards()
             elapsed = time.perf_counter() - started
             report = report_of(writer, dataset, drive.written, elapsed, drive.encoder_busy, drive.disk_wait_seconds)
+    said += prepare.say_notes(drive.notes, notify)
+    report = replace(report, notes=said, redone_in_float32=drive.redone)
     return RayReport(**vars(report), nodes=drive.nodes(), lost=fleet.lost)
 
 
@@ -233,7 +246,8 @@ class _Drive:
         self.losses: Counter[int] = Counter()
         self.clips_of: Counter[str] = Counter()  # by node
         self.total, self.skipped = int(writer.mine().sum()), int((writer.mine() & ~redo).sum())
-        self.written = self.failed = 0
+        self.written = self.failed = self.redone = 0
+        self.notes: list[str | None] = []
         self.encode_seconds = self.disk_wait_seconds = self.encoder_seconds = 0.0
         self.started = time.perf_counter()
 
@@ -306,6 +320,8 @@ class _Drive:
         todo = self.redo[rows.start : rows.stop]
         self.written += outcome.written
         self.failed += int((todo & (outcome.status == Status.FAILED)).sum())
+        self.redone += outcome.redone
+        self.notes.append(outcome.note)
         self.encode_seconds += outcome.encode_seconds
         self.disk_wait_seconds += outcome.disk_wait_seconds
         self.clips_of[self.fleet.ready[actor].node if actor in self.fleet.ready else "lost"] += outcome.written

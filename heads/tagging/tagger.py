@@ -78,7 +78,7 @@ class Tagger:
     """
 
     def __init__(
-        self, head: Head, *, model: str | Path | Whisper | None = None, device: str = "auto", precision: str = "float32"
+        self, head: Head, *, model: str | Path | Whisper | None = None, device: str = "auto", precision: str = "auto"
     ):
         """Head as `load_head` gives it; model an OpenAI name, a path, or an `openai-whisper` model that is loaded."""
         self.description = head.description
@@ -93,7 +93,7 @@ class Tagger:
     @classmethod
     def from_checkpoint(
         cls, folder: str | Path, *, model: str | Path | Whisper | None = None, device: str = "auto",
-        precision: str = "float32",
+        precision: str = "auto",
     ) -> Tagger:  # fmt: skip
         """A tagger from the folder that `train-head --out` wrote. Without `model`, the backbone that the head names."""
         return cls(load_head(folder), model=model, device=device, precision=precision)
