@@ -18,13 +18,15 @@ import numpy as np
 from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.lengths import loss_note, seconds_of
 from whisper_at_cli.extract.audio.opened import AudioFile, Source
-from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_frames, form_of
-from whisper_at_cli.extract.audio.segments import decode_span
+from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, form_of
+from whisper_at_cli.extract.audio.segments import decode_span, decode_whole
 from whisper_at_cli.extract.audio.track import Track
 from whisper_at_cli.extract.errors import AudioError
 
 SUFFIXES = frozenset(  # of files that a folder is searched for
-    ".wav .flac .ogg .oga .opus .mp3 .m4a .aac .mp4 .webm .mka .mkv .aif .aiff .aifc .au .wma .amr .caf .w64".split()
+    ".wav .wave .w64 .rf64 .aif .aiff .aifc .au .snd .caf .sph .voc .flac .wv .ape .tta .mp3 .mp2 .mp1 .mpga .aac .m4a "
+    ".m4b .mp4 .m4v .mov .3gp .3g2 .ogg .oga .ogv .ogx .opus .spx .webm .mka .mkv .wma .wmv .asf .amr .ac3 .eac3 .dts "
+    ".avi .flv .mpg .mpeg .ts .mts".split()
 )
 
 
@@ -74,12 +76,12 @@ def load_clip(source: str | Source, samples: int, *, start: float | None = None,
 def _decoded(source: str | Source, start: float, most: float) -> tuple[np.ndarray, str]:
     """Samples from `start` on, of `most` seconds or a little more, and a note of what is lost of them."""
     with _decoding_errors(), AudioFile(Path(source) if isinstance(source, str) else source) as file:
+        samples: np.ndarray
+        track: Track | None
         if start > 0 or (file.riff and file.riff.plain):
             samples, track = decode_span(file, start, most)
         else:
-            with file.container() as container:
-                track = Track(container)
-                samples = decode_frames(track.codec, track.frames(), most)
+            samples, track = decode_whole(file, most)
         note = loss_note(file, track, start, len(samples) / SAMPLE_RATE, most)
     if not len(samples):
         reason = f"cannot be decoded: {track.reason}" if track and track.reason else "holds no samples"

@@ -8,16 +8,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from whisper_at_cli.extract.audio.matroska import is_whole
 from whisper_at_cli.extract.audio.mp3 import Unindexable, mp3_index, tagged_seconds
 from whisper_at_cli.extract.audio.ogg import Ogg, read_ogg
 from whisper_at_cli.extract.audio.opened import AudioFile
-from whisper_at_cli.extract.audio.track import MATROSKA, MP4, Track
-from whisper_at_cli.extract.audio.wav import never_written
+from whisper_at_cli.extract.audio.track import FROM_HEADER, MATROSKA, MP4, WITHOUT_GAPS, Track
+from whisper_at_cli.extract.audio.wav import MOST_CHUNKS, never_written
 from whisper_at_cli.extract.errors import AudioError
 
 UNSAID_SECONDS = 0.1  # that may be lost without a word: an encoder's delay and padding, lengths rounded to a packet
 NOTED_SHARE = 0.1  # of what is promised; where more is lost, the clip fails
-PCM = frozenset(("w64", "aiff", "au", "caf"))  # containers whose header counts the samples
+COUNTED = frozenset(("aiff", "au", "wv", "tta", "ape"))  # containers whose header counts the samples
 GAP_SECONDS = 0.01  # between packets, more than times in milliseconds are rounded by
 W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 KEPT_OGGS = 64  # files whose pages are remembered, for the parts of them
@@ -30,13 +31,13 @@ def loss_note(file: AudioFile, track: Track | None, start: float, held: float, w
     """
     short = held < wanted - 1e-4
     missing = min(_missing_at_end(file, track, start + held), wanted - held) if short else 0.0
-    passed_over, damaged = (track.passed_over, max(track.passed_seconds, track.hole_seconds)) if track else (0, 0.0)
-    ogg = ogg_of(file) if track and track.form == "ogg" and short else None
+    damaged, gap = _lost_on_the_way(file, track) if track else (0.0, 0.0)
     lost = max(missing, damaged)
+    ogg = ogg_of(file) if short and track and track.form == "ogg" else None
     notes = []
     if lost > UNSAID_SECONDS:
         promised = held + lost
-        if track and passed_over and not held:
+        if track and track.passed_over and not held:
             raise AudioError(f"it cannot be decoded: {track.reason}")
         if lost > NOTED_SHARE * promised:
             what = "damaged" if damaged > lost / 2 or (ogg and ogg.damaged) else "truncated"
@@ -44,12 +45,26 @@ def loss_note(file: AudioFile, track: Track | None, start: float, held: float, w
             holds = f"it holds {held:.2f} s" if held else f"it holds no samples{where}"
             raise AudioError(f"it is {what}: its header promises {promised:.2f} s{where}, {holds}")
         notes.append(f"{lost:.2f} s of {promised:.2f} s are lost: the file is cut off or damaged")
-    if passed_over:
-        packets = "1 packet was" if passed_over == 1 else f"{passed_over} packets were"
+    if track and track.passed_over:
+        packets = "1 packet was" if track.passed_over == 1 else f"{track.passed_over} packets were"
         notes.append(f"{packets} passed over: not audio, or damaged")
+    if gap > UNSAID_SECONDS:
+        notes.append(f"its time stamps leave {gap:.2f} s out: a pause of the recording, or lost")
     if ogg and ogg.cut:
         notes.append("the file ends within an Ogg page: it was cut off, by how much is not known")
     return "; ".join(notes)
+
+
+def _lost_on_the_way(file: AudioFile, track: Track) -> tuple[float, float]:
+    """Seconds that were lost between the first frame and the last one; and those that may be, or be a pause."""
+    lost = max(track.passed_seconds, track.skipped_seconds)
+    if track.form == "mp3" and tagged_seconds(file, track.first_byte or 0) is not None:
+        return 0.0, 0.0  # its header says how long it must be; what was passed over may well be no audio
+    gap = max(0.0, track.gap_seconds - lost)
+    pause = track.form not in WITHOUT_GAPS
+    if gap > UNSAID_SECONDS and track.form == MATROSKA:
+        pause = is_whole(file.read, file.size)
+    return (lost, gap) if pause else (lost + gap, 0.0)
 
 
 def seconds_of(file: AudioFile) -> tuple[float, bool]:
@@ -70,16 +85,16 @@ def seconds_of(file: AudioFile) -> tuple[float, bool]:
 def _seconds_by_form(file: AudioFile, track: Track) -> tuple[float, bool]:
     if track.form == "mp3":
         return _mp3_seconds(file, track)
+    if track.form in ("w64", "caf") and (data := _data_seconds(file, track)):
+        return (data[0] if data[0] > data[1] + UNSAID_SECONDS else data[1]), True
     if track.form == "ogg" and (ogg := ogg_of(file)) and ogg.links > 1:
         return ogg.seconds, False
-    if track.declared is not None:
-        if track.form == "flac":
-            return track.declared - _first_time(track), True
-        if track.form in PCM or (track.form == "wav" and track.codec.startswith("pcm_")):
-            return track.declared + _lacking_pcm(file, track), True
-        if track.form == "ogg" or (track.form == MP4 and not has_gaps(track)):
-            return track.declared, False
-    return _packet_seconds(track), False
+    if track.declared is None or (track.form == MP4 and has_gaps(track)):
+        return _packet_seconds(track), False
+    if track.form == "flac":
+        return track.declared - _first_time(track), True
+    exact = track.form in COUNTED or (track.form == "wav" and track.codec.startswith("pcm_"))
+    return (track.declared, exact) if exact or track.form in ("ogg", MP4) else (_packet_seconds(track), False)
 
 
 def _mp3_seconds(file: AudioFile, track: Track) -> tuple[float, bool]:
@@ -128,10 +143,13 @@ def _missing_at_end(file: AudioFile, track: Track | None, reached: float) -> flo
         return file.riff.lacking
     if track is None:
         return 0.0
-    if track.form in (MP4, MATROSKA):  # by its time stamps, in which there may be gaps
+    if track.form in (MP4, MATROSKA, *FROM_HEADER):  # by its time stamps, in which there may be gaps
         if track.declared is None or track.begins is None:
             return track.declared or 0.0
-        return track.declared - track.last_time + (track.begins if track.form == MP4 else 0.0)
+        return track.declared - track.last_time + (0.0 if track.form == MATROSKA else track.begins)
+    if track.form in ("w64", "caf"):
+        data = _data_seconds(file, track)
+        return data[0] - data[1] if data else 0.0
     promised = _promised_seconds(file, track)
     return 0.0 if promised is None else promised - reached
 
@@ -141,28 +159,31 @@ def _promised_seconds(file: AudioFile, track: Track) -> float | None:
     if track.form == "mp3":
         return tagged_seconds(file, track.first_byte or 0)
     if track.form == "ogg" and (ogg := ogg_of(file)):
-        return ogg.seconds - (track.begins or 0.0 if ogg.links == 1 else 0.0)
+        begins = track.begins or 0.0
+        return ogg.seconds - (begins if ogg.links == 1 and begins < ogg.first else 0.0)  # cut out of a longer one
     if track.declared and track.form == "flac":
         return track.declared - (track.begins or 0.0)
-    if track.declared and track.form in PCM:
-        return track.declared + _lacking_pcm(file, track)
-    return None
+    return track.declared if track.form in COUNTED else None
 
 
-def _lacking_pcm(file: AudioFile, track: Track) -> float:
-    """Seconds that a W64 or CAF file lacks of what it promises: FFmpeg takes what is there for the whole."""
+def _data_seconds(file: AudioFile, track: Track) -> tuple[float, float] | None:
+    """What the data chunk of a W64 or CAF file promises and what it holds; None where the header never learned that.
+
+    FFmpeg takes what is there for the whole.
+    """
     speed = (track.stream.codec_context.bit_rate or 0) / 8
-    if track.form not in ("w64", "caf") or not speed:
-        return 0.0
     for name, length, at in _w64_chunks(file) if track.form == "w64" else _caf_chunks(file):
         if name in (W64_DATA, b"data"):
-            return 0.0 if never_written(length) or length < 0 else max(0, length - (file.size - at)) / speed
-    return 0.0
+            unknown = not speed or length < 0 or never_written(length)
+            return None if unknown else (length / speed, min(length, file.size - at) / speed)
+    return None
 
 
 def _w64_chunks(file: AudioFile) -> Iterator[tuple[bytes, int, int]]:
     at = 40
-    while len(head := file.read(at, 24)) == 24:
+    for _ in range(MOST_CHUNKS):
+        if at >= file.size or len(head := file.read(at, 24)) < 24:
+            return
         name, length = struct.unpack("<16sq", head)
         yield name, length - 24, at + 24
         at += max(24, length + -length % 8)
@@ -170,7 +191,9 @@ def _w64_chunks(file: AudioFile) -> Iterator[tuple[bytes, int, int]]:
 
 def _caf_chunks(file: AudioFile) -> Iterator[tuple[bytes, int, int]]:
     at = 8
-    while len(head := file.read(at, 12)) == 12:
+    for _ in range(MOST_CHUNKS):
+        if at >= file.size or len(head := file.read(at, 12)) < 12:
+            return
         name, length = struct.unpack(">4sq", head)
         yield name, length, at + 12
         at += 12 + max(0, length)

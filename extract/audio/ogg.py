@@ -22,6 +22,7 @@ class Ogg(NamedTuple):
 
     links: int  # streams one after the other; a chained file has several
     seconds: float  # of all of them, from the time stamp 0 of each
+    first: float  # seconds at the end of the first page of audio
     damaged: bool  # pages are missing or changed, or there are bytes between them
     cut: bool  # the file ends within a page
 
@@ -30,7 +31,8 @@ class _Link:
     """One stream of audio, while its pages are counted."""
 
     def __init__(self, serial: int, first_packet: bytes):
-        self.serial, self.rate, self.skipped, self.end, self.number = serial, 0, 0, 0, -1
+        self.serial, self.rate, self.skipped, self.number = serial, 0, 0, -1
+        self.first = self.end = 0  # samples at the end of the first page and of the last one
         if first_packet.startswith(b"\x01vorbis") and len(first_packet) >= 16:
             (self.rate,) = struct.unpack("<I", first_packet[12:16])
         elif first_packet.startswith(b"OpusHead") and len(first_packet) >= 12:
@@ -43,6 +45,7 @@ class _Link:
     def count(self, granule: int) -> None:
         """A page says that so many samples are complete."""
         if self.end < granule <= max(self.end, self.skipped) + LONGEST_PAGE_SECONDS * self.rate:
+            self.first = self.first or granule
             self.end = granule
 
     @property
@@ -87,7 +90,10 @@ def read_ogg(read: Read, size: int) -> Ogg | None:
             damaged |= page.number != links[-1].number + 1
             links[-1].number = page.number
             links[-1].count(page.granule)
-    return Ogg(len(links), sum(link.seconds for link in links), damaged, cut) if links else None
+    if not links:
+        return None
+    first = max(0, links[0].first - links[0].skipped) / links[0].rate
+    return Ogg(len(links), sum(link.seconds for link in links), first, damaged, cut)
 
 
 def _pages(read: Read, size: int) -> Iterator[_Page | None]:

@@ -33,11 +33,11 @@ def samples_of(frame: AudioFrame) -> np.ndarray:
 class Resampler:
     """Frames of one form to 16 kHz mono, with large pieces coming out.
 
-    `skip` samples are left off at the start. With `checked`, NaN and infinity, which would become ordinary numbers in
-    16 bits, are refused.
+    `skip` samples are left off at the start. What is not `whole` may be left without its end. With `checked`, NaN and
+    infinity, which would become ordinary numbers in 16 bits, are refused.
     """
 
-    def __init__(self, form: Form, layout: str, *, skip: int = 0, checked: bool = False):
+    def __init__(self, form: Form, layout: str, *, skip: int = 0, checked: bool = False, whole: bool = True):
         import av
 
         name, channels, rate = form
@@ -54,8 +54,8 @@ class Resampler:
             *mix,
             ("aresample", str(SAMPLE_RATE)),
             ("aformat", "sample_fmts=s16:channel_layouts=mono"),
-            ("asetnsamples", f"n={SAMPLE_RATE}:p=0"),
         ]
+        filters += [("asetnsamples", f"n={SAMPLE_RATE}:p=0")] if whole else []
         last = self.source
         for filter_name, arguments in filters:
             following = graph.add(filter_name, arguments)
@@ -69,11 +69,12 @@ class Resampler:
             raise AudioError("it holds samples that are not finite (NaN or infinity)")
         self.source.push(frame)
 
-    def finish(self) -> list[np.ndarray]:
-        """All that was resampled."""
+    def finish(self, *, ended: bool = True) -> list[np.ndarray]:
+        """All that was resampled; with `ended`, also what the resampler still holds back."""
         import av
 
-        self.source.push(None)
+        if ended:
+            self.source.push(None)
         pieces = []
         while True:
             try:
@@ -95,26 +96,38 @@ class Unchanged:
     def push(self, frame: AudioFrame) -> None:
         self.pieces.append(samples_of(frame))
 
-    def finish(self) -> list[np.ndarray]:
+    def finish(self, *, ended: bool = True) -> list[np.ndarray]:
         return [np.concatenate(self.pieces)[self.skip :]] if self.pieces else []
 
 
-def resampler_of(frame: AudioFrame, codec: str, *, skip: int = 0) -> Resampler | Unchanged:
+def resampler_of(frame: AudioFrame, codec: str, *, skip: int = 0, whole: bool = True) -> Resampler | Unchanged:
     """For frames like this one, of this codec. Only uncompressed floating point can hold what is not finite."""
     form, layout = form_of(frame), frame.layout.name
     if form in Unchanged.FORMS and layout in Unchanged.LAYOUTS:
         return Unchanged(skip=skip)
-    return Resampler(form, layout, skip=skip, checked=codec.startswith("pcm_f"))
+    return Resampler(form, layout, skip=skip, checked=codec.startswith("pcm_f"), whole=whole)
 
 
-def decode_frames(codec: str, frames: Iterable[AudioFrame], max_seconds: float) -> np.ndarray:
-    """int16 samples at 16 kHz mono, of all these frames or of a little more than their first `max_seconds`."""
+class FormChangesError(Exception):
+    """A stream changes its rate, its channels or its sample format on the way."""
+
+
+def decode_frames(
+    codec: str, frames: Iterable[AudioFrame], max_seconds: float, *, changing: bool = False
+) -> np.ndarray:
+    """int16 samples at 16 kHz mono, of all these frames or of a little more than their first `max_seconds`.
+
+    Where the form changes, FFmpeg's program begins with a new resampler and drops what the old one holds back. So does
+    this with `changing`, which is slower; without it, FormChangesError is raised there.
+    """
     pieces: list[np.ndarray] = []
     resampler, form, seconds = None, None, 0.0
     for frame in frames:
-        if resampler is None or form != form_of(frame):  # a stream may change its form on the way
-            pieces += resampler.finish() if resampler else []
-            form, resampler = form_of(frame), resampler_of(frame, codec)
+        if resampler is None or form != form_of(frame):
+            if resampler and not changing:
+                raise FormChangesError
+            pieces += resampler.finish(ended=False) if resampler else []
+            form, resampler = form_of(frame), resampler_of(frame, codec, whole=not changing)
         resampler.push(frame)
         seconds += frame.samples / frame.rate
         if seconds > max_seconds + RESAMPLER_SECONDS:

@@ -20,7 +20,13 @@ from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.lengths import has_gaps, ogg_of
 from whisper_at_cli.extract.audio.mp3 import Mp3Index, Unindexable, mp3_index
 from whisper_at_cli.extract.audio.opened import AudioFile
-from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, decode_frames, form_of, resampler_of
+from whisper_at_cli.extract.audio.resample import (
+    RESAMPLER_SECONDS,
+    FormChangesError,
+    decode_frames,
+    form_of,
+    resampler_of,
+)
 from whisper_at_cli.extract.audio.track import MP4, Track, cut
 from whisper_at_cli.extract.audio.wav import Plain, Read
 
@@ -82,14 +88,23 @@ def decode_span(file: AudioFile, start: float, most: float) -> tuple[np.ndarray,
             try:
                 span = _Span(first, count, track.stream.codec_context.sample_rate or SAMPLE_RATE)
                 samples = _resampled(frames_from(file, track, span), span, track.codec)
-                if frames_from is _by_count and (track.passed_over or track.hole_seconds > HOLE_SECONDS):
+                if frames_from is _by_count and (track.passed_over or track.gap_seconds > HOLE_SECONDS):
                     continue  # time stamps count what is not there
                 return samples, track  # noqa: TRY300
             except (_Inexact, Unindexable):
                 continue
-    with file.container() as container:  # the stream changes its form on the way
-        track = Track(container)
-        return decode_frames(track.codec, track.frames(), start + most)[first : first + count], track
+    samples, track = decode_whole(file, start + most, changing=True)
+    return samples[first : first + count], track
+
+
+def decode_whole(file: AudioFile, most: float, *, changing: bool = False) -> tuple[np.ndarray, Track]:
+    """int16 samples at 16 kHz of `most` seconds from the start on or a little more, and what decoded them."""
+    try:
+        with file.container() as container:
+            track = Track(container)
+            return decode_frames(track.codec, track.frames(), most, changing=changing), track
+    except FormChangesError:
+        return decode_whole(file, most, changing=True)
 
 
 def _resampled(frames: Numbered, span: _Span, codec: str) -> np.ndarray:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 DEFAULT_SCORE = 5_000_000  # what the program's choice adds to a track's number of channels
 MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
+FROM_HEADER = ("avi", "flv")  # containers whose length FFmpeg never guesses
+ONLY_PACKETS = ("aac", "ac3", "eac3", "dts")  # with nothing between them; MP3 files often have something
 WITHOUT_GAPS = ("ogg", "flac")  # where every sample has its number
 RESTART_SECONDS = 0.5  # a time stamp that goes back by so much begins another link of a chained file
 MOST_RETRIES = 1000  # of a demuxer that says "try again"
@@ -40,9 +42,11 @@ class Track:
         self.passed_over, self.passed_seconds = 0, 0.0  # packets that the decoder refused
         self.reason = ""  # for the first of them
         self.begins: float | None = None  # seconds, by the time stamp of the first frame that was decoded
+        self.ends: float | None = None  # where the encoder's padding begins, if that is known
         self.last_time = 0.0  # where the last one ends
         self._since: float | None = None  # where the frames begin whose seconds are counted
         self._counted = 0.0
+        self._skipped_bytes, self._packet_bytes, self._next_byte = 0, 0, 0
 
     @property
     def tick(self) -> float:
@@ -55,7 +59,7 @@ class Track:
             seconds = self.stream.duration * self.tick
             speed = (self.stream.codec_context.bit_rate or 0) / 8 if self.codec.startswith("pcm_") else 0
             return None if speed and never_written(round(seconds * speed)) else seconds
-        if self.form == MATROSKA:
+        if self.form == MATROSKA or self.form in FROM_HEADER:
             if (tagged := _clock_seconds(self.stream.metadata.get("DURATION", ""))) is not None:
                 return tagged
             if len(self.container.streams) == 1 and self.container.duration:  # a picture may last longer than its sound
@@ -71,7 +75,7 @@ class Track:
                 for packet in self.container.demux(self.stream):
                     if packet.size:
                         if self.first_byte is None:
-                            self.first_byte = packet.pos
+                            self._look_at_first(packet)
                         yield packet
                 break
             except av.BlockingIOError:
@@ -80,6 +84,12 @@ class Track:
                 self.reason = self.reason or error.strerror or str(error)
                 break
         yield None
+
+    def _look_at_first(self, packet: Packet) -> None:
+        self.first_byte = packet.pos
+        edited = packet.pts is not None and packet.pts < 0  # an MP4 file with a list of edits: it says where audio ends
+        if self.form == MP4 and edited and self.codec != "opus":
+            self.ends = self.declared
 
     def frames(self) -> Iterator[AudioFrame]:
         """All that can be decoded, from where the container stands."""
@@ -96,15 +106,23 @@ class Track:
                 self.passed_seconds += (packet.duration or 0) * self.tick if packet else 0.0
                 self.reason = self.reason or getattr(error, "strerror", "") or str(error)
                 continue
+            if packet and packet.pos is not None and self.form in ONLY_PACKETS:
+                self._skipped_bytes += max(0, packet.pos - self._next_byte) if self._packet_bytes else 0
+                self._packet_bytes += packet.size
+                self._next_byte = packet.pos + packet.size
             for frame in frames:
-                yield self._timed(frame, packet)
+                if timed := self._timed(frame):
+                    yield timed
 
-    def _timed(self, frame: AudioFrame, packet: Packet | None) -> AudioFrame:
-        if self.form == MP4 and packet and packet.duration:  # the last one says where the encoder's padding begins
-            kept = round(packet.duration * self.tick * frame.rate)
-            frame = cut(frame, kept) if kept < frame.samples - 1 else frame
+    def _timed(self, frame: AudioFrame) -> AudioFrame | None:
+        """A frame without an encoder's padding; None where all of it is that."""
         if frame.pts is not None:
-            begin = frame.pts * self.tick
+            if self.ends is not None:
+                kept = round((self.ends - frame.pts * self.tick) * frame.rate)
+                if kept <= 0:
+                    return None
+                frame = cut(frame, kept) if kept < frame.samples else frame
+            begin = (frame.pts or 0) * self.tick
             self.begins = begin if self.begins is None else self.begins
             if self._since is None or begin < self.last_time - RESTART_SECONDS:
                 self._since, self._counted = begin, 0.0
@@ -113,15 +131,19 @@ class Track:
         return frame
 
     @property
-    def hole_seconds(self) -> float:
-        """How much further the time stamps went than the samples, in containers that have no gaps of their own."""
-        if self.form not in WITHOUT_GAPS or self._since is None:
-            return 0.0
-        return self.last_time - self._since - self._counted
+    def gap_seconds(self) -> float:
+        """How much further the time stamps went than the samples."""
+        return 0.0 if self._since is None else self.last_time - self._since - self._counted
+
+    @property
+    def skipped_seconds(self) -> float:
+        """What the bytes between packets would have been, in containers that are nothing but packets."""
+        return self._skipped_bytes * self._counted / self._packet_bytes if self._packet_bytes else 0.0
 
     def forget(self) -> None:
         """What was decoded until now is not part of what is asked for."""
         self.passed_over, self.passed_seconds, self._since, self._counted = 0, 0.0, None, 0.0
+        self._skipped_bytes, self._packet_bytes = 0, 0
 
 
 def _chosen(container: InputContainer) -> AudioStream:

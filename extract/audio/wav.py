@@ -58,8 +58,8 @@ def read_riff(read: Read, size: int) -> Riff:
     for number, (name, length, at) in enumerate(_chunks(read, size), start=1):
         left = size - at
         if number == MOST_CHUNKS or (name != b"data" and length > left + MOST_LACKING):
-            if data:
-                end = at - 8
+            if data:  # of what lies behind the audio, FFmpeg shall see no chunk that lies, and may see bytes of no kind
+                end = at - 8 if name.strip().isalnum() else size
                 break
             if number == MOST_CHUNKS:
                 raise AudioError(f"it is damaged: it has more than {MOST_CHUNKS - 1} chunks")
@@ -71,6 +71,8 @@ def read_riff(read: Read, size: int) -> Riff:
                 data = at, left
                 break
             data, lacking = (at, min(promised, left)), max(0, promised - left)
+        elif name == b"LIST" and read(at, 4) == b"movi":  # an AVI file
+            data, ordinary = (at, left), False
         elif name == b"ds64":
             long = int.from_bytes(read(at + 8, 8), "little")
         elif name == b"fmt ":
