@@ -1,8 +1,9 @@
-"""The commands of stage 1: extract, info, verify, export, import. Heavy imports sit inside them."""
+"""The commands of stage 1: extract, info, notes, verify, export, import. Heavy imports sit inside them."""
 
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,8 +39,8 @@ FAILURES_SHOWN = 20
     "--format",
     default="auto",
     show_default=True,
-    help="Dataset layout: audioset, esc50, fsd50k, urbansound8k, speech-commands, hdf5, huggingface, json, manifest or "
-    "folder; auto looks for itself.",
+    help="Dataset layout: audioset, esc50, fsd50k, urbansound8k, speech-commands, vggsound, hdf5, huggingface, json, "
+    "manifest or folder; auto looks for itself.",
 )
 @click.option(
     "--labels",
@@ -56,7 +57,7 @@ FAILURES_SHOWN = 20
     help="Arithmetic: float32, bfloat16, float16 or auto, which is float16 on CUDA and float32 elsewhere.",
 )  # fmt: skip
 @click.option("--batch-size", default="auto", show_default=True, help="Clips encoded together; auto finds what fits.")
-@click.option("--workers", type=int, help="Threads that decode audio.  [default: one per core]")
+@click.option("--workers", type=int, help="Processes that decode audio.  [default: cores divided by devices]")
 @click.option("--shard-mb", type=float, default=128, show_default=True, help="Size of a shard file of a new cache.")
 @click.option(
     "--shard", default="1/1", show_default=True, metavar="I/N",
@@ -89,11 +90,13 @@ def extract_command(
     options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
     run, options = _engine(**options)
     with progress_on_stderr("extract", "clips", quiet=ctx.obj["quiet"]) as progress:
-        report = run(dataset, cache, progress=progress, **options)
-    print_notes(report.notes)
+        report = run(dataset, cache, progress=progress, notify=lambda note: print_notes([note]), **options)
     if report.redone_in_float32:
         print_notes([f"clips encoded again in float32, as they were not finite in less: {report.redone_in_float32}"])
-    _print_failures([asdict(failure) for failure in report.failures], cache)
+    _print_first([f"note: {printable(noted.path)}: {noted.note}" for noted in report.clip_notes], "note", cache)
+    _print_failures(
+        [asdict(failure) for failure in report.failures], cache, "" if report.missing_expected else report.root
+    )
     if as_json:
         print_json(report)
     else:
@@ -123,14 +126,35 @@ def info_command(cache: Path | str, as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
-    failures, made, slots = summary.pop("failures"), summary.pop("made"), summary.pop("slots")
+    failures, notes, made, slots = (summary.pop(name) for name in ("failures", "notes", "made", "slots"))
+    said = made.pop("notes", [])
     summary |= {f"made: {name}": value for name, value in made.items()}
     print_table([(name.replace("_", " "), plain(value)) for name, value in summary.items()], ("what", "value"))
     if len(slots) > 1:
         columns = ("shard", "clips", "done", "failed", "pending", "running")
         print_table([[plain(slot[name]) for name in columns] for slot in slots], columns)
+    for note in said:
+        click.echo(f"note: {note}")
     for failure in failures:
         click.echo(f"failed: {printable(failure['path'])}: {failure['error']}")
+    for noted in notes:
+        click.echo(f"note: {printable(noted['path'])}: {noted['note']}")
+
+
+@command("notes")
+def notes_command(as_json: bool) -> None:
+    """List every note that `extract` can give on how a dataset was read, and what each means.
+
+    \b
+        whisper-at-cli notes
+    """
+    from whisper_at_cli.extract.notes import NOTES
+
+    if as_json:
+        print_json({"notes": [asdict(note) for note in NOTES.values()]})
+        return
+    for note in NOTES.values():
+        click.echo(f"{note.id}\n    note: {note.template}\n    {note.meaning}")
 
 
 @command("slurm")
@@ -142,17 +166,22 @@ def info_command(cache: Path | str, as_json: bool) -> None:
 @click.option("--cpus", default=8, show_default=True, help="Cores of each task, for decoding.")
 @click.option("--memory-gb", default=32, show_default=True, help="Main memory of each task.")
 @click.option("--time", default="24:00:00", show_default=True, help="Time limit of each task.")
+@click.option(
+    "--signal-seconds", default=120, show_default=True,
+    help="How long before the time limit a task stops and requeues itself.",
+)  # fmt: skip
+@click.option("--max-requeues", default=100, show_default=True, help="How often a task may be restarted.")
 @click.option("--partition", help="Partition to run in.  [default: the cluster's]")
 @click.option("--account", help="Account to charge.  [default: the user's]")
 @click.option("--name", default="whisper-at", show_default=True, help="Name of the job and of its log files.")
-@click.option("--setup", metavar="LINE", help="Shell line to run first, such as 'conda activate whisper-at-cli'.")
+@click.option("--setup", metavar="LINE", help="Shell line to run first, such as 'source venv/bin/activate'.")
 def slurm_command(
     dataset: Path | str, cache: Path | str, options: tuple[str, ...], as_json: bool, **asked: Any
 ) -> None:
     """Print a job script that fills CACHE from DATASET with an array of SLURM tasks; pipe it to sbatch.
 
-    What follows -- goes to `extract` as it is. Submit the same script again to continue; `info` shows what each
-    task still lacks.
+    What follows -- goes to `extract` as it is. A task that reaches its time limit, is preempted or loses its node is
+    requeued and continues. Submit the same script again to redo what failed; `info` shows what each task still lacks.
 
     \b
         whisper-at-cli slurm audioset as2m.zarr --tasks 16 -- --model large-v1 > job.sh
@@ -263,13 +292,17 @@ def import_command(ctx: click.Context, /, folder: Path, cache: Path | str, as_js
         ctx.exit(1)
 
 
-def _print_failures(failures: Sequence[dict], cache: Path | str) -> None:
-    """The first clips that failed, on stderr, and where to find the others; those that are missing by themselves."""
+def _print_failures(failures: Sequence[dict], cache: Path | str, root: str = "") -> None:
+    """The first clips that failed, on stderr, and where to find the others; those that are missing by themselves.
+
+    A missing clip is shown with the path below `root` that was tried; without one by its id.
+    """
     missing = [failure for failure in failures if failure["error"].startswith(MISSING)]
     broken = [failure for failure in failures if not failure["error"].startswith(MISSING)]
     lines = [f"failed: {printable(failure['path'])}: {failure['error']}" for failure in broken]
     _print_first(lines, "failed", cache)
-    _print_first([f"missing: {printable(failure['id'])}" for failure in missing], "missing", cache)
+    tried = [posixpath.join(root, failure["path"]) if root else failure["id"] for failure in missing]
+    _print_first([f"missing: {printable(path)}" for path in tried], "missing", cache)
 
 
 def _print_first(lines: list[str], what: str, cache: Path | str) -> None:
@@ -322,4 +355,6 @@ def _batch_size(text: str) -> int | None:
     return int(text)
 
 
-COMMANDS = (extract_command, slurm_command, info_command, verify_command, export_command, import_command)
+COMMANDS = (
+    extract_command, slurm_command, info_command, notes_command, verify_command, export_command, import_command,
+)  # fmt: skip

@@ -17,8 +17,8 @@ from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 Completion = Callable[[click.Context, str], list[CompletionItem]]  # of what is typed so far
 
 DATASETS = (
-    "auto", "audioset", "esc50", "fsd50k", "urbansound8k", "speech-commands", "hdf5", "huggingface", "json", "manifest",
-    "folder",
+    "auto", "audioset", "esc50", "fsd50k", "urbansound8k", "speech-commands", "vggsound", "hdf5", "huggingface", "json",
+    "manifest", "folder",
 )  # fmt: skip
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 VALUES = {  # of the parameters of this name, in whichever command

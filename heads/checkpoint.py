@@ -186,6 +186,8 @@ def to_safetensors(tensors: dict[str, Tensor]) -> bytes:
 def read_record(folder: Path) -> dict:
     """The fields of head.json, of this format version."""
     path = folder / "head.json"
+    if not folder.exists():
+        raise UsageError(f"{folder} does not exist; give the folder that `train-head --out` wrote")
     if not path.is_file():
         raise UsageError(f"{folder} holds no head (no head.json in it); give the folder that `train-head --out` wrote")
     try:

@@ -213,13 +213,14 @@ class ListedClips:
     split: np.ndarray
     labels: np.ndarray
     done: np.ndarray
+    dataset: str  # its name
 
     @classmethod
     def of(cls, dataset: Dataset) -> ListedClips:
         table = dataset.table()
         done = np.ones(len(table), dtype=bool)
         split = np.asarray(table.split, dtype=str)
-        return cls(dataset.root, table.ids, table.paths, table.fold, split, table.labels, done)
+        return cls(dataset.root, table.ids, table.paths, table.fold, split, table.labels, done, dataset.name)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -8,7 +8,7 @@ out of the means, counted, and named in `notes`. N clips, C classes, K positives
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -51,6 +51,12 @@ class Metrics:
         if math.isnan(self.accuracy):
             found.append("accuracy is undefined: it needs exactly one label on every clip")
         return found
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and population standard deviation of the values that are defined; NaN where none is."""
+    defined = [value for value in values if not math.isnan(value)]
+    return (float(np.mean(defined)), float(np.std(defined))) if defined else (math.nan, math.nan)
 
 
 @torch.no_grad()

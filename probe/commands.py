@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,12 @@ CONFUSIONS_SHOWN = 5
 @command("probe")
 @CACHE
 @click.option(
-    "--layer", "layers", multiple=True, default=("all",), show_default=True, help="1 = first; repeatable, or all."
+    "--layer",
+    "layers",
+    multiple=True,
+    default=("all",),
+    show_default=True,
+    help="1 = first; several as 1,2 or 1-4, or all.",
 )
 @click.option(
     "--kind", default="linear", show_default=True,
@@ -114,10 +120,16 @@ def _strength(text: str) -> float | str:
 def _layer_numbers(layers: tuple[str, ...]) -> str | list[int]:
     if "all" in layers:
         return "all"
-    wrong = next((layer for layer in layers if not layer.lstrip("-").isdecimal()), None)
-    if wrong is not None:
-        raise UsageError(f"--layer {wrong} is neither a number nor 'all'")
-    return [int(layer) for layer in layers]
+    numbers: list[int] = []
+    for part in ",".join(layers).split(","):
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
+        if not match:
+            raise UsageError(f"--layer {part} is not a layer: give numbers from 1, as 4 or 1,2 or 1-4, or all")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UsageError(f"--layer {part} is empty: give the lower layer first, as {last}-{first}")
+        numbers += range(first, last + 1)
+    return numbers
 
 
 def print_probe(result: ProbeResult) -> None:

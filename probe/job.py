@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from whisper_at_cli.extract.cache import FeatureCache
-from whisper_at_cli.extract.cache.folds import cache_folds
+from whisper_at_cli.extract.cache.folds import cache_folds, untrained_classes
 from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import CacheError, UsageError
@@ -71,7 +71,7 @@ class Job:
             metric="accuracy" if one_label else "mAP",
             seed=seed,
             device=_choose_device(device),
-            warnings=warnings + _warnings(labels, known, train),
+            warnings=warnings + _warnings(labels, known) + untrained_classes(cache.labels, folds),
         )
 
     @property
@@ -85,7 +85,7 @@ class Job:
 
     def sources(self) -> np.ndarray:
         """(n,) str: which recording a clip was cut from."""
-        return source_recordings(self.cache.ids[self.rows], self.cache.paths[self.rows])
+        return source_recordings(self.cache.ids[self.rows], self.cache.paths[self.rows], self.cache.dataset)
 
     def blank_logits(self) -> np.ndarray:
         """(n, C) to be filled in where a class is known."""
@@ -128,7 +128,7 @@ def _choose_device(device: str) -> torch.device:
     return choose_device(device)
 
 
-def _warnings(labels: np.ndarray, known: np.ndarray, train: np.ndarray) -> list[str]:
+def _warnings(labels: np.ndarray, known: np.ndarray) -> list[str]:
     found = []
     labels_per_clip = labels.sum(axis=1)
     none, several = int((labels_per_clip == 0).sum()), int((labels_per_clip > 1).sum())
@@ -140,7 +140,4 @@ def _warnings(labels: np.ndarray, known: np.ndarray, train: np.ndarray) -> list[
         )
     if len(known) < labels.shape[1]:
         found.append(f"{labels.shape[1] - len(known)} of {labels.shape[1]} classes have no clip and were left out")
-    untrained = (train.T.astype(np.int64) @ labels[:, known] == 0).any(axis=0).sum()
-    if untrained:
-        found.append(f"{untrained} classes have no training clip in some fold and cannot be recognised there")
     return found

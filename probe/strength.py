@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from whisper_at_cli.extract.cache.folds import evaluation_folds
+from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe.job import Job
 from whisper_at_cli.probe.solver import solve
 
@@ -45,6 +46,12 @@ def inner_divisions(job: Job) -> Inner:
     checks = []
     n = len(job.rows)
     for outer in range(job.train.shape[1]):
+        if (count := int(job.train[:, outer].sum())) < 2:
+            number = list(job.held_out.tests)[outer]
+            raise UsageError(
+                f"--strength auto needs at least 2 training clips in every fold (fold {number} has {count}); give a "
+                "number"
+            )
         divisions, _ = evaluation_folds(
             np.zeros(n, dtype=np.int64), np.full(n, ""), job.labels, job.train[:, outer], seed=job.seed,
             sources=job.sources,

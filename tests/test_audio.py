@@ -84,10 +84,10 @@ def test_damaged_files_end_in_an_error_or_in_samples_on_many_threads(esc10, tmp_
 
 def test_a_clip_is_cut_or_zero_padded_and_says_how_much_is_real(tmp_path):
     path = write_wav(tmp_path / "a.wav", noise(0, 2.0))
-    cut, real = load_clip(path, 16000)
+    cut, real, _ = load_clip(path, 16000)
     assert len(cut) == 16000 and real == 16000
     np.testing.assert_array_equal(cut, decode_int16(path)[:16000])
-    padded, real = load_clip(path, 48000)
+    padded, real, _ = load_clip(path, 48000)
     assert real == 32000 and not padded[32000:].any() and padded[:32000].any()
 
 

@@ -67,7 +67,7 @@ def test_a_part_has_the_samples_of_the_whole(files, name, monkeypatch):
         assert len(part) == len(expected), f"from {start}: {len(part)} samples, not {len(expected)}"
         worst = np.abs(part - expected).max() * 32768
         assert worst <= 1, f"from {start}: {worst:.0f} steps of 16 bits apart, mean {np.abs(part - expected).mean()}"
-        clip, real = load_clip(files[name], 48000, start=start)
+        clip, real, _ = load_clip(files[name], 48000, start=start)
         assert real == len(expected) and not clip[real:].any()
     assert bool(len(slowly) <= 6) is FORMS[name][1], "only what is near the start is decoded from there"
     with pytest.raises(AudioError, match="no samples from"):
@@ -83,10 +83,10 @@ def test_a_part_of_bytes_in_memory_is_that_of_the_file(files, name):
 
 
 def test_an_end_before_the_clips_end_leaves_zeros(files):
-    clip, real = load_clip(files["a.flac"], 48000, start=2.0, end=3.5)
+    clip, real, _ = load_clip(files["a.flac"], 48000, start=2.0, end=3.5)
     np.testing.assert_array_equal(clip[:24000], decode_int16(files["a.flac"])[32000:56000])
     assert real == 24000 and not clip[24000:].any()
-    clip, real = load_clip(files["a.flac"], 48000, end=1.5)
+    clip, real, _ = load_clip(files["a.flac"], 48000, end=1.5)
     assert real == 24000 and not clip[24000:].any()
 
 
@@ -159,7 +159,7 @@ def test_ten_seconds_from_the_middle_of_two_hours_cost_at_most_three_times_ten_s
 
     def timed(kind, *arguments, **options):
         started = time.perf_counter()
-        clip, _ = load_clip(*arguments, **options)
+        clip, _, _ = load_clip(*arguments, **options)
         times[kind].append(time.perf_counter() - started)
         return clip
 

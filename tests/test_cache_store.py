@@ -39,6 +39,15 @@ def test_a_file_appears_only_when_all_of_it_is_safe(tmp_path, monkeypatch):
     assert synced == [str(folder / ".0.partial"), "renamed", str(folder)]
 
 
+def test_files_written_together_wait_for_the_disk_once_and_appear_in_order(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(store.os, "fsync", lambda file: done.append("sync") or fsync(file))
+    monkeypatch.setattr(store.os, "replace", lambda a, b: done.append(Path(b).name) or replace(a, b))
+    LocalStore(tmp_path).write_together({"x/b": [b"1"], "x/a": [b"2"], "y/c": [b"3"]})
+    assert done == ["sync"] * 3 + ["b", "a", "c"] + ["sync"] * 2
+    assert LocalStore(tmp_path).sizes() == {"x/b": 1, "x/a": 1, "y/c": 1}
+
+
 @pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt()])
 def test_what_cannot_be_written_keeps_what_was_there(tmp_path, monkeypatch, error):
     here = LocalStore(tmp_path)

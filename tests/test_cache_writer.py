@@ -131,9 +131,9 @@ def test_a_shard_of_failed_clips_alone_has_no_means(tmp_path):
 def test_files_of_a_shard_are_written_status_last(tmp_path, monkeypatch):
     from whisper_at_cli.extract.cache.store import LocalStore
 
-    names, write_whole = [], LocalStore.write_whole
+    names, write = [], LocalStore.write_together
     with created(tmp_path / "a.zarr", dtype="int8") as first:
-        monkeypatch.setattr(LocalStore, "write_whole", lambda *args: names.append(args[1]) or write_whole(*args))
+        monkeypatch.setattr(LocalStore, "write_together", lambda *args: names.extend(args[1]) or write(*args))
         first.write(1, filled(range(4, 8), "int8"))
     files = ["features/c/1/0/0/0", "mean/c/1/0/0", "scale/c/1/0/0", "valid_frames/c/1", "status/c/1"]
     assert names == files
@@ -268,7 +268,7 @@ def test_a_file_system_without_room_for_a_shard_is_said_in_words(tmp_path, monke
         def refuse(*_):
             raise OSError("a library's own words")
 
-        monkeypatch.setattr(writer.LocalStore, "write_whole", refuse)
+        monkeypatch.setattr(writer.LocalStore, "write_together", refuse)
         with pytest.raises(
             CacheError, match="cannot write to .*a.zarr: a library's own words. What was finished is kept"
         ):
@@ -293,6 +293,7 @@ def test_info_says_everything_of_a_cache(tmp_path):
         "bytes": sum(file.stat().st_size for file in files), "made": {},
         "slots": [{"shard": "1/1", "clips": N, "pending": 3, "done": 7, "failed": 1, "running": False}],
         "failures": [{"id": "clip3", "path": "audio/clip3.wav", "error": "planted failure"}],
+        "notes": [],
     }  # fmt: skip
     assert cache.complete and list(summarise(path))[:6] == ["cache", "complete", "clips", "done", "failed", "pending"]
 

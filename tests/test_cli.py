@@ -86,7 +86,10 @@ def test_a_traceback_only_with_debug(tmp_path, debug):
         (["probe", "{empty}"], "not a feature cache"),
         (["probe", "{cache}", "--layer", "3"], "layers 1 to 2; layer 3 was asked for"),
         (["probe", "{cache}", "--layer", "0"], "layer 0 was asked for"),
-        (["probe", "{cache}", "--layer", "two"], "neither a number nor 'all'"),
+        (["probe", "{cache}", "--layer", "1-3"], "layers 1 to 2; layer 3 was asked for"),
+        (["probe", "{cache}", "--layer", "2-1"], "--layer 2-1 is empty: give the lower layer first, as 1-2"),
+        (["probe", "{cache}", "--layer", "1,"], "is not a layer"),
+        (["probe", "{cache}", "--layer", "two"], "--layer two is not a layer"),
         (["info", "{absent}"], "does not exist"),
         (["verify", "{sounds}"], "not a feature cache"),
         (["train-head", "{cache}", "--head", "mlp"], "last-mlp"),
@@ -149,6 +152,13 @@ def test_progress_is_plain_lines_on_stderr_and_only_the_result_on_stdout(capsys,
     assert "extract: 1/1 clips" in err and "\r" not in err and "\x1b" not in err
     status, _, err = run(capsys, "--quiet", *arguments)
     assert status == 0 and err == ""
+
+
+@pytest.mark.parametrize("given", [("1-2",), ("1,2",), ("2", "1"), ("1, 2",), ("all",), ("1-1", "2")])
+def test_layers_are_given_as_lists_and_ranges(capsys, cache, given):
+    options = [word for layer in given for word in ("--layer", layer)]
+    status, out, _ = run(capsys, "probe", cache, "--json", *options)
+    assert status == 0 and [row["layer"] for row in json.loads(out)["layers"]] == [1, 2]
 
 
 def test_probe_finds_the_layer_that_holds_the_label(capsys, cache, tmp_path):

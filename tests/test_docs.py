@@ -63,7 +63,7 @@ NOT_ALWAYS = (
     {"mAP", "mAP_std", "class_ap", "classes_without_positives"} | {"words", "word"} | {"what", "reason", "failed"}
 )
 OTHER_PROGRAMS = ("python", "pip", "conda", "make", "uv", "git", "sbatch", "torchrun", "nvidia-smi")
-OTHER_OPTIONS = {"--requeue", "--array", "--nproc-per-node"}  # of sbatch and torchrun
+OTHER_OPTIONS = {"--requeue", "--signal", "--cpus-per-task", "--array", "--nproc-per-node"}  # of sbatch and torchrun
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +88,7 @@ def here(hub, tmp_path, monkeypatch):
         PROGRAM: f'{python} -m whisper_at_cli.cli "$@"',
         "pip": f'{python} -m pip "$@"',
         "torchrun": f'{python} -m torch.distributed.run "$@"',
-        "srun": 'exec "$@"',
+        "srun": 'shift; exec "$@"',  # --cpus-per-task=N
         "ffmpeg": f'exec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"',
     }
     monkeypatch.setenv("PATH", path_with(tmp_path / "bin", programs))

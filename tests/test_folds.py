@@ -107,18 +107,18 @@ def test_three_clips_make_three_folds_and_one_clip_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name, other",
+    "dataset, name, other",
     [
-        ("1-17367-A-10", "3-17367-B-10"),
-        ("100032-3-0-0", "100032-3-0-12"),
-        ("Y--4gqARaEJE_0.000_10.000", "--4gqARaEJE_10000_20000"),
-        ("siren_part1", "siren_part22"),
-        ("walk 7-Segment-3", "walk 7-segment-4"),
+        ("esc50", "1-17367-A-10", "3-17367-B-10"),
+        ("urbansound8k", "100032-3-0-0", "100032-3-0-12"),
+        ("audioset", "Y--4gqARaEJE_0.000_10.000", "--4gqARaEJE_10000_20000"),
+        ("esc50", "siren_part1", "siren_part22"),
+        ("mine", "walk 7-Segment-3", "walk 7-segment-4"),
     ],
 )
-def test_clips_of_one_recording_are_told_by_their_names(name, other):
+def test_clips_of_one_recording_are_told_by_their_names(dataset, name, other):
     for ids, paths in (([name, other], ["", ""]), (["a", "b"], [f"audio/{name}.wav", f"audio/{other}.flac"])):
-        first, second = source_recordings(np.array(ids), np.array(paths))
+        first, second = source_recordings(np.array(ids), np.array(paths), dataset)
         assert first == second
 
 
@@ -137,6 +137,26 @@ def test_clips_of_one_recording_are_told_by_their_names(name, other):
 def test_names_that_leave_a_doubt_are_recordings_of_their_own(name, other):
     first, second = source_recordings(np.array([name, other]), np.array(["", ""]))
     assert first != second
+
+
+@pytest.mark.parametrize("dataset", ["", "mine", "esc50", "urbansound8k", "audioset"])
+@pytest.mark.parametrize(
+    "name, other, of",
+    [
+        ("1-17367-A-10", "3-17367-B-10", "esc50"),
+        ("2021-05-01-00", "2021-06-02-08", "urbansound8k"),
+        ("MSP-PODCAST_0001_0003", "MSP-PODCAST_0002_0006", "audioset"),
+    ],
+)
+def test_names_that_resemble_those_of_another_dataset_are_recordings_of_their_own(dataset, name, other, of):
+    first, second = source_recordings(np.array([name, other]), np.array(["", ""]), dataset)
+    assert (first == second) is (dataset == of)
+
+
+def test_parts_of_one_file_are_one_recording():
+    ids, paths = np.array(["a_0", "a_10", "b"]), np.array(["x/a.wav", "x/a.wav", "x/b.wav"])
+    first, second, other = source_recordings(ids, paths, "mine")
+    assert first == second != other
 
 
 def test_random_folds_keep_each_recording_together_and_classes_spread():
@@ -173,7 +193,9 @@ def test_two_recordings_make_two_folds():
 
 def test_without_its_folds_a_cache_of_esc_10_is_still_divided_by_recording(esc10_cache):
     class Foldless:
-        ids, paths, labels, done, split = (getattr(esc10_cache, n) for n in ("ids", "paths", "labels", "done", "split"))
+        ids, paths, labels, done, split, dataset = (
+            getattr(esc10_cache, n) for n in ("ids", "paths", "labels", "done", "split", "dataset")
+        )
         fold = np.zeros(len(esc10_cache), dtype=int)
 
     folds, (warning,) = cache_folds(Foldless(), seed=0)

@@ -63,8 +63,8 @@ def test_saving_again_replaces_the_head(saved):
 
 
 def test_a_folder_without_a_head_is_refused(tmp_path):
-    for folder in (tmp_path / "absent", tmp_path):
-        with pytest.raises(UsageError, match="holds no head"):
+    for folder, said in ((tmp_path / "absent", "absent does not exist"), (tmp_path, "holds no head")):
+        with pytest.raises(UsageError, match=said):
             load_head(folder)
 
 

@@ -222,7 +222,7 @@ def test_what_cannot_work_is_refused_before_any_audio_is_read(sounds, weights, o
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(sounds, weights):
-    with pytest.raises(WhisperATError, match="lower lr"):
+    with pytest.raises(WhisperATError, match="lower --lr"):
         tune(sounds, weights, changes={"lr": 1e30}, encoder_lr_share=1.0)
 
 

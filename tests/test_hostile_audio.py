@@ -143,20 +143,19 @@ def test_hostile_files_are_extracted_or_named_and_disturb_no_other(tmp_path, tin
 
 
 def test_what_is_extracted_of_odd_files_is_the_sound_in_them(tmp_path):
-    expected = make_hostile_samples = (np.sin(np.arange(8000) * 0.2) * 0.3).astype(np.float32)
+    expected = (np.sin(np.arange(8000) * 0.2) * 0.3).astype(np.float32)
     (tmp_path / "both").mkdir()
     make_hostile(tmp_path / "both")
     files = {path.name[3:]: path for path in (tmp_path / "both").iterdir()}
     for name in ("a wav.mp3", "a flac.ogg", "32 channels.wav", "new\nline.wav"):
-        clip, real = load_clip(files[name], 8000)
+        clip, real, _ = load_clip(files[name], 8000)
         gain = 9999 / 32768 if name.startswith("32") else 1.0
-        assert real == 8000 and np.abs(clip - expected * gain).max() < 2e-3, name
-    clip, real = load_clip(files["short.wav"], 8000)
+        assert real == 8000 and np.abs(clip / 32768 - expected * gain).max() < 2e-3, name
+    clip, real, _ = load_clip(files["short.wav"], 8000)
     assert real == 160 and not clip[160:].any()
-    clip, _ = load_clip(files["8 kHz 8 bit.wav"], 8000)
+    clip, _, _ = load_clip(files["8 kHz 8 bit.wav"], 8000)
     spectrum = np.abs(np.fft.rfft(clip))
     assert abs(spectrum.argmax() / 4000 - 0.2 / np.pi / 2) < 1e-3, "a tone of 8 kHz is read at half its frequency"
-    assert make_hostile_samples is expected
 
 
 def test_a_name_of_two_hundred_emoji_in_a_manifest_is_reported(tmp_path, random_backbone):
@@ -206,7 +205,7 @@ def test_random_bytes_with_any_suffix_end_in_a_clear_error_or_in_sound(tmp_path)
         path.write_bytes(heads[number % 8] + rng.bytes(int(rng.integers(1, 20000))))
         for start in (None, 0.3):
             try:
-                clip, real = load_clip(path, 8000, start=start)
+                clip, real, _ = load_clip(path, 8000, start=start)
                 assert np.isfinite(clip).all() and 0 < real <= 8000
             except AudioError as error:
                 assert "\n" not in str(error)

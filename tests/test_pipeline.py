@@ -1,5 +1,6 @@
 """Extraction from sounds to cache: nothing lost, nothing invented, and the same bytes however it is run."""
 
+import os
 from itertools import chain
 
 import numpy as np
@@ -12,7 +13,7 @@ from whisper_at_cli.extract.audio.decode import as_float, load_clip
 from whisper_at_cli.extract.cache import Status
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
-from whisper_at_cli.extract.pipeline import prepare, shard_run
+from whisper_at_cli.extract.pipeline import blocks, prepare, shard_run
 from whisper_at_cli.extract.pipeline.several_devices import slots_of
 
 SHARD_MB = 5 * 3 * 25 * 64 * 2 / 1e6  # at most five clips of the random backbone in float16
@@ -25,7 +26,7 @@ def test_features_are_those_of_each_clip_alone(noise_folder, tmp_path, random_ba
     cache = FeatureCache.open(tmp_path / "a.zarr")
     assert cache.complete and cache.clips_per_shard == 4, "three shards, equally full"
     for row in range(12):
-        clip, real = load_clip(noise_folder / cache.paths[row], 32000)
+        clip, real, _ = load_clip(noise_folder / cache.paths[row], 32000)
         alone = random_backbone.encode(torch.from_numpy(as_float(clip))[None])[0].numpy()
         np.testing.assert_allclose(cache.features([row])[0], alone, rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(cache.mean(rows=[row])[0], alone.mean(axis=1), rtol=2e-3, atol=2e-3)
@@ -172,30 +173,29 @@ def test_a_slow_disk_holds_extraction_back(tmp_path, random_backbone, monkeypatc
     """No more than a few shards are ever in memory, however slow the disk."""
     for index in range(30):
         write_wav(tmp_path / "sounds" / f"{index:02d}.wav", noise(index, 0.5))
-    alive, peak = set(), []
-    original, empty = shard_run.CacheWriter.write, shard_run.ShardBlock.empty
-
-    def counted_empty(clips, spec):
-        block = empty(clips, spec)
-        alive.add(id(block))
-        peak.append(len(alive))
-        return block
+    made, counts = [], []
+    original, empty, prepare = shard_run.CacheWriter.write, blocks.Block.empty, shard_run.Blocks.__init__
 
     def slow_write(self, shard, block):
         import time
 
-        time.sleep(0.05)
+        time.sleep(0.1)
         original(self, shard, block)
-        alive.discard(id(block))
 
-    monkeypatch.setattr(shard_run.ShardBlock, "empty", counted_empty)
+    def counted(self, count, *arguments, **options):
+        counts.append(count)
+        prepare(self, count, *arguments, **options)
+
+    monkeypatch.setattr(blocks.Block, "empty", lambda *all, **options: made.append(1) or empty(*all, **options))
+    monkeypatch.setattr(shard_run.Blocks, "__init__", counted)
     monkeypatch.setattr(shard_run.CacheWriter, "write", slow_write)
     report = extract(
         tmp_path / "sounds", tmp_path / "a.zarr", model=random_backbone, clip_seconds=0.5, shard_mb=0.001, batch_size=1
     )
     assert report.written == 30
     assert report.disk_wait_seconds > 0.5 and report.encoder_busy < 0.9
-    assert len(peak) == 30 and max(peak) <= shard_run.SHARDS_BEHIND + 2
+    most = os.cpu_count() + 1 + shard_run.BATCHES_AHEAD + shard_run.MOST_WRITERS
+    assert len(made) <= counts[0] <= most, "blocks are used again, and their number is bounded"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -285,7 +285,7 @@ class SmallDevice:
 def test_a_batch_that_does_not_fit_is_split_and_the_user_told_once(noise_folder, tmp_path, random_backbone):
     extract(noise_folder, tmp_path / "a.zarr", model=random_backbone, batch_size=4)
     report = extract(noise_folder, tmp_path / "b.zarr", model=SmallDevice(random_backbone, 2), batch_size=4)
-    assert [note[:38] for note in report.notes] == ["batches of 4 clips did not fit in the "]
+    assert [note[:38] for note in report.notes[-1:]] == ["batches of 4 clips did not fit in the "]
     found, expected = (FeatureCache.open(tmp_path / name).features(range(12)) for name in ("b.zarr", "a.zarr"))
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4)
     with pytest.raises(WhisperATError, match="one clip of 10 s does not fit in the memory of cpu"):

@@ -145,7 +145,7 @@ def test_a_class_in_one_fold_only_cannot_be_recognised_there_and_is_said(tmp_pat
     cache = planted_cache(tmp_path / "a.zarr", features_with_label_in(2, y), y, fold=FOLD)
     result = probe_layers(cache, layers=[2])
     assert result.layers[0].class_f1["class3"] == 0
-    assert result.warnings == ["1 classes have no training clip in some fold and cannot be recognised there"]
+    assert result.warnings == ["1 class has no training clip in some fold and cannot be recognised there"]
 
 
 def test_a_class_name_without_clips_has_no_score_and_is_said(tmp_path):

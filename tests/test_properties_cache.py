@@ -130,7 +130,7 @@ def stopped_at(step: int):
         for module, names in ((store_module, ("replace", "fsync", "open")), (writer_module, ("rename",))):
             proxy = SimpleNamespace(**{**vars(os), **{name: counted(getattr(os, name)) for name in names}})
             patches.enter_context(mock.patch.object(module, "os", proxy))
-        for owner, name in ((store_module, "_writev"), (CacheWriter, "_write_errors"), (CacheWriter, "_write_rows"),
+        for owner, name in ((store_module, "_writev"), (CacheWriter, "_write_errors"), (CacheWriter, "_write_status"),
                             (writer_module.schema, "create_arrays")):  # fmt: skip
             patches.enter_context(mock.patch.object(owner, name, counted(getattr(owner, name))))
         yield passed

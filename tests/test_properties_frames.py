@@ -68,8 +68,8 @@ def test_padding_is_never_taken_for_real(halves, part, extra):
     """Frames that count as real hold real audio, and no real sample lies in another; padding is zeros."""
     samples = halves * SAMPLE_RATE // 2
     length = max(1, round(part * (samples + extra)))
-    clip, real = clip_from_samples(np.full(length, 0.5, dtype=np.float32), SAMPLE_RATE, samples)
-    assert real == min(length, samples) and (clip[:real] == 0.5).all() and not clip[real:].any()
+    clip, real, _ = clip_from_samples(np.full(length, 0.5, dtype=np.float32), SAMPLE_RATE, samples)
+    assert real == min(length, samples) and (clip[:real] == 16384).all() and not clip[real:].any()
     frame = samples // FRAMES
     valid = real_frames(real, samples)
     assert 1 <= valid <= FRAMES

@@ -173,7 +173,8 @@ def test_a_head_of_another_model_is_refused(checkpoint, capsys, sounds, tmp_path
 
 @pytest.mark.parametrize("command", ["transcribe", "tag"])
 @pytest.mark.parametrize("arguments, said", [
-    (["{sounds}/c.wav", "--head", "{absent}"], "holds no head"),
+    (["{sounds}/c.wav", "--head", "{absent}"], "absent does not exist; give the folder that `train-head --out` wrote"),
+    (["{sounds}/c.wav", "--head", "{empty}"], "holds no head"),
     (["{absent}.wav", "--head", "{head}"], "does not exist"),
     (["{empty}", "--head", "{head}"], "holds no audio files"),
     (["{sounds}/c.wav", "--head", "{head}", "--resolution", "0.3"], "frames of 0.2 s"),
@@ -201,6 +202,58 @@ def test_transcribe_refuses_what_only_it_can_refuse(capsys, checkpoint, sounds, 
     broken.write_bytes((sounds / "c.wav").read_bytes()[:4000])
     status, out, err = run(capsys, "--quiet", "transcribe", broken, "--head", checkpoint)
     assert (status, out) == (1, "") and err.count("\n") == 1 and "broken.wav: it is truncated" in err
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """A tagger whose results are known at once; the second file fails, and the process is killed before the third."""
+    state = {"stop": None, "done": []}
+
+    def transcribe(self, path, **options):
+        if path.name == state["stop"]:
+            raise KeyboardInterrupt
+        if path.name == "b.wav":
+            raise AudioError(f"{path}: it is truncated")
+        state["done"].append(path.name)
+        return {"audio": str(path), "text": f"heard {path.name}", "segments": [], "tags": [], "events": []}
+
+    monkeypatch.setattr(Tagger, "transcribe", transcribe)
+    return state
+
+
+def test_each_result_of_many_is_printed_as_soon_as_it_is_there(capsys, checkpoint, sounds, scripted):
+    base = ("--quiet", "transcribe", "--head", checkpoint, sounds)
+    status, out, err = run(capsys, *base, "--json")
+    assert status == 1 and [result["text"] for result in json.loads(out)] == ["heard a.wav", "heard c.wav"]
+    assert out == json.dumps(json.loads(out), indent=1) + "\n", "the array that one call of json.dumps writes"
+    scripted["stop"] = "c.wav"
+    for form in ("json", "txt"):
+        status, out, err = run(capsys, *base, "--format", form)
+        assert status == 1 and "a.wav" in out and "c.wav" not in out and "interrupted" in err
+
+
+def test_transcribe_continues_after_a_kill_and_repeats_nothing(capsys, checkpoint, sounds, scripted, tmp_path):
+    out_folder = tmp_path / "out"
+    base = ("--quiet", "transcribe", "--head", checkpoint, sounds, "--out", out_folder)
+    scripted["stop"] = "c.wav"
+    assert run(capsys, *base)[0] == 1
+    (out_folder / ".transcribed.jsonl").write_text((out_folder / ".transcribed.jsonl").read_text() + '{"file": "c.t')
+    scripted["stop"] = None
+    (sounds / "deep/b.wav").unlink()
+    status, out, err = run(capsys, *base)
+    assert status == 0 and scripted["done"] == ["a.wav", "c.wav"]
+    assert (
+        out.split() == [str(out_folder / "a.txt"), str(out_folder / "c.txt")]
+        and "1 of 2 files were there from an earlier run" in err
+    )
+    run(capsys, *base)
+    assert scripted["done"] == ["a.wav", "c.wav"]
+    run(capsys, *base, "--seed", "1")  # another command
+    assert scripted["done"] == ["a.wav", "c.wav"] * 2
+    write_wav(sounds / "a.wav", noise(9, 3.0))  # other audio
+    (out_folder / "c.txt").unlink()
+    run(capsys, *base, "--seed", "1")
+    assert scripted["done"] == ["a.wav", "c.wav"] * 3
 
 
 def test_transcribe_writes_json_text_and_one_file_each(capsys, checkpoint, sounds, tmp_path):

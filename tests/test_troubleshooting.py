@@ -143,6 +143,14 @@ def provoke_audio(capsys, tiny_en) -> list[str]:
     lines += said_by(capsys, "--quiet", "extract", "bad.csv", "listed.zarr", "--model", tiny_en)
     for source in ("notes", "notes/a.txt"):
         lines += said_by(capsys, "extract", source, "x.zarr", "--model", tiny_en)
+    for name, text in (
+        ("quote", 'audio,label\nbad/dog/a.wav,"dog\n'), ("comma", "audio,label\nbad/dog/a.wav,dog,cat\n"),
+        ("names", "clip,species\nbad/dog/a.wav,dog\n"), ("species", "audio,species\nbad/dog/a.wav,dog\n"),
+    ):  # fmt: skip
+        Path(f"{name}.csv").write_text(text)
+        lines += said_by(capsys, "--quiet", "extract", f"{name}.csv", f"{name}.zarr", "--model", tiny_en)
+    write_wav(Path("long/dog/a.wav"), noise(0, 3.0))
+    lines += said_by(capsys, "--quiet", "extract", "long", "long.zarr", "--model", tiny_en, "--clip-seconds", 1)
     return lines + said_by(capsys, "probe", "bad.zarr")
 
 
@@ -198,7 +206,8 @@ def provoke_model(capsys) -> list[str]:
         "n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 64, "n_audio_head": 2, "n_audio_layer": 2,
         "n_vocab": 51864, "n_text_ctx": 448, "n_text_state": 64, "n_text_head": 2, "n_text_layer": 1,
     }  # fmt: skip
-    torch.save({"dims": dims, "model_state_dict": Whisper(ModelDimensions(**dims)).state_dict()}, "other.pt")
+    state = {name: torch.zeros_like(tensor) for name, tensor in Whisper(ModelDimensions(**dims)).state_dict().items()}
+    torch.save({"dims": dims, "model_state_dict": state}, "other.pt")
     return said_by(capsys, "tag", "sounds/dog/dog1.wav", "--head", "tagger", "--model", "other.pt")
 
 

@@ -173,6 +173,15 @@ def _urbansound8k(here: Workplace, path: Path) -> None:
     write(path / "metadata" / "UrbanSound8K.csv", "\n".join(rows) + "\n")
 
 
+@thing("VGGSound")
+def _vggsound(here: Workplace, path: Path) -> None:
+    rows = []
+    for index, name in enumerate(("dog barking", "raining")):
+        rows.append(f'---g-f_I2y{index},1,"{name}",{("train", "test")[index]}')
+        write_wav(path / "audio" / f"---g-f_I2y{index}_000001.wav", here.sound(index, 3))
+    write(path / "vggsound.csv", "\n".join(rows) + "\n")
+
+
 @thing("speech_commands_v0.02")
 def _speech_commands(here: Workplace, path: Path) -> None:
     for index in range(6):

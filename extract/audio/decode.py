@@ -8,32 +8,32 @@ A part of a file has the samples that the whole file has there; `segments` says 
 from __future__ import annotations
 
 import contextlib
-import io
 import math
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import NamedTuple
 
 import numpy as np
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
-from whisper_at_cli.extract.audio.lengths import refuse_huge_chunks, refuse_truncated, seconds_of
-from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
+from whisper_at_cli.extract.audio.lengths import loss_note, seconds_of
+from whisper_at_cli.extract.audio.opened import AudioFile, Source
+from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_frames, form_of
 from whisper_at_cli.extract.audio.segments import decode_span
-from whisper_at_cli.extract.errors import AudioError, MissingAudioError
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
+from whisper_at_cli.extract.audio.track import Track
+from whisper_at_cli.extract.errors import AudioError
 
 SUFFIXES = frozenset(  # of files that a folder is searched for
     ".wav .flac .ogg .oga .opus .mp3 .m4a .aac .mp4 .webm .mka .mkv .aif .aiff .aifc .au .wma .amr .caf .w64".split()
 )
-WAV_PROBE_BYTES = 16384  # enough to tell what is in a WAV file; FFmpeg's own 5 MB cost more than decoding 5 s
-HEAD_BYTES = 1024
-PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<MPD")  # FFmpeg would open whatever files these name
 
-Source = Path | bytes  # a file, or what one holds
+
+class ClipAudio(NamedTuple):
+    """One clip's audio as it was read."""
+
+    samples: np.ndarray  # (samples,) int16 at 16 kHz, cut or zero-padded
+    real: int  # how many of them are audio
+    note: str = ""  # what a user should know of this file though it was read, in one line
 
 
 def decode(source: str | Source, *, start: float = 0.0, max_seconds: float | None = None) -> np.ndarray:
@@ -52,40 +52,42 @@ def as_float(samples: np.ndarray) -> np.ndarray:
 def decode_int16(source: str | Source, *, start: float = 0.0, max_seconds: float | None = None) -> np.ndarray:
     """The samples of an audio file: (samples,) int16 at 16 kHz, channels mixed to one.
 
-    With `start` in seconds, decoding begins there; with `max_seconds`, it stops so much later. Raises AudioError for
-    whatever is not a whole, readable audio file, MissingAudioError (a kind of it) where there is no such file.
+    With `start` in seconds, decoding begins there; with `max_seconds`, it stops so much later or a little after that.
+    What FFmpeg's program passes over is passed over. Raises AudioError for what is no readable audio file and where
+    more than a tenth is lost of what the file promises; MissingAudioError (a kind of it) where there is no such file.
     """
-    source = Path(source) if isinstance(source, str) else source
-    most = math.inf if max_seconds is None else max_seconds
-    options = _options(source, _head(source))
-    with _decoding_errors():
-        if start > 0:
-            first = round(start * SAMPLE_RATE)
-            samples = decode_span(lambda: _opened(source, options), source, first, round(most * SAMPLE_RATE))
-        else:
-            with _opened(source, options) as container:
-                samples = decode_stream(container, most)
-                if len(samples) < most * SAMPLE_RATE - 1:
-                    refuse_truncated(source, container, len(samples) / SAMPLE_RATE)
-    if not len(samples):
-        raise AudioError(f"it holds no samples from {start:g} s on" if start > 0 else "it holds no samples")
-    return samples
+    return _decoded(source, start, math.inf if max_seconds is None else max_seconds)[0]
 
 
-def load_clip(
-    source: str | Source, samples: int, *, start: float | None = None, end: float | None = None
-) -> tuple[np.ndarray, int]:
-    """A clip of exactly `samples` samples, (samples,) int16, cut or zero-padded; and how many of them are real.
+def load_clip(source: str | Source, samples: int, *, start: float | None = None, end: float | None = None) -> ClipAudio:
+    """A clip of exactly `samples` samples, cut or zero-padded, with a note of what is lost of it.
 
-    With `start` or `end`, in seconds, it is cut from that part of the file.
+    With `start` or `end`, in seconds, it is cut from that part of the file. Errors are those of `decode_int16`.
     """
     start = start or 0.0
     wanted = samples if end is None else min(samples, max(1, round(end * SAMPLE_RATE) - round(start * SAMPLE_RATE)))
-    decoded = decode_int16(source, start=start, max_seconds=wanted / SAMPLE_RATE)[:wanted]
-    return _padded(decoded, samples), len(decoded)
+    decoded, note = _decoded(source, start, wanted / SAMPLE_RATE)
+    decoded = decoded[:wanted]
+    return ClipAudio(_padded(decoded, samples), len(decoded), note)
 
 
-def clip_from_samples(waveform: np.ndarray, rate: int, samples: int) -> tuple[np.ndarray, int]:
+def _decoded(source: str | Source, start: float, most: float) -> tuple[np.ndarray, str]:
+    """Samples from `start` on, of `most` seconds or a little more, and a note of what is lost of them."""
+    with _decoding_errors(), AudioFile(Path(source) if isinstance(source, str) else source) as file:
+        if start > 0 or (file.riff and file.riff.plain):
+            samples, track = decode_span(file, start, most)
+        else:
+            with file.container() as container:
+                track = Track(container)
+                samples = decode_frames(track.codec, track.frames(), most)
+        note = loss_note(file, track, start, len(samples) / SAMPLE_RATE, most)
+    if not len(samples):
+        reason = f"cannot be decoded: {track.reason}" if track and track.reason else "holds no samples"
+        raise AudioError(f"it {reason} from {start:g} s on" if start > 0 else f"it {reason}")
+    return samples, note
+
+
+def clip_from_samples(waveform: np.ndarray, rate: int, samples: int) -> ClipAudio:
     """`load_clip` for a waveform in memory: (n,) int16 or float32 at `rate`. Raises AudioError for NaN."""
     import av
 
@@ -101,7 +103,7 @@ def clip_from_samples(waveform: np.ndarray, rate: int, samples: int) -> tuple[np
         resampler = Resampler(form_of(frame), frame.layout.name, checked=waveform.dtype != np.int16)
         resampler.push(frame)
         decoded = np.concatenate(resampler.finish())[:samples]
-    return _padded(decoded, samples), len(decoded)
+    return ClipAudio(_padded(decoded, samples), len(decoded))
 
 
 def _padded(decoded: np.ndarray, samples: int) -> np.ndarray:
@@ -115,65 +117,8 @@ def audio_seconds(source: str | Source) -> tuple[float, bool]:
 
     From its header where that can be trusted, else from counting packets. Raises AudioError for what cannot be read.
     """
-    source = Path(source) if isinstance(source, str) else source
-    options = _options(source, _head(source))
-    with _decoding_errors(), _opened(source, options) as container:
-        return seconds_of(source, container)
-
-
-def _head(source: Source) -> bytes:
-    """The first bytes of a file. Looked at before FFmpeg opens it: a FIFO would hang, and FFmpeg names no reasons.
-
-    Raises AudioError, or MissingAudioError where there is no such file.
-    """
-    if isinstance(source, bytes):
-        if not source:
-            raise AudioError("it is empty (0 bytes)")
-        return source[:HEAD_BYTES]
-    try:
-        status = source.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise AudioError("it is not a file")
-        if status.st_size == 0:
-            raise AudioError("it is empty (0 bytes)")
-        with open(source, "rb", buffering=0) as file:
-            return file.read(HEAD_BYTES)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingAudioError(error.strerror or str(error)) from error
-    except OSError as error:
-        raise AudioError(f"it cannot be read: {error.strerror}") from error
-    except ValueError as error:  # a NUL or half a character
-        raise AudioError(f"its name cannot be that of a file ({error})") from error
-
-
-def _options(source: Source, head: bytes) -> dict[str, str]:
-    """For FFmpeg's demuxer: nothing but this file is opened, and no long look into plain PCM."""
-    if any(mark in head for mark in PLAYLISTS):
-        raise AudioError("it is a playlist, not audio")
-    if head[:4] == b"RIFF":
-        refuse_huge_chunks(source)
-    look = {"probesize": str(WAV_PROBE_BYTES)} if head[:4] == b"RIFF" else {}
-    return {"protocol_whitelist": "file"} | look
-
-
-@contextlib.contextmanager
-def _opened(source: Source, options: dict[str, str]) -> Iterator[InputContainer]:
-    """FFmpeg's container of a file that holds audio."""
-    import av
-
-    with contextlib.ExitStack() as stack:
-        if isinstance(source, bytes):
-            file: str | BinaryIO = io.BytesIO(source)
-        elif (name := str(source)).isprintable() or name.encode("utf-8", "ignore").decode() == name:
-            file = f"file:{source}"  # "file:" so that no name is taken for a protocol
-        else:  # a name that is not text
-            file = stack.enter_context(open(source, "rb"))
-        container = stack.enter_context(av.open(file, mode="r", metadata_errors="ignore", options=options))
-        if not container.streams.audio:
-            raise AudioError("it holds no audio")
-        if container.streams.audio[0].codec_context is None:
-            raise AudioError("it cannot be decoded: its audio has a codec that FFmpeg does not know")
-        yield container
+    with _decoding_errors(), AudioFile(Path(source) if isinstance(source, str) else source) as file:
+        return seconds_of(file)
 
 
 @contextlib.contextmanager

@@ -1,151 +1,192 @@
-"""How long an audio file is without decoding it, and whether it holds as much as its own header promises."""
+"""How long an audio file is without decoding it, and what it lacks of what its own header promises."""
 
 from __future__ import annotations
 
-import io
-import os
+import contextlib
 import struct
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
-from whisper_at_cli.extract.audio.mp3 import Mp3Index, Unindexable, mp3_index
+from whisper_at_cli.extract.audio.mp3 import Unindexable, mp3_index, tagged_seconds
+from whisper_at_cli.extract.audio.ogg import Ogg, read_ogg
+from whisper_at_cli.extract.audio.opened import AudioFile
+from whisper_at_cli.extract.audio.track import MATROSKA, MP4, Track
+from whisper_at_cli.extract.audio.wav import never_written
 from whisper_at_cli.extract.errors import AudioError
 
-if TYPE_CHECKING:
-    from av.audio.stream import AudioStream
-    from av.container import InputContainer
-
-COUNTED = frozenset(("w64", "flac", "aiff", "au", "caf"))  # containers whose header counts the samples
-TIMED = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "ogg"))  # whose header says a length, a little rounded
-COUNTED_TOLERANCE_SECONDS = 0.05
-TIMED_TOLERANCE_SECONDS = 0.5  # an encoder's delay and padding, and lengths rounded to a packet
-OGG_PAGE_BYTES = 65307  # at most
-MOST_CHUNKS = 10_000  # of a RIFF file that are looked at
-MOST_LACKING = 1 << 24  # bytes that a chunk other than the audio may lack
-
-Source = Path | bytes
+UNSAID_SECONDS = 0.1  # that may be lost without a word: an encoder's delay and padding, lengths rounded to a packet
+NOTED_SHARE = 0.1  # of what is promised; where more is lost, the clip fails
+PCM = frozenset(("w64", "aiff", "au", "caf"))  # containers whose header counts the samples
+GAP_SECONDS = 0.01  # between packets, more than times in milliseconds are rounded by
+W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
+KEPT_OGGS = 64  # files whose pages are remembered, for the parts of them
 
 
-def refuse_truncated(source: Source, container: InputContainer, seconds: float) -> None:
-    """Raise AudioError where the file's own header promises more audio than the `seconds` it holds."""
-    form = container.format.name
-    if form == "ogg" and not _ends_on_ogg_page(source):
-        raise AudioError(f"it is truncated: it ends within an Ogg page, after {seconds:.2f} s")
-    if form == "wav" and (lacking := _lacking_wav_bytes(source)):
-        raise AudioError(f"it is truncated: {lacking} bytes of what its header promises are missing")
-    promised, tolerance = _promised_seconds(source, container)
-    if promised is not None and seconds < promised - tolerance:
-        raise AudioError(f"it is truncated: its header promises {promised:.2f} s, it holds {seconds:.2f} s")
+def loss_note(file: AudioFile, track: Track | None, start: float, held: float, wanted: float) -> str:
+    """What is to be said of `held` seconds that were read from `start` on, where `wanted` were asked for.
+
+    Raises AudioError where more than a tenth of what the file promises there is lost.
+    """
+    short = held < wanted - 1e-4
+    missing = min(_missing_at_end(file, track, start + held), wanted - held) if short else 0.0
+    passed_over, damaged = (track.passed_over, max(track.passed_seconds, track.hole_seconds)) if track else (0, 0.0)
+    ogg = ogg_of(file) if track and track.form == "ogg" and short else None
+    lost = max(missing, damaged)
+    notes = []
+    if lost > UNSAID_SECONDS:
+        promised = held + lost
+        if track and passed_over and not held:
+            raise AudioError(f"it cannot be decoded: {track.reason}")
+        if lost > NOTED_SHARE * promised:
+            what = "damaged" if damaged > lost / 2 or (ogg and ogg.damaged) else "truncated"
+            where = f" from {start:g} s on" if start else ""
+            holds = f"it holds {held:.2f} s" if held else f"it holds no samples{where}"
+            raise AudioError(f"it is {what}: its header promises {promised:.2f} s{where}, {holds}")
+        notes.append(f"{lost:.2f} s of {promised:.2f} s are lost: the file is cut off or damaged")
+    if passed_over:
+        packets = "1 packet was" if passed_over == 1 else f"{passed_over} packets were"
+        notes.append(f"{packets} passed over: not audio, or damaged")
+    if ogg and ogg.cut:
+        notes.append("the file ends within an Ogg page: it was cut off, by how much is not known")
+    return "; ".join(notes)
 
 
-def seconds_of(source: Source, container: InputContainer) -> tuple[float, bool]:
-    """The length of an open file, and whether that is exact: from a header that can be trusted, else by its packets."""
-    form, stream = container.format.name, container.streams.audio[0]
-    if form == "mp3":
-        try:
-            index = _mp3_index(source, container)
+def seconds_of(file: AudioFile) -> tuple[float, bool]:
+    """The length of a file, and whether that is exact: from a header that can be trusted, else by its packets.
+
+    What a header promises and the file does not hold counts, so that it is missed.
+    """
+    lacking = file.riff.lacking if file.riff else 0.0
+    lacking = lacking if lacking > UNSAID_SECONDS else 0.0
+    if file.riff and (plain := file.riff.plain):
+        return plain.length / plain.rate + lacking, True
+    with file.container() as container:
+        track = Track(container)
+        seconds, exact = _seconds_by_form(file, track)
+        return seconds + lacking, exact
+
+
+def _seconds_by_form(file: AudioFile, track: Track) -> tuple[float, bool]:
+    if track.form == "mp3":
+        return _mp3_seconds(file, track)
+    if track.form == "ogg" and (ogg := ogg_of(file)) and ogg.links > 1:
+        return ogg.seconds, False
+    if track.declared is not None:
+        if track.form == "flac":
+            return track.declared - _first_time(track), True
+        if track.form in PCM or (track.form == "wav" and track.codec.startswith("pcm_")):
+            return track.declared + _lacking_pcm(file, track), True
+        if track.form == "ogg" or (track.form == MP4 and not has_gaps(track)):
+            return track.declared, False
+    return _packet_seconds(track), False
+
+
+def _mp3_seconds(file: AudioFile, track: Track) -> tuple[float, bool]:
+    next(track.packets())
+    if track.first_byte is not None:
+        with contextlib.suppress(Unindexable):
+            index = mp3_index(file, track.first_byte)
             return index.total_samples() / index.rate, True
-        except Unindexable:
-            return _packet_seconds(container), False
-    counted = form in COUNTED or (form == "wav" and stream.codec_context.name.startswith("pcm_"))
-    if (counted or form in TIMED) and stream.duration and stream.duration > 0:
-        return _seconds(stream.duration, stream), counted
-    return _packet_seconds(container), False
+    track.container.seek(0)
+    held = _packet_seconds(track) - (track.stream.start_time or 0) * track.tick  # the encoder's delay
+    promised = tagged_seconds(file, track.first_byte or 0) or 0.0
+    return (promised if promised > held + UNSAID_SECONDS else held), False
 
 
-def _promised_seconds(source: Source, container: InputContainer) -> tuple[float | None, float]:
-    """What the header says, None where it says nothing that must hold; and how far the audio may fall short of it."""
-    form, stream = container.format.name, container.streams.audio[0]
-    if form in COUNTED and stream.duration:
-        return _seconds(stream.duration, stream), COUNTED_TOLERANCE_SECONDS
-    if form in TIMED - {"ogg"} and len(container.streams) == 1:  # a picture may last longer than its sound
-        if stream.duration:
-            return _seconds(stream.duration, stream), TIMED_TOLERANCE_SECONDS
-        return (container.duration or 0) / 1e6, TIMED_TOLERANCE_SECONDS
-    if form == "mp3":
-        try:
-            index = _mp3_index(source, container)
-        except Unindexable:
-            return None, 0.0
-        if index.tagged_frames is not None:
-            return index.kept_samples / index.rate, TIMED_TOLERANCE_SECONDS
-    return None, 0.0
+def _first_time(track: Track) -> float:
+    """The time stamp with which a stream begins: not 0 in one that was cut out of another."""
+    packet = next(track.packets())
+    return (packet.pts or 0) * track.tick if packet else 0.0
 
 
-def _seconds(ticks: int, stream: AudioStream) -> float:
-    assert stream.time_base is not None, "FFmpeg gives a stream that it has opened a time base"
-    return float(ticks * stream.time_base)
-
-
-def _mp3_index(source: Source, container: InputContainer) -> Mp3Index:
-    """The index of an open MP3 file. Raises Unindexable."""
-    stream = container.streams.audio[0]
-    container.seek(0)
-    packet = next(container.demux(stream), None)
-    if packet is None or packet.pos is None:
-        raise Unindexable
-    return mp3_index(source, packet.pos)
-
-
-def _packet_seconds(container: InputContainer) -> float:
-    """The length by what each packet says of itself."""
-    stream = container.streams.audio[0]
-    container.seek(0)
-    spans = [
-        (packet.pts, packet.pts + (packet.duration or 0))
-        for packet in container.demux(stream)
-        if packet.pts is not None
-    ]
-    return _seconds(max(end for _, end in spans) - min(start for start, _ in spans), stream) if spans else 0.0
-
-
-def _open(source: Source) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-
-
-def _lacking_wav_bytes(source: Source) -> int:
-    """How many bytes the data chunk of a RIFF file lacks. FFmpeg takes what is there for the whole."""
-    for name, length, left in _riff_chunks(source):
-        if name == b"data":
-            unknown = length in (0, 0xFFFFFFFF)  # written to a pipe: the header never learned the length
-            return 0 if unknown else max(0, length - left)
-    return 0
-
-
-def refuse_huge_chunks(source: Source) -> None:
-    """Raise AudioError where a chunk of a RIFF file is far larger than the file, for which FFmpeg would make room, or
-    where there are more chunks than any has."""
-    for number, (name, length, left) in enumerate(_riff_chunks(source), start=1):
-        if number == MOST_CHUNKS:
-            raise AudioError(f"it is damaged: it has more than {MOST_CHUNKS - 1} chunks")
-        if name != b"data" and length > left + MOST_LACKING:
-            raise AudioError(f"it is damaged: its chunk {name!r} says {length} bytes, and {left} are left of the file")
-
-
-def _riff_chunks(source: Source) -> Iterator[tuple[bytes, int, int]]:
-    """Name and length of each chunk of a RIFF file, and how many bytes there are from its content on."""
-    with _open(source) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if file.read(4) != b"RIFF":
-            return
-        at, number = 12, 0
-        while at + 8 <= size and number < MOST_CHUNKS:
-            file.seek(at)
-            name, length = struct.unpack("<4sI", file.read(8))
-            yield name, length, size - at - 8
-            at, number = at + 8 + length + length % 2, number + 1
-
-
-def _ends_on_ogg_page(source: Source) -> bool:
-    """Whether the last Ogg page in the file is whole."""
-    with _open(source) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 2 * OGG_PAGE_BYTES))
-        tail = file.read()
-    page = tail.rfind(b"OggS")
-    if page < 0 or len(tail) < page + 27:
+def has_gaps(track: Track) -> bool:
+    """Whether an MP4 file's time stamps go further than its frames."""
+    codec = track.stream.codec_context
+    if not (codec.frame_size and codec.sample_rate and track.stream.frames and track.declared):
         return False
-    segments = tail[page + 27 : page + 27 + tail[page + 26]]
-    return len(segments) == tail[page + 26] and page + 27 + len(segments) + sum(segments) <= len(tail)
+    return track.declared - track.stream.frames * codec.frame_size / codec.sample_rate > UNSAID_SECONDS
+
+
+def _packet_seconds(track: Track) -> float:
+    """The length by what each packet says of itself, without the gaps between them, in which no samples are."""
+    length, begin, end = 0.0, 0.0, -1e9
+    for packet in track.packets():
+        if packet is None or packet.pts is None:
+            continue
+        time = packet.pts * track.tick
+        if not end - 0.5 < time < end + GAP_SECONDS:
+            length += max(0.0, end - begin)
+            begin = end = time
+        end = max(end, time + (packet.duration or 0) * track.tick)
+    return length + max(0.0, end - begin)
+
+
+def _missing_at_end(file: AudioFile, track: Track | None, reached: float) -> float:
+    """Seconds that a file promises behind the `reached` ones, at which its audio ends."""
+    if file.riff:
+        return file.riff.lacking
+    if track is None:
+        return 0.0
+    if track.form in (MP4, MATROSKA):  # by its time stamps, in which there may be gaps
+        if track.declared is None or track.begins is None:
+            return track.declared or 0.0
+        return track.declared - track.last_time + (track.begins if track.form == MP4 else 0.0)
+    promised = _promised_seconds(file, track)
+    return 0.0 if promised is None else promised - reached
+
+
+def _promised_seconds(file: AudioFile, track: Track) -> float | None:
+    """Of the whole file, where its header counts the samples."""
+    if track.form == "mp3":
+        return tagged_seconds(file, track.first_byte or 0)
+    if track.form == "ogg" and (ogg := ogg_of(file)):
+        return ogg.seconds - (track.begins or 0.0 if ogg.links == 1 else 0.0)
+    if track.declared and track.form == "flac":
+        return track.declared - (track.begins or 0.0)
+    if track.declared and track.form in PCM:
+        return track.declared + _lacking_pcm(file, track)
+    return None
+
+
+def _lacking_pcm(file: AudioFile, track: Track) -> float:
+    """Seconds that a W64 or CAF file lacks of what it promises: FFmpeg takes what is there for the whole."""
+    speed = (track.stream.codec_context.bit_rate or 0) / 8
+    if track.form not in ("w64", "caf") or not speed:
+        return 0.0
+    for name, length, at in _w64_chunks(file) if track.form == "w64" else _caf_chunks(file):
+        if name in (W64_DATA, b"data"):
+            return 0.0 if never_written(length) or length < 0 else max(0, length - (file.size - at)) / speed
+    return 0.0
+
+
+def _w64_chunks(file: AudioFile) -> Iterator[tuple[bytes, int, int]]:
+    at = 40
+    while len(head := file.read(at, 24)) == 24:
+        name, length = struct.unpack("<16sq", head)
+        yield name, length - 24, at + 24
+        at += max(24, length + -length % 8)
+
+
+def _caf_chunks(file: AudioFile) -> Iterator[tuple[bytes, int, int]]:
+    at = 8
+    while len(head := file.read(at, 12)) == 12:
+        name, length = struct.unpack(">4sq", head)
+        yield name, length, at + 12
+        at += 12 + max(0, length)
+
+
+_oggs: OrderedDict[tuple, Ogg | None] = OrderedDict()
+_guard = threading.Lock()
+
+
+def ogg_of(file: AudioFile) -> Ogg | None:
+    """The pages of an Ogg file, walked once; None where it holds no audio that is known here."""
+    if file.path is None:
+        return read_ogg(file.read, file.size)
+    with _guard:
+        if file.key not in _oggs:
+            _oggs[file.key] = read_ogg(file.read, file.size)
+            if len(_oggs) > KEPT_OGGS:
+                _oggs.popitem(last=False)
+        return _oggs[file.key]

@@ -11,6 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from whisper_at_cli.extract.audio.opened import AudioFile
 
 STRIDE = 32  # frames between positions that are kept
 STRIDE_BYTES = STRIDE * 1441  # at most
@@ -51,7 +55,10 @@ class Mp3Index:
         self._kept = [first]  # position of every STRIDE-th frame
         self._at, self.frames, self.ended = first, 0, False  # of the next frame; counted so far; all counted
         before = max(0, first - HEADER_BYTES)
-        self.kept_samples, self.tagged_frames = _padding(read(before, first - before), self.samples)
+        head = read(before, first - before)
+        self.kept_samples, self.tagged_frames = _padding(head, self.samples)
+        tagged = _tagged_bytes(head)  # FFmpeg does not believe in them where the file is a sixteenth larger
+        self._trusted = not tagged or not read(before + tagged + tagged // 16 + HEADER_BYTES, 1)
 
     def count(self, most: int) -> int:
         """How many frames there are, or `most` if there are at least that many. Raises Unindexable."""
@@ -106,7 +113,7 @@ class Mp3Index:
     def total_samples(self) -> int:
         """Samples of the whole file, without an encoder's padding. Raises Unindexable."""
         frames = self.count(1 << 62)
-        if self.tagged_frames is not None and frames == self.tagged_frames:
+        if self.tagged_frames is not None and frames == self.tagged_frames and self._trusted:
             return self.kept_samples
         if self.tagged_frames is not None:
             raise Unindexable  # the file's own header speaks of another file
@@ -142,19 +149,35 @@ def _padding(head: bytes, samples: int) -> tuple[int, int | None]:
     return frames * samples - (delays >> 12) - (delays & 4095), frames
 
 
+def _tagged_bytes(head: bytes) -> int:
+    """The size of the file by its own header; 0 without one."""
+    at = max(head.rfind(b"Xing"), head.rfind(b"Info"))
+    if at < 0 or head[at + 7 : at + 8] not in (b"\x03", b"\x07", b"\x0b", b"\x0f"):  # frames and bytes are there
+        return 0
+    return int.from_bytes(head[at + 12 : at + 16], "big")
+
+
+def tagged_seconds(file: AudioFile, first: int) -> float | None:
+    """The length that a file's own header gives, without an encoder's padding; None where it has none."""
+    try:
+        index = Mp3Index(file.read, first)
+    except Unindexable:
+        return None
+    return None if index.tagged_frames is None else index.kept_samples / index.rate
+
+
 _indexes: OrderedDict[tuple, Mp3Index] = OrderedDict()
 _guard = threading.Lock()
 
 
-def mp3_index(source: Path | bytes, first: int) -> Mp3Index:
+def mp3_index(file: AudioFile, first: int) -> Mp3Index:
     """The index of a file, kept for whoever asks next. Raises Unindexable, OSError."""
-    if isinstance(source, bytes):
-        return Mp3Index(lambda at, length: source[at : at + length], first)
-    status = source.stat()
-    key = (str(source), status.st_size, status.st_mtime_ns, first)
+    if file.path is None:
+        return Mp3Index(file.read, first)
+    key = (*file.key, first)
     with _guard:
         if key not in _indexes:
-            _indexes[key] = Mp3Index(partial(_read_from, source), first)
+            _indexes[key] = Mp3Index(partial(_read_from, file.path), first)
             if len(_indexes) > KEPT_INDEXES:
                 _indexes.popitem(last=False)
         _indexes.move_to_end(key)
@@ -162,6 +185,7 @@ def mp3_index(source: Path | bytes, first: int) -> Mp3Index:
 
 
 def _read_from(path: Path, at: int, length: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:  # read, not mapped: a file that shrinks meanwhile must do no harm
+    """For an index that outlives the open file. Read, not mapped: a file that shrinks meanwhile must do no harm."""
+    with open(path, "rb", buffering=0) as file:
         file.seek(at)
         return file.read(length)

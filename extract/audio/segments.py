@@ -11,29 +11,34 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
+from whisper_at_cli.extract.audio.lengths import has_gaps, ogg_of
 from whisper_at_cli.extract.audio.mp3 import Mp3Index, Unindexable, mp3_index
-from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, Resampler, decode_stream, form_of
+from whisper_at_cli.extract.audio.opened import AudioFile
+from whisper_at_cli.extract.audio.resample import RESAMPLER_SECONDS, decode_frames, form_of, resampler_of
+from whisper_at_cli.extract.audio.track import MP4, Track, cut
+from whisper_at_cli.extract.audio.wav import Plain, Read
 
 if TYPE_CHECKING:
     from fractions import Fraction
 
     from av import AudioFrame
     from av.audio.codeccontext import AudioCodecContext
-    from av.container import InputContainer
 
 COUNTED = frozenset(("wav", "w64", "flac", "aiff", "au", "caf", "ogg", "mov,mp4,m4a,3gp,3g2,mj2"))  # time stamps do
 STATELESS = ("pcm_", "flac", "alac")  # codecs whose packets stand alone
 DECODER_SECONDS = 1.0  # decoded before, for codecs that carry something over
 MP3_FRAMES_BEFORE = 96  # looked at: a frame may lean on 511 bytes of those before it, which can be as short as 24
 MP3_BYTES_BEFORE, MP3_FRAME_OVERHEAD, MP3_OVERLAP = 512, 40, 4  # of them decoded: so many bytes, and a few frames more
+
+LONGEST_SECONDS = 1e7  # what "all of it" is taken for
+HOLE_SECONDS = 0.05  # between time stamps and samples: more than single time stamps are off
+PLAIN_BLOCK = 1 << 14  # samples that go to the resampler at a time
 
 Numbered = Iterator[tuple[int, "AudioFrame"]]  # number of its first sample within the whole file, and a frame
 
@@ -42,74 +47,109 @@ class _Inexact(Exception):
     """What was tried cannot say exactly where it is in the file."""
 
 
-def decode_span(
-    opened: Callable[[], AbstractContextManager[InputContainer]], source: Path | bytes, first: int, count: int
-) -> np.ndarray:
-    """int16 samples `first` to `first + count` at 16 kHz of the whole file; fewer at its end.
+class _Span(NamedTuple):
+    """Samples `first` to `first + wanted` at 16 kHz, and those of the source that they are made from."""
 
-    `opened` gives FFmpeg's container of the source, at its start.
+    first: int
+    wanted: int
+    rate: int  # of the source
+
+    @property
+    def begin(self) -> int:
+        """A sample of the source that falls on a sample of the output, early enough for the resampler's history."""
+        step = self.rate // math.gcd(self.rate, SAMPLE_RATE)
+        return max(0, int((self.first / SAMPLE_RATE - RESAMPLER_SECONDS) * self.rate)) // step * step
+
+    @property
+    def enough(self) -> float:
+        return ((self.first + self.wanted) / SAMPLE_RATE + RESAMPLER_SECONDS) * self.rate
+
+
+def decode_span(file: AudioFile, start: float, most: float) -> tuple[np.ndarray, Track | None]:
+    """int16 samples at 16 kHz of the whole file, from `start` on and at most `most` seconds; fewer at its end.
+
+    And what decoded them, for its account of damage; None where nothing could be damaged.
     """
+    first, count = round(start * SAMPLE_RATE), round(min(most, LONGEST_SECONDS) * SAMPLE_RATE)
+    if file.riff and (plain := file.riff.plain):
+        if (plain.rate, plain.channels) == (SAMPLE_RATE, 1):
+            return plain.samples(file.read, first, count)[:, 0], None
+        span = _Span(first, count, plain.rate)
+        return _resampled(_plain_frames(file.read, plain, span.begin), span, "pcm_s16le"), None
     for frames_from in (_by_count, _from_start):
-        with opened() as container:
+        with file.container() as container:
+            track = Track(container)
             try:
-                return _resampled(container, source, frames_from, first, count)
+                span = _Span(first, count, track.stream.codec_context.sample_rate or SAMPLE_RATE)
+                samples = _resampled(frames_from(file, track, span), span, track.codec)
+                if frames_from is _by_count and (track.passed_over or track.hole_seconds > HOLE_SECONDS):
+                    continue  # time stamps count what is not there
+                return samples, track  # noqa: TRY300
             except (_Inexact, Unindexable):
                 continue
-    with opened() as container:  # the stream changes its form on the way
-        return decode_stream(container, (first + count) / SAMPLE_RATE)[first : first + count]
+    with file.container() as container:  # the stream changes its form on the way
+        track = Track(container)
+        return decode_frames(track.codec, track.frames(), start + most)[first : first + count], track
 
 
-def _resampled(
-    container: InputContainer, source: Path | bytes,
-    frames_from: Callable[[InputContainer, Path | bytes, int, float], Numbered], first: int, count: int,
-) -> np.ndarray:  # fmt: skip
-    stream = container.streams.audio[0]
-    rate = stream.codec_context.sample_rate
-    if not rate:
-        raise _Inexact
-    step = rate // math.gcd(rate, SAMPLE_RATE)  # source samples between two that fall on samples of the output
-    begin = max(0, int((first / SAMPLE_RATE - RESAMPLER_SECONDS) * rate)) // step * step
-    enough = ((first + count) / SAMPLE_RATE + RESAMPLER_SECONDS) * rate
-    resampler, form, following = None, None, 0
-    for number, frame in frames_from(container, source, begin, enough):
+def _resampled(frames: Numbered, span: _Span, codec: str) -> np.ndarray:
+    """The samples of a span, from frames that begin before it without a gap. Raises _Inexact for others."""
+    resampler, form, following, begin = None, None, 0, span.begin
+    for number, frame in frames:
         if resampler is None:
-            if number > begin or frame.rate != rate:
+            if number > begin or frame.rate != span.rate:
                 raise _Inexact
-            resampler, form = Resampler.of(frame, stream, skip=begin - number), form_of(frame)
+            resampler, form = resampler_of(frame, codec, skip=begin - number), form_of(frame)
         elif form_of(frame) != form or number != following:
             raise _Inexact
         resampler.push(frame)
         following = number + frame.samples
-        if following >= enough:
+        if following >= span.enough:
             break
     pieces = resampler.finish() if resampler else []
-    offset = first - begin * SAMPLE_RATE // rate
-    return np.concatenate(pieces)[offset : offset + count] if pieces else np.zeros(0, dtype=np.int16)
+    offset = span.first - begin * SAMPLE_RATE // span.rate
+    return np.concatenate(pieces)[offset : offset + span.wanted] if pieces else np.zeros(0, dtype=np.int16)
 
 
-def _by_count(container: InputContainer, source: Path | bytes, begin: int, enough: float) -> Numbered:
+def _plain_frames(read: Read, plain: Plain, begin: int) -> Numbered:
+    import av
+
+    layout = ("mono", "stereo")[plain.channels - 1]
+    for number in range(begin, plain.length, PLAIN_BLOCK):
+        samples = plain.samples(read, number, PLAIN_BLOCK)
+        if not len(samples):
+            return
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout=layout)
+        frame.sample_rate = plain.rate
+        yield number, frame
+
+
+def _by_count(file: AudioFile, track: Track, span: _Span) -> Numbered:
     """Frames from `begin` on or a little before, found without decoding the file up to there."""
-    if container.format.name == "mp3":
-        return _mp3_frames(container, source, begin, enough)
-    if container.format.name in COUNTED:
-        return _sought_frames(container, begin)
-    raise _Inexact
+    if track.form == "mp3":
+        return _mp3_frames(file, track, span)
+    if track.form not in COUNTED or (track.form == MP4 and has_gaps(track)):
+        raise _Inexact
+    if track.form == "ogg" and ((ogg := ogg_of(file)) is None or ogg.links > 1 or ogg.damaged):
+        raise _Inexact  # its time stamps begin anew, or go further than its samples
+    return _sought_frames(track, span.begin)
 
 
-def _sought_frames(container: InputContainer, begin: int) -> Numbered:
+def _sought_frames(track: Track, begin: int) -> Numbered:
     """Frames from FFmpeg's seek. Where block sizes vary (Vorbis), single time stamps are off: most of them decide."""
-    stream = container.streams.audio[0]
+    stream = track.stream
     rate, tick = stream.codec_context.sample_rate, stream.time_base
-    start = next(container.decode(stream), None)
+    start = next(track.frames(), None)
     origin = None if start is None else start.pts
     before = 0 if stream.codec_context.name.startswith(STATELESS) else round(DECODER_SECONDS * rate)
     if origin is None or tick is None or (1 / tick) % rate or begin <= before:
         raise _Inexact  # its time stamps do not count samples; or it is near enough to the start
-    container.seek(origin + int((begin - before) / rate / tick), stream=stream, backward=True)
+    track.container.seek(origin + int((begin - before) / rate / tick), stream=stream, backward=True)
     waiting: list[tuple[int, AudioFrame]] = []
     offsets: Counter[Fraction] = Counter()
     counted = 0
-    frames = container.decode(stream)
+    track.forget()
+    frames = track.frames()
     for frame in frames:
         if frame.pts is None:
             raise _Inexact
@@ -129,14 +169,14 @@ def _sought_frames(container: InputContainer, begin: int) -> Numbered:
         counted += frame.samples
 
 
-def _mp3_frames(container: InputContainer, source: Path | bytes, begin: int, enough: float) -> Numbered:
+def _mp3_frames(file: AudioFile, track: Track, span: _Span) -> Numbered:
     import av
 
-    stream = container.streams.audio[0]
-    packet = next(container.demux(stream), None)
-    if packet is None or packet.pos is None:
+    stream = track.stream
+    next(track.packets())
+    if track.first_byte is None:
         raise _Inexact
-    index = mp3_index(source, packet.pos)
+    index, begin = mp3_index(file, track.first_byte), span.begin
     ahead = round(
         (stream.start_time or 0) * (stream.time_base or 0) * index.rate
     )  # the encoder's delay, which FFmpeg leaves off
@@ -144,7 +184,7 @@ def _mp3_frames(container: InputContainer, source: Path | bytes, begin: int, eno
         raise _Inexact
     target = (begin + ahead) // index.samples
     number = max(0, target - MP3_FRAMES_BEFORE)
-    last = math.ceil((enough + ahead) / index.samples) + 1
+    last = math.ceil((span.enough + ahead) / index.samples) + 1
     codec = cast("AudioCodecContext", av.CodecContext.create(stream.codec_context.name, "r"))
     end = _mp3_end(index, last)
     packets = list(index.packets(number, last - number))
@@ -155,15 +195,15 @@ def _mp3_frames(container: InputContainer, source: Path | bytes, begin: int, eno
             return
         try:
             frames = codec.decode(av.Packet(data))
-        except av.FFmpegError:
+        except av.FFmpegError as error:
             if first + index.samples > begin:
-                raise
+                raise _Inexact from error
             continue  # it leans on frames that lie before the first that was read
         if first + index.samples <= begin:
             continue
         if first < 0 or len(frames) != 1:
             raise _Inexact  # it begins within a frame
-        yield first, frames[0] if first + index.samples <= end else _cut(frames[0], int(end) - first)
+        yield first, frames[0] if first + index.samples <= end else cut(frames[0], int(end) - first)
 
 
 def _not_leant_on(packets: list[bytes]) -> int:
@@ -176,16 +216,6 @@ def _not_leant_on(packets: list[bytes]) -> int:
     return 0
 
 
-def _cut(frame: AudioFrame, samples: int) -> AudioFrame:
-    """The first samples of a planar frame."""
-    import av
-
-    kept: np.ndarray = np.ascontiguousarray(frame.to_ndarray()[:, :samples])
-    cut = av.AudioFrame.from_ndarray(kept, format=frame.format.name, layout=frame.layout.name)
-    cut.sample_rate = frame.sample_rate
-    return cut
-
-
 def _mp3_end(index: Mp3Index, last: int) -> float:
     """Samples after which the file ends, where that is before frame `last`."""
     if index.count(last) < last or (index.tagged_frames is not None and last > index.tagged_frames):
@@ -193,12 +223,14 @@ def _mp3_end(index: Mp3Index, last: int) -> float:
     return math.inf
 
 
-def _from_start(container: InputContainer, _source: Path | bytes, begin: int, _enough: float) -> Numbered:
-    """Frames that hold `begin` and what follows it; all before it are decoded too."""
+def _from_start(_file: AudioFile, track: Track, span: _Span) -> Numbered:
+    """Frames that hold where a span begins and what follows it; all before it are decoded too."""
     number, form = 0, None
-    for frame in container.decode(audio=0):
+    for frame in track.frames():
         if form not in (None, form := form_of(frame)):
             raise _Inexact
-        if number + frame.samples > begin:
+        if number + frame.samples > span.begin:
             yield number, frame
+        else:
+            track.forget()
         number += frame.samples

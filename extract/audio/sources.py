@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
-from whisper_at_cli.extract.audio.decode import clip_from_samples, load_clip
+from whisper_at_cli.extract.audio.decode import ClipAudio, clip_from_samples, load_clip
 from whisper_at_cli.extract.errors import AudioError, MissingAudioError
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ OPEN_TABLES = 64  # Arrow files that a process keeps open
 class ClipSource(Protocol):
     """One clip's audio. Picklable; may be read by any process and from several threads."""
 
-    def read(self, samples: int) -> tuple[np.ndarray, int]:
-        """(samples,) int16 at 16 kHz, cut or zero-padded, and how many samples are real.
+    def read(self, samples: int) -> ClipAudio:
+        """(samples,) int16 at 16 kHz, cut or zero-padded, how many samples are real, and a note.
 
         Raises AudioError for what cannot be read, MissingAudioError for what is not there.
         """
@@ -46,7 +46,7 @@ class FileClip:
     start: float | None = None
     end: float | None = None
 
-    def read(self, samples: int) -> tuple[np.ndarray, int]:
+    def read(self, samples: int) -> ClipAudio:
         return load_clip(Path(self.path), samples, start=self.start, end=self.end)
 
 
@@ -58,7 +58,7 @@ class PackClip:
     row: int
     rate: int
 
-    def read(self, samples: int) -> tuple[np.ndarray, int]:
+    def read(self, samples: int) -> ClipAudio:
         needed = -(-(samples + SAMPLE_RATE) * self.rate // SAMPLE_RATE)
         try:
             with _hdf5:
@@ -91,7 +91,7 @@ class TableClip:
     column: str
     root: str
 
-    def read(self, samples: int) -> tuple[np.ndarray, int]:
+    def read(self, samples: int) -> ClipAudio:
         data, path = self.content()
         if data is not None:
             return load_clip(data, samples)
@@ -144,7 +144,7 @@ class ObjectClip:
     start: float | None = None
     end: float | None = None
 
-    def read(self, samples: int) -> tuple[np.ndarray, int]:
+    def read(self, samples: int) -> ClipAudio:
         data = _bucket(self.address).read(posixpath.normpath(self.name)) if self.name else None
         if data is None:
             raise MissingAudioError(f"no object {self.name} in {self.address}")

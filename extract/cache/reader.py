@@ -74,6 +74,11 @@ class FeatureCache:
         """Whether no clip is pending. Failed clips were tried and count as dealt with."""
         return not (self.status == Status.PENDING).any()
 
+    @property
+    def dataset(self) -> str:
+        """The name of the dataset that it was made from."""
+        return self.spec.dataset
+
     @cached_property
     def ids(self) -> np.ndarray:
         """(N,) str, unique."""
@@ -91,7 +96,7 @@ class FeatureCache:
 
     @cached_property
     def errors(self) -> np.ndarray:
-        """(N,) str: why a clip failed, empty otherwise."""
+        """(N,) str: why a clip failed; of one that is done, a note on it. Mostly empty."""
         return self._column("error")
 
     @cached_property

@@ -7,7 +7,7 @@ scale         (N, L, D)     only with int8: features = stored * scale; laid out 
 mean          (N, L, D)     mean over frames; one shard file per S clips, one chunk per layer
 valid_frames  (N,)          uint8, one chunk per S clips
 status        (N,)          uint8, one chunk per S clips, written last
-error         (N,)          why a clip failed, empty otherwise
+error         (N,)          why a clip failed; of one that is done, a note on it; mostly empty
 id, path, fold, split, labels   what the dataset says of each clip; written when the cache is created
 """
 
@@ -38,6 +38,7 @@ FRAMES = 25
 DTYPES = ("float16", "float32", "int8")
 DEFAULT_SHARD_MB = 128
 MAX_CLIPS_PER_SHARD = 256  # so that a killed run of a small model loses little
+BATCH_STEPS = (32, 16)  # that the clips of a large shard are a multiple of
 METADATA = "zarr.json"  # of the group; with it a cache begins to be one
 SHARD_SUFFIX = {"features": "/0/0/0", "mean": "/0/0", "scale": "/0/0"}
 ROWS_PER_CHUNK = 65536  # of what the dataset says of each clip
@@ -89,12 +90,19 @@ class CacheSpec:
         return self.layers * self.frames * self.dim * np.dtype(self.dtype).itemsize
 
     def clips_per_shard(self, shard_mb: float, clips: int) -> int:
-        """How many of `clips` clips make a shard of at most about `shard_mb` megabytes: at least one, at most 256.
+        """How many of `clips` clips make a shard of about `shard_mb` megabytes: at least one, at most 256.
 
-        All shards are equally full, so that none is padded to the length of the others.
+        All shards are equally full, so that none is padded to the length of the others. Batches end with their shard,
+        so large shards are rounded to what batches on a GPU divide: 64 clips of large-v1, where 62 would be 127 MB.
         """
-        most = max(1, min(MAX_CLIPS_PER_SHARD, int(shard_mb * 1e6 // self.clip_bytes)))
-        return math.ceil(clips / math.ceil(clips / most)) if clips else most
+        fitting = int(shard_mb * 1e6 // self.clip_bytes)
+        most = max(1, min(MAX_CLIPS_PER_SHARD, fitting))
+        step = 1 if fitting > MAX_CLIPS_PER_SHARD else next((step for step in BATCH_STEPS if fitting >= step), 1)
+        most = round(most / step) * step
+        equal = math.ceil(clips / math.ceil(clips / most)) if clips else most
+        if step == 1 or equal < step:
+            return equal
+        return min(most, math.ceil(equal / BATCH_STEPS[-1]) * BATCH_STEPS[-1])
 
     def differences(self, other: CacheSpec) -> list[str]:
         """Each field in which two specs differ, as `field: ours, not theirs`."""

@@ -7,8 +7,9 @@ every chunk (uint64, little-endian; both 2**64 - 1 where a chunk is absent) and 
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import google_crc32c
 import numpy as np
@@ -28,6 +29,33 @@ def crc32c(data: np.ndarray | bytes) -> bytes:
     return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
 
 
+def _unlocked_crc32c() -> Callable[[int, int], int] | None:
+    """google-crc32c's own C routine, of an address and a number of bytes; None where it cannot be had.
+
+    Called this way it leaves the interpreter's lock to other threads meanwhile, which the package's function does not.
+    """
+    try:
+        from google_crc32c import _crc32c
+
+        function = ctypes.CDLL(_crc32c.__file__).crc32c_value
+    except (ImportError, OSError, AttributeError):
+        return None
+    function.restype, function.argtypes = ctypes.c_uint32, (ctypes.c_void_p, ctypes.c_size_t)
+    probe = np.arange(250, dtype=np.uint8)
+    return function if function(probe.ctypes.data, len(probe)) == google_crc32c.value(probe) else None
+
+
+_crc32c_at = _unlocked_crc32c()
+
+
+def row_checksums(rows: np.ndarray, wanted: list[int]) -> np.ndarray:
+    """CRC-32C of these rows of (n, bytes) uint8, C-contiguous -> little-endian uint32."""
+    if _crc32c_at is None:
+        return np.array([google_crc32c.value(rows[row]) for row in wanted], dtype="<u4")
+    first, stride, length = rows.ctypes.data, rows.strides[0], rows.shape[1]
+    return np.array([_crc32c_at(first + row * stride, length) for row in wanted], dtype="<u4")
+
+
 def shard_buffers(chunks: np.ndarray, present: np.ndarray, *, compressed: bool = False) -> list:
     """A shard file as a list of buffers to be written one after another; plain chunks' own bytes are not copied.
 
@@ -36,14 +64,22 @@ def shard_buffers(chunks: np.ndarray, present: np.ndarray, *, compressed: bool =
     compressed  by zstd, each chunk before its checksum is taken
     """
     rows = chunks.reshape(len(chunks), -1).view(np.uint8)
-    written = np.flatnonzero(present)
-    data = [zstd.compress(rows[row], ZSTD_LEVEL) if compressed else rows[row] for row in written.tolist()]
+    written = np.flatnonzero(present).tolist()
+    if compressed:
+        data = [zstd.compress(rows[row], ZSTD_LEVEL) for row in written]
+        checksums = np.array([google_crc32c.value(part) for part in data], dtype="<u4")
+    else:
+        data = [rows[row] for row in written]
+        checksums = row_checksums(rows, written)
     lengths = np.array([len(part) + CRC_BYTES for part in data], dtype=np.uint64)
     index = np.full((len(present), 2), ABSENT, dtype="<u8")
     index[written, 0] = np.cumsum(lengths) - lengths
     index[written, 1] = lengths
     index_bytes = index.tobytes()
-    buffers = [buffer for part in data for buffer in (part, crc32c(part))]
+    trailers = memoryview(checksums.tobytes())
+    buffers: list = []
+    for at, part in enumerate(data):
+        buffers += (part, trailers[CRC_BYTES * at : CRC_BYTES * (at + 1)])
     return [*buffers, index_bytes, crc32c(index_bytes)]
 
 

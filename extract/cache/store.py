@@ -3,6 +3,7 @@
 Both stores have the same methods; a file's `name` is its path within the cache, as `status/c/0`.
 
 write_whole(name, buffers)   the file appears whole or not at all, and is safe when this returns
+write_together(files)        the same for several, {name: buffers}, with one wait for the disk; they appear in order
 read(name)                   all bytes of a file, None where there is none
 open(name)                   for reading parts: its `size`, and `readv` into the caller's buffers
 exists(name), sizes()        whether there is such a file; bytes of every file, by name
@@ -70,23 +71,31 @@ class LocalStore:
         return str(self.path)
 
     def write_whole(self, name: str, buffers: list) -> None:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")  # what a killed run left is written over
+        self.write_together({name: buffers})
+
+    def write_together(self, files: dict[str, list]) -> None:
+        paths = {name: self.path / name for name in files}
+        partial = {name: path.with_name(f".{path.name}.partial") for name, path in paths.items()}
         try:
-            with open(temporary, "wb", buffering=0) as file:
-                for first in range(0, len(buffers), BUFFERS):
-                    _writev(file.fileno(), buffers[first : first + BUFFERS])
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            with contextlib.ExitStack() as opened:
+                numbers = []
+                for name, buffers in files.items():
+                    paths[name].parent.mkdir(parents=True, exist_ok=True)
+                    # what a killed run left is written over
+                    file = opened.enter_context(open(partial[name], "wb", buffering=0))
+                    for first in range(0, len(buffers), BUFFERS):
+                        _writev(file.fileno(), buffers[first : first + BUFFERS])
+                    numbers.append(file.fileno())
+                for number in numbers:
+                    os.fsync(number)
+            for name, path in paths.items():
+                partial[name].replace(path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            for temporary in partial.values():
+                temporary.unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        for folder in dict.fromkeys(path.parent for path in paths.values()):
+            _sync_folder(folder)
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -170,6 +179,9 @@ class BucketStore:
                 self._obs.put(self._store, name, b"".join(buffers))
             else:  # the object appears with its last part
                 self._obs.put(self._store, name, iter(buffers), chunk_size=PART_BYTES, max_concurrency=PARTS)
+
+    def write_together(self, files: dict[str, list]) -> None:
+        self.map(lambda name: self.write_whole(name, files[name]), list(files))
 
     def write_first(self, name: str, data: bytes) -> None:
         """Write a file unless it is there already."""
@@ -321,6 +333,15 @@ def _scatter(data: bytes | memoryview, buffers: list) -> int:
         view[: len(part)] = part
         at += len(part)
     return at
+
+
+def _sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _writev(file: int, buffers: list) -> None:

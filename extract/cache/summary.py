@@ -50,6 +50,10 @@ def summarise(path: str | Path) -> dict:
             {"id": str(cache.ids[row]), "path": str(cache.paths[row]), "error": str(cache.errors[row])}
             for row in failed
         ],
+        "notes": [
+            {"id": str(cache.ids[row]), "path": str(cache.paths[row]), "note": str(cache.errors[row])}
+            for row in np.flatnonzero(cache.done & (cache.errors != ""))
+        ],
     }
 
 

@@ -36,7 +36,7 @@ class ShardBlock:
     mean: np.ndarray  # (n, L, D) in the mean's type
     valid_frames: np.ndarray  # (n,) uint8
     status: np.ndarray  # (n,) uint8, DONE or FAILED
-    errors: dict[int, str] = field(default_factory=dict)  # row within the shard -> why it failed
+    errors: dict[int, str] = field(default_factory=dict)  # row within the shard -> why it failed, or a note
     scale: np.ndarray | None = None  # (n, L, D) float16, with int8 features
 
     @classmethod
@@ -51,14 +51,27 @@ class ShardBlock:
             scale=np.zeros((clips, L, D), dtype=np.float16) if spec.dtype == "int8" else None,
         )
 
+    def first(self, clips: int) -> ShardBlock:
+        """The first rows of it alone, sharing memory, with no errors of their own yet."""
+        scale = None if self.scale is None else self.scale[:clips]
+        return ShardBlock(
+            self.features[:clips], self.mean[:clips], self.valid_frames[:clips], self.status[:clips], scale=scale
+        )
+
+    def clear(self) -> None:
+        """Make every clip a failed one, as in a new block. What its features hold no longer counts."""
+        self.valid_frames[:] = 0
+        self.status[:] = Status.FAILED
+        self.errors = {}
+
 
 class CacheWriter:
     """Creates or continues a cache and writes whole shards into it.
 
     One process per slot: `slot=(i, n)` holds every n-th shard, and a lock keeps out whoever else would write them.
     In a bucket there is no lock: two processes with one slot do the same work twice and write the same bytes, unless
-    they were asked for different things. `write` may be called from one thread at a time. Use as a context manager;
-    the lock goes with the process.
+    they were asked for different things. Several threads may `write` different shards at once. Use as a context
+    manager; the lock goes with the process.
     """
 
     def __init__(self, store: LocalStore | BucketStore, slot: tuple[int, int], *, lock: bool = True):
@@ -142,10 +155,15 @@ class CacheWriter:
 
     def block(self, shard: int, redo: np.ndarray) -> ShardBlock:
         """What is to be written into a shard, with room for the clips in `redo`, (N,) bool; the others as they are."""
+        block = ShardBlock.empty(len(self.rows(shard)), self.spec)
+        self.keep(shard, redo, block)
+        return block
+
+    def keep(self, shard: int, redo: np.ndarray, block: ShardBlock) -> None:
+        """Put into an empty block what the cache has of a shard's clips that are not in `redo`, (N,) bool."""
         rows = np.array(self.rows(shard))
-        block = ShardBlock.empty(len(rows), self.spec)
         done = self.cache.status[rows] == Status.DONE
-        kept, failed = np.flatnonzero(~redo[rows] & done), np.flatnonzero(~redo[rows] & ~done)
+        kept, others = np.flatnonzero(~redo[rows] & done), np.flatnonzero(~redo[rows])
         if len(kept):
             at = rows[kept]
             block.features[kept] = self.cache.stored_features(at)
@@ -154,10 +172,9 @@ class CacheWriter:
                 block.scale[kept] = self.cache.scale(at)
             block.valid_frames[kept] = self.cache.valid_frames[at]
             block.status[kept] = Status.DONE
-        if len(failed):
+        if len(others):
             errors = self.read_errors(rows)
-            block.errors = {slot: str(errors[slot]) for slot in failed.tolist()}
-        return block
+            block.errors = {slot: str(errors[slot]) for slot in others.tolist() if errors[slot]}
 
     def read_errors(self, rows: np.ndarray | None = None) -> np.ndarray:
         """Why clips failed, as it is on disk now; `rows` is a run of rows, all by default."""
@@ -189,14 +206,15 @@ class CacheWriter:
         if len(rows) != len(block.status):
             raise ValueError(f"shard {shard} has {len(rows)} clips, the block {len(block.status)}")
         try:
-            self._write_features(shard, block.features, done)
+            files = {schema.shard_file("features", shard): self._features_file(block.features, done)}
             for name, values in (("mean", block.mean), ("scale", block.scale)):
                 if values is not None:
-                    self._write_per_layer(name, shard, values, done)
-            self._write_rows("valid_frames", shard, block.valid_frames)
+                    files[schema.shard_file(name, shard)] = self._per_layer_file(name, values, done)
+            files[schema.shard_file("valid_frames", shard)] = self._rows_file(block.valid_frames)
+            self.store.write_together(files)
             if block.errors or self.store.exists(f"error/c/{shard}"):
                 self._write_errors(rows, block.errors)
-            self._write_rows("status", shard, block.status)
+            self._write_status(shard, block.status)
         except OSError as error:
             raise CacheError(
                 f"cannot write to {self.path}: {error.strerror or error}. What was finished is kept; make room or mend "
@@ -204,24 +222,26 @@ class CacheWriter:
             ) from error
         self.cache.status[rows.start : rows.stop] = block.status
 
-    def _write_features(self, shard: int, features: np.ndarray, done: np.ndarray) -> None:
+    def _features_file(self, features: np.ndarray, done: np.ndarray) -> list:
         L, T, D, S = self.spec.layers, self.spec.frames, self.spec.dim, self.clips_per_shard
         chunks = np.ascontiguousarray(features).reshape(-1, T, D)
         present = np.zeros(S * L, dtype=bool)
         present[: len(chunks)] = np.repeat(done, L)
-        self.store.write_whole(schema.shard_file("features", shard), shards.shard_buffers(chunks, present))
+        return shards.shard_buffers(chunks, present)
 
-    def _write_per_layer(self, name: str, shard: int, values: np.ndarray, done: np.ndarray) -> None:
+    def _per_layer_file(self, name: str, values: np.ndarray, done: np.ndarray) -> list:
         full = np.full((self.clips_per_shard, *values.shape[1:]), np.nan, dtype=values.dtype)
         full[: len(values)][done] = values[done]
         chunks = np.ascontiguousarray(full.transpose(1, 0, 2))  # one chunk per layer
-        data = shards.shard_buffers(chunks, np.full(len(chunks), done.any()), compressed=name == "scale")
-        self.store.write_whole(schema.shard_file(name, shard), data)
+        return shards.shard_buffers(chunks, np.full(len(chunks), done.any()), compressed=name == "scale")
 
-    def _write_rows(self, name: str, shard: int, values: np.ndarray) -> None:
+    def _rows_file(self, values: np.ndarray) -> list:
         chunk = np.zeros(self.clips_per_shard, dtype=np.uint8)
         chunk[: len(values)] = values
-        self.store.write_whole(schema.shard_file(name, shard), shards.chunk_buffers(chunk))
+        return shards.chunk_buffers(chunk)
+
+    def _write_status(self, shard: int, status: np.ndarray) -> None:
+        self.store.write_whole(schema.shard_file("status", shard), self._rows_file(status))
 
     def _write_errors(self, rows: range, errors: dict[int, str]) -> None:
         import zarr

@@ -10,17 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from whisper_at_cli.extract import notes
+from whisper_at_cli.extract.cells import as_name, as_span
 from whisper_at_cli.extract.datasets.base import Clip, Dataset
 from whisper_at_cli.extract.datasets.classes import ClassList, classes_beside
 from whisper_at_cli.extract.datasets.scan import audio_files
-from whisper_at_cli.extract.datasets.tables import as_name, as_span, plain_csv_rows
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.tables import plain_rows
 
 LISTS = {
     "balanced_train_segments.csv": "train",
     "unbalanced_train_segments.csv": "train",
     "eval_segments.csv": "eval",
 }
+HEADER = ["YTID", "start_seconds"]
 LAYOUT = (
     f"{', '.join(LISTS)} (those that are there, or one of them as DATASET) and class_labels_indices.csv, with audio "
     "below as YTID.*, YYTID.* or YTID_start.*"
@@ -48,7 +51,8 @@ def read(path: Path, *, labels: Path | None = None) -> Dataset:
     lists = [path] if path.is_file() else [root / name for name in LISTS if (root / name).is_file()]
     if not lists:
         raise UsageError(f"{path} holds none of {', '.join(LISTS)}; AudioSet's layout is {LAYOUT}")
-    classes = classes_beside(lists[0], labels)
+    said: list[str] = []
+    classes = classes_beside(lists[0], labels, said)
     if classes is None:
         raise UsageError(f"{root} holds no class_labels_indices.csv; put AudioSet's there, or name it with --labels")
     seen: set[tuple[str, float]] = set()
@@ -61,17 +65,18 @@ def read(path: Path, *, labels: Path | None = None) -> Dataset:
         name = f"{segment.ytid}_{segment.start:.10g}" if shared else segment.ytid
         file = _file_of(segment, files, shared)
         clips.append(Clip(name, file or segment.ytid, segment.labels, split=segment.split))
-    notes = []
     if twice:
-        notes.append(f"{len(twice)} clips have several files, of which the first is taken: {', '.join(twice[:5])}")
+        said.append(notes.SAME_NAME(count=len(twice), names=notes.listed(twice)))
     return Dataset(
-        "audioset", root, tuple(clips), classes.names, clip_seconds=10.0, notes=tuple(notes), missing_expected=True
+        "audioset", root, tuple(clips), classes.names, clip_seconds=10.0, notes=tuple(said), missing_expected=True
     )
 
 
 def _segments(path: Path, classes: ClassList, seen: set[tuple[str, float]]) -> Iterator[_Segment]:
     split = LISTS.get(path.name) or ("eval" if "eval" in path.name else "train")
-    for place, row in plain_csv_rows(path):
+    for place, row in plain_rows(path):
+        if row[:2] == HEADER:  # without the # that it is published with
+            continue
         if len(row) != 4:
             raise UsageError(f"{place} has {len(row)} fields; a segment has YTID, start_seconds, end_seconds, labels")
         ytid = as_name(row[0], "YTID", place)
@@ -115,6 +120,6 @@ def _file_of(segment: _Segment, files: dict[str, str], shared: bool) -> str | No
 def _looks_like_segments(path: Path) -> bool:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            return any("YTID" in line for _, line in zip(range(5), file, strict=False) if line.startswith("#"))
+            return any(line.lstrip("# ").startswith("YTID") for _, line in zip(range(5), file, strict=False))
     except OSError:
         return False

@@ -78,8 +78,8 @@ class Dataset:
         Safe to call from several threads. Raises AudioError for what cannot be read, MissingAudioError for what is not
         there.
         """
-        clip, real = self.source(row).read(samples)
-        return as_float(clip), real
+        clip = self.source(row).read(samples)
+        return as_float(clip.samples), clip.real
 
     def part(self, rows: Sequence[int]) -> Dataset:
         """These clips alone, to be sent to another process."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from whisper_at_cli.extract.datasets.tables import as_name, csv_columns, csv_rows, text_lines
+from whisper_at_cli.extract.cells import as_name, as_whole
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.tables import Table, columns_of, text_lines
 
 LISTS = "*class_labels_indices.csv"
 COLUMNS = ("index", "display_name")
@@ -27,21 +28,29 @@ class ClassList:
         return tuple(sorted({self.index[label] for label in labels}))
 
 
-def read_classes(path: Path) -> ClassList:
-    """A CSV with the columns index, display_name and optionally mid; or a text file with one name per line."""
+def read_classes(path: Path, said: list[str] | None = None) -> ClassList:
+    """A CSV with the columns index, display_name and optionally mid; or a text file with one name per line.
+
+    Notes on how it was read are appended to `said`.
+    """
+    said = [] if said is None else said
     if not path.is_file():
         raise UsageError(f"{path} does not exist; give a class_labels_indices.csv or a file with one class per line")
-    if not set(COLUMNS) <= set(csv_columns(path)):
-        names = [as_name(line, "a class", str(path)) for line in text_lines(path)]
+    if not set(COLUMNS) <= set(columns_of(path)):
+        names = [as_name(line, "a class", str(path)) for line in text_lines(path, said)]
         return _class_list(path, [("", name) for name in names])
+    table = Table(path)
+    table.need(*COLUMNS)
     numbered = {}
-    for place, row in csv_rows(path, needs=COLUMNS):
-        if not (row["index"].isascii() and row["index"].isdecimal() and len(row["index"]) < 8):
-            raise UsageError(f"{place}: index is {row['index']!r}; give a whole number from 0")
-        if int(row["index"]) in numbered:
-            raise UsageError(f"{place}: index {row['index']} is there twice")
+    for place, row in table.rows():
+        number = as_whole(row["index"], "index", place)
+        if number in numbered:
+            raise UsageError(f"{place}: index {number} is there twice")
         name = as_name(row["display_name"], "display_name", place)
-        numbered[int(row["index"])] = (as_name(row.get("mid", ""), "mid", place), name)
+        numbered[number] = (as_name(row.get("mid", ""), "mid", place), name)
+    said += table.notes
+    if not numbered:
+        raise UsageError(f"{path} names no class")
     if sorted(numbered) != list(range(len(numbered))):
         raise UsageError(
             f"{path} numbers its {len(numbered)} classes from {min(numbered)} to {max(numbered)} with gaps"
@@ -49,17 +58,30 @@ def read_classes(path: Path) -> ClassList:
     return _class_list(path, [numbered[number] for number in range(len(numbered))])
 
 
-def classes_beside(path: Path, given: Path | None) -> ClassList | None:
+def numbered_classes(rows: list[tuple[str, int, str]], what: str) -> tuple[list[int], tuple[str, ...]]:
+    """Labels as indices, and class names in the order of their numbers, of rows with place, number and name.
+
+    Raises UsageError where one number has two names.
+    """
+    names: dict[int, str] = {}
+    for place, number, name in rows:
+        if names.setdefault(number, as_name(name, "a class", place)) != name:
+            raise UsageError(f"{place}: {what} {number} is {name!r} here and {names[number]!r} above")
+    at = {number: index for index, number in enumerate(sorted(names))}
+    return [at[number] for _, number, _ in rows], tuple(names[number] for number in sorted(names))
+
+
+def classes_beside(path: Path, given: Path | None, said: list[str] | None = None) -> ClassList | None:
     """The list that was given, else the only one that lies in this file's folder or, failing that, in the one above."""
     if given is not None:
-        return read_classes(given)
+        return read_classes(given, said)
     for folder in (path.parent, path.parent.parent):
         found = sorted(file for file in folder.glob(LISTS) if file.is_file())
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
             raise UsageError(f"{folder} holds several lists of classes ({names}); choose one with --labels")
         if found:
-            return read_classes(found[0])
+            return read_classes(found[0], said)
     return None
 
 

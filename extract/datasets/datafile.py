@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from whisper_at_cli.extract.datasets import tables
 from whisper_at_cli.extract.datasets.base import Dataset
 from whisper_at_cli.extract.datasets.classes import classes_beside
-from whisper_at_cli.extract.datasets.manifest import Entry, dataset_of, entry_of
+from whisper_at_cli.extract.datasets.columns import Columns
+from whisper_at_cli.extract.datasets.entries import Entry, entry_of
+from whisper_at_cli.extract.datasets.manifest import dataset_of
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.tables import whole_json
 
 LAYOUT = (
     'a .json file as {"data": [{"wav": FILE, "labels": "/m/...,/m/..."}]} with a class_labels_indices.csv beside it or '
@@ -31,15 +33,16 @@ def read(path: Path, *, labels: Path | None = None) -> Dataset:
     """Every entry, in its order, whether or not its file is there. Paths are relative to the JSON file."""
     if not path.is_file():
         raise UsageError(f"{path} is not a file; give {LAYOUT}")
-    content = tables.whole_json(path)
+    content = whole_json(path)
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, list):
         raise UsageError(f"{path} has no list 'data'; a data file looks like {EXAMPLE}")
     entries = [_entry(row, f"entry {number} of {path}") for number, row in enumerate(data, start=1)]
-    classes = classes_beside(path, labels)
+    said: list[str] = []
+    classes = classes_beside(path, labels, said)
     if classes is None and any(entry.labels for entry in entries):
         raise UsageError(f"no class_labels_indices.csv lies beside {path}; name it with --labels")
-    return dataset_of(entries, path, classes)
+    return dataset_of(entries, path, classes, path.parent, tuple(said))
 
 
 def _entry(row: object, place: str) -> Entry:
@@ -49,4 +52,5 @@ def _entry(row: object, place: str) -> Entry:
     if isinstance(names, str):
         names = [name.strip() for name in names.split(",")]
     given = {key: row.get(key) for key in ("start", "end", "fold", "split", "id", "text")}
-    return entry_of({**given, "audio": row["wav"], "labels": names, "id": row.get("id") or row.get("video_id")}, place)
+    row = {**given, "audio": row["wav"], "labels": names, "id": row.get("id") or row.get("video_id")}
+    return entry_of(row, place, Columns("audio", "labels"))

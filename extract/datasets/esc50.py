@@ -1,51 +1,65 @@
-"""ESC-50 and whatever shares its layout: audio/FILE and meta/esc50.csv (filename, fold, target, category, ...)."""
+"""ESC-50 and whatever shares its layout: audio/FILE and meta/esc50.csv (filename, fold, target, category, ...).
+
+The table may also lie at the top, as Kaggle packs it, and the audio anywhere below: files are found by their names.
+"""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
+from whisper_at_cli.extract.cells import as_fold, as_name, as_whole
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, unique_ids
+from whisper_at_cli.extract.datasets.classes import numbered_classes
+from whisper_at_cli.extract.datasets.folds import from_one
+from whisper_at_cli.extract.datasets.locate import located
+from whisper_at_cli.extract.datasets.scan import first_file
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.tables import Table
 
+TABLE = "esc50.csv"
+PLACES = (f"meta/{TABLE}", TABLE, f"metadata/{TABLE}")
 LAYOUT = "meta/esc50.csv (filename, fold, target, category) beside audio/"
 COLUMNS = ("filename", "fold", "target", "category")
 
 
-def recognise(root: Path) -> bool:
-    return (root / "meta" / "esc50.csv").is_file()
+def recognise(path: Path) -> bool:
+    return _table_of(path) is not None
 
 
-def read(root: Path) -> Dataset:
+def read(path: Path) -> Dataset:
     """All clips of the CSV, in its order, whether or not the files are there. Classes are ordered by target number."""
-    path = root / "meta" / "esc50.csv"
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; an ESC-50 layout has {LAYOUT}")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-            if missing:
-                raise UsageError(f"{path} lacks the column {missing[0]!r}; it has {reader.fieldnames}")
-            rows = [(reader.line_num, [row[column] for column in COLUMNS]) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path} is not a readable CSV file: {error}") from error
-    targets: dict[int, str] = {}
-    entries = []
-    for line, (filename, fold, target, category) in rows:
-        try:
-            entries.append((filename, int(fold), int(target)))
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"line {line} of {path}: fold and target must be whole numbers ({error})") from error
-        if targets.setdefault(int(target), category) != category:
-            raise UsageError(
-                f"line {line} of {path}: target {target} is {category!r} here and {targets[int(target)]!r} above"
-            )
-    order = sorted(targets)
-    index = {target: at for at, target in enumerate(order)}
-    paths = [f"audio/{filename}" for filename, _, _ in entries]
+    file = _table_of(path)
+    if file is None:
+        raise UsageError(f"{path / PLACES[0]} does not exist; an ESC-50 layout has {LAYOUT}")
+    root = path if path.is_dir() else path.parent.parent if path.parent.name == "meta" else path.parent
+    table = Table(file)
+    table.need(*COLUMNS)
+    files, folds, targets = [], [], []
+    for place, row in table.rows():
+        fold = as_fold(row["fold"], place)
+        if fold is None:
+            raise UsageError(f"{place}: fold is empty; give a whole number from 1")
+        files.append(f"audio/{_name(row['filename'], place)}")
+        folds.append(fold)
+        targets.append((place, as_whole(row["target"], "target", place), row["category"]))
+    labels, names = numbered_classes(targets, "target")
+    paths, moved = located(root, files, published=True)
+    folds, renumbered = from_one(folds)
     clips = tuple(
-        Clip(id=name, path=path, labels=(index[target],), fold=fold)
-        for name, path, (_, fold, target) in zip(unique_ids(paths), paths, entries, strict=True)
+        Clip(id=name, path=path, labels=(label,), fold=fold)
+        for name, path, label, fold in zip(unique_ids(paths), paths, labels, folds, strict=True)
     )
-    return Dataset("esc50", root, clips, tuple(targets[target] for target in order), clip_seconds=5.0)
+    return Dataset("esc50", root, clips, names, clip_seconds=5.0, notes=(*table.notes, *moved, *renumbered))
+
+
+def _name(text: str, place: str) -> str:
+    name = as_name(text, "filename", place)
+    if not name:
+        raise UsageError(f"{place} names no file")
+    return name
+
+
+def _table_of(path: Path) -> Path | None:
+    if path.is_dir():
+        return first_file(path, *PLACES)
+    return path if path.name == TABLE and path.is_file() else None

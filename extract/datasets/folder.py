@@ -1,23 +1,27 @@
-"""A folder per class: ROOT/CLASS/FILE, or ROOT/SPLIT/CLASS/FILE with splits such as train and test.
+"""A folder per class: ROOT/CLASS/FILE, with folders of splits, folds or containers such as audio/ around or below them.
 
-Audio files right under ROOT, with no class folders, make an unlabelled dataset.
+Audio files right under ROOT, or under such folders alone, make an unlabelled dataset.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.decode import SUFFIXES
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
-from whisper_at_cli.extract.datasets.scan import audio_files
+from whisper_at_cli.extract.datasets.beside import Found, find_tables
+from whisper_at_cli.extract.datasets.folds import fold_of_folder, from_one
+from whisper_at_cli.extract.datasets.scan import all_files, is_audio, left_out
+from whisper_at_cli.extract.datasets.splits import SPLITS
 from whisper_at_cli.extract.errors import UsageError
 
 LAYOUT = "a folder per class with audio files in it"
-SPLITS = {
-    "train": "train", "training": "train",
-    "val": "valid", "valid": "valid", "validation": "valid", "dev": "valid",
-    "test": "test", "eval": "eval", "evaluation": "eval",
-}  # fmt: skip
+CONTAINERS = frozenset(
+    "audio audios audio_files audiofiles data dataset wav wavs flac flacs mp3 mp3s ogg clips sounds recordings files "
+    "video videos".split()
+)
 
 
 def recognise(root: Path) -> bool:
@@ -28,12 +32,14 @@ def read(root: Path) -> Dataset:
     """Every audio file below `root`, sorted by path; the folder it lies in (below the split's) is its class."""
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give a folder per class")
-    paths = sorted(audio_files(root))
+    found = sorted(all_files(root))
+    paths = [path for path in found if is_audio(path[path.rfind("/") + 1 :])]
+    said = left_out(found)
     if not paths:
-        raise UsageError(f"{root} holds no audio files ({', '.join(sorted(SUFFIXES)[:6])}, ...); give {LAYOUT}")
-    parts = [Path(path).parts[:-1] for path in paths]
-    has_splits = all(part and part[0].lower() in SPLITS for part in parts)
-    classes = [as_text("/".join(part[1:] if has_splits else part)) for part in parts]
+        more = f" ({said[0]})" if said else ""
+        raise UsageError(f"{root} holds no audio files ({', '.join(sorted(SUFFIXES)[:6])}, ...); give {LAYOUT}{more}")
+    folders = _Folders([list(Path(path).parts[:-1]) for path in paths])
+    classes = [as_text("/".join(parts)) for parts in folders.classes]
     if any(classes) and not all(classes):
         stray = paths[classes.index("")]
         raise UsageError(
@@ -41,11 +47,89 @@ def read(root: Path) -> Dataset:
         )
     names = sorted(set(classes) - {""})
     index = {name: at for at, name in enumerate(names)}
+    folds, folds_said = from_one(folders.folds)
     clips = tuple(
-        Clip(
-            id=name, path=path, labels=(index[label],) if label else (),
-            split=SPLITS[part[0].lower()] if has_splits else "",
+        Clip(id=name, path=path, labels=(index[label],) if label else (), fold=fold, split=split)
+        for name, path, fold, split, label in zip(unique_ids(paths), paths, folds, folders.splits, classes, strict=True)
+    )
+    said = [*folders.said(names), *folds_said, *said, *find_tables(root).unread_notes()]
+    return Dataset(root.resolve().name, root, clips, tuple(names), notes=tuple(said))
+
+
+def read_as_last_resort(root: Path) -> Dataset:
+    """`read`, where nothing else fits.
+
+    Raises UsageError where a table that lists the audio cannot be read, and folders do not say what is in it.
+    """
+    try:
+        dataset = read(root)
+    except UsageError:
+        _refuse_unread_table(root)
+        raise
+    if len(dataset.class_names) < 2:
+        _refuse_unread_table(root)
+    return dataset
+
+
+def _refuse_unread_table(root: Path) -> None:
+    found: Found = find_tables(root)
+    unread = next((table for table in found.unread if table in found.listing), None)
+    if unread is not None:
+        raise UsageError(
+            f"{unread} lists the audio of {root} and was not read: {found.unread[unread]}. Mend it, or use --format "
+            "folder to extract without it"
         )
-        for name, path, part, label in zip(unique_ids(paths), paths, parts, classes, strict=True)
-    )  # fmt: skip
-    return Dataset(root.resolve().name, root, clips, tuple(names))
+
+
+class _Folders:
+    """What the folders of each file are: its class, and its fold and split where all files have one."""
+
+    def __init__(self, parts: list[list[str]]):
+        self.classes = parts  # what is left of the folders
+        self.folds: list[int | None] = [None] * len(parts)
+        self.splits = [""] * len(parts)
+        self.roles: list[str] = []
+        while self._take(0) or self._take(-1):
+            pass
+
+    def _take(self, at: int) -> bool:
+        """Take away the first or last folder of all files, if it is no class; whether it was none."""
+        if not all(self.classes) or (at == -1 and min(map(len, self.classes)) < 2):
+            return False
+        heads = [parts[at] for parts in self.classes]
+        role = self._role(heads, at)
+        if role is None:
+            return False
+        self.roles.append(f"{role} {notes.listed(sorted(set(heads)))}")
+        for parts in self.classes:
+            parts.pop(at)
+        return True
+
+    def _role(self, heads: list[str], at: int) -> str | None:
+        def all_are(known: Callable[[str], object]) -> bool:
+            return all(known(name) for name in set(heads))
+
+        if not any(self.splits) and all_are(lambda name: name.lower() in SPLITS):
+            self.splits = [SPLITS[name.lower()] for name in heads]
+            return "split"
+        if not any(fold is not None for fold in self.folds) and all_are(lambda name: fold_of_folder(name) is not None):
+            self.folds = [fold_of_folder(name) for name in heads]
+            return "fold"
+        if len(set(heads)) > 1:
+            return None
+        if heads[0].lower() in CONTAINERS:
+            return "container"
+        return "wrapper" if at == 0 and min(map(len, self.classes)) > 1 else None
+
+    def said(self, names: list[str]) -> list[str]:
+        said = [notes.FOLDER_CLASSES(count=len(names), names=notes.listed(names))] if names else []
+        if self.roles:
+            said.append(notes.FOLDER_ROLES(roles="; ".join(self.roles)))
+        doubtful = [name for name in names if any(_looks_like_no_class(part) for part in name.split("/"))]
+        if doubtful:
+            said.append(notes.FOLDER_DOUBT(names=notes.listed(doubtful)))
+        return said
+
+
+def _looks_like_no_class(name: str) -> bool:
+    return name.lower() in SPLITS or name.lower() in CONTAINERS or fold_of_folder(name) is not None

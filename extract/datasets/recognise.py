@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.datasets import (
     audioset,
     datafile,
@@ -17,6 +18,7 @@ from whisper_at_cli.extract.datasets import (
     manifest,
     speech_commands,
     urbansound8k,
+    vggsound,
     waveforms,
 )  # fmt: skip
 from whisper_at_cli.extract.datasets.base import Dataset
@@ -47,12 +49,15 @@ def _format(reader: Reader, *, takes_labels: bool = False) -> Format:
     return Format(reader.LAYOUT, reader.recognise, reader.read, takes_labels)
 
 
+LAST_RESORT = "folder"
+PUBLISHED = ("audioset", "esc50", "fsd50k", "urbansound8k", "speech-commands", "vggsound", "huggingface")
 FORMATS = {  # in the order in which they are looked for: what only one layout has comes first
     "audioset": _format(audioset, takes_labels=True),
     "esc50": _format(esc50),
     "fsd50k": _format(fsd50k),
     "urbansound8k": _format(urbansound8k),
     "speech-commands": _format(speech_commands),
+    "vggsound": _format(vggsound),
     "hdf5": _format(waveforms, takes_labels=True),
     "huggingface": _format(huggingface),
     "json": _format(datafile, takes_labels=True),
@@ -77,19 +82,60 @@ def open_dataset(path: str | Path, *, format: str = "auto", labels: str | Path |
         raise UsageError(f"{path} does not exist; give the dataset's folder or file")
     if format != "auto" and format not in FORMATS:
         raise UsageError(f"dataset format {format!r} is not known; choose from {', '.join(FORMATS)}")
-    name = format if format != "auto" else _recognised(path)
+    name, path = _recognised(path) if format == "auto" else (format, _inside(path, format))
     chosen = FORMATS[name]
     if labels is not None and not chosen.takes_labels:
         raise UsageError(f"{path} was read as {name}, which names its own classes; leave out --labels")
-    dataset = chosen.read(path, labels=Path(labels)) if labels is not None else chosen.read(path)
+    read: Callable[..., Dataset] = (
+        folder.read_as_last_resort if name == LAST_RESORT and format == "auto" else chosen.read
+    )
+    dataset = read(path, labels=Path(labels)) if labels is not None else read(path)
     if not dataset.clips:
         raise UsageError(f"{path} was read as {name} and names no clip")
-    return dataset
+    return with_label_notes(dataset)
 
 
-def _recognised(path: Path) -> str:
+def with_label_notes(dataset: Dataset) -> Dataset:
+    """The dataset with a note where it has no labels, or some of its clips have none."""
+    if not dataset.class_names:
+        return replace(dataset, notes=(*dataset.notes, notes.NO_LABELS(name=dataset.name)))
+    without = sum(not clip.labels for clip in dataset.clips)
+    if not without:
+        return dataset
+    said = notes.SOME_UNLABELLED(unlabelled=without, clips=len(dataset))
+    return replace(dataset, notes=(*dataset.notes, said))
+
+
+def _recognised(path: Path) -> tuple[str, Path]:
+    """The layout of a path, and where it begins: the path itself or one folder deeper."""
     found = next((name for name, format in FORMATS.items() if format.recognise(path)), None)
     if found is None:
         known = "; ".join(f"{name}: {format.layout}" for name, format in FORMATS.items())
         raise UsageError(f"{path} is no dataset that is known here. Known are {known}")
-    return found
+    if found != LAST_RESORT:
+        return found, path
+    inside = [(name, folder) for folder in _folders(path) if (name := _published(folder))]
+    if len(inside) > 1:
+        listed = ", ".join(f"{folder.name} ({name})" for name, folder in inside)
+        raise UsageError(f"{path} holds several datasets: {listed}; give one of these folders")
+    return inside[0] if inside else (found, path)
+
+
+def _published(folder: Path) -> str | None:
+    """The layout of a folder, if it is one that nothing else looks like."""
+    return next((name for name in PUBLISHED if FORMATS[name].recognise(folder)), None)
+
+
+def _inside(path: Path, format: str) -> Path:
+    """Where a layout begins that was asked for: at the path, or else in its only folder that has that layout."""
+    if format not in PUBLISHED or FORMATS[format].recognise(path):
+        return path
+    inside = [folder for folder in _folders(path) if FORMATS[format].recognise(folder)]
+    return inside[0] if len(inside) == 1 else path
+
+
+def _folders(path: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[:1] not in "._")
+    except OSError:  # a file, or what may not be read: its reader says so
+        return []

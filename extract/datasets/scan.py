@@ -1,13 +1,23 @@
-"""Which audio files lie below a folder: one pass over it, links to folders followed, each folder once."""
+"""Which files lie below a folder: one pass over it, links to folders followed, each folder once."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.decode import SUFFIXES
 from whisper_at_cli.extract.errors import UsageError
+
+# Of files that lie beside audio and are none: documents, tables, pictures, annotations, features, programs.
+OTHER_SUFFIXES = frozenset(
+    ".txt .md .rst .pdf .doc .docx .odt .html .htm .tex .bib .csv .tsv .xls .xlsx .ods .json .jsonl .ndjson .xml .yaml "
+    ".yml .toml .ini .cfg .log .png .jpg .jpeg .gif .bmp .svg .webp .tif .tiff .lab .textgrid .eaf .svl .ctm .stm .trn "
+    ".rttm .srt .vtt .lrc .npy .npz .pt .pth .pkl .h5 .hdf5 .mat .arrow .parquet .py .ipynb .sh .r .m .asd .sfk "
+    ".reapeaks .pek .cue .m3u .m3u8 .pls .sha256 .sha1 .md5 .lock .db .ini .bak .tmp .gitignore".split()
+)
 
 
 def audio_files(root: Path) -> Iterator[str]:
@@ -15,6 +25,11 @@ def audio_files(root: Path) -> Iterator[str]:
 
     A folder that is named as an audio file is listed as one if no audio lies in it: whoever reads it says what it is.
     """
+    return (path for path in all_files(root) if is_audio(path[path.rfind("/") + 1 :]))
+
+
+def all_files(root: Path) -> Iterator[str]:
+    """`audio_files`, and all others too."""
     try:
         yield from _below(str(root), "", set())
     except (OSError, RecursionError) as error:
@@ -29,16 +44,14 @@ def _below(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str
     with os.scandir(folder) as entries:
         listed = sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
     for name, is_folder in listed:
-        audio = is_audio(name)
         if not is_folder:
-            if audio:
-                yield prefix + name
+            yield prefix + name
             continue
         found = False
         for path in _below(f"{folder}/{name}", f"{prefix}{name}/", seen):
-            found = True
+            found = found or is_audio(path[path.rfind("/") + 1 :])
             yield path
-        if audio and not found:
+        if is_audio(name) and not found:
             yield prefix + name
 
 
@@ -53,6 +66,18 @@ def is_audio(name: str) -> bool:
     """Whether a file's name ends as those of audio files do."""
     dot = name.rfind(".")
     return dot > 0 and name[dot:].lower() in SUFFIXES
+
+
+def left_out(paths: list[str]) -> list[str]:
+    """A note on the files of a folder that are neither audio by their suffix nor known to be something else."""
+    found = Counter(
+        suffix for path in paths
+        if (suffix := PurePosixPath(path).suffix.lower()) and suffix not in OTHER_SUFFIXES and suffix not in SUFFIXES
+    )  # fmt: skip
+    if not found:
+        return []
+    suffixes = [suffix for suffix, _ in found.most_common()]
+    return [notes.LEFT_OUT(files=sum(found.values()), suffixes=notes.listed(suffixes, most=20))]
 
 
 def first_file(root: Path, *names: str) -> Path | None:

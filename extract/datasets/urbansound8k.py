@@ -1,42 +1,55 @@
-"""UrbanSound8K as published: metadata/UrbanSound8K.csv and audio/fold1 to audio/fold10."""
+"""UrbanSound8K: metadata/UrbanSound8K.csv and audio/fold1 to audio/fold10, or both at the top, as Kaggle packs it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from whisper_at_cli.extract.datasets import tables
+from whisper_at_cli.extract.cells import as_fold, as_name, as_whole
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, unique_ids
+from whisper_at_cli.extract.datasets.classes import numbered_classes
+from whisper_at_cli.extract.datasets.folds import from_one
+from whisper_at_cli.extract.datasets.locate import located
+from whisper_at_cli.extract.datasets.scan import first_file
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.tables import Table
 
-TABLE = "metadata/UrbanSound8K.csv"
-LAYOUT = f"{TABLE} (slice_file_name, fold, classID, class) beside audio/fold1 to audio/fold10"
+TABLE = "UrbanSound8K.csv"
+PLACES = (f"metadata/{TABLE}", TABLE, f"meta/{TABLE}")
+LAYOUT = f"{PLACES[0]} (slice_file_name, fold, classID, class) beside audio/fold1 to audio/fold10"
 COLUMNS = ("slice_file_name", "fold", "classID", "class")
 
 
 def recognise(path: Path) -> bool:
-    return (path / TABLE).is_file()
+    return _table_of(path) is not None
 
 
 def read(path: Path) -> Dataset:
     """All clips of the table, in its order. Its start and end say where a slice came from, not where it lies."""
-    table = path / TABLE
-    if not table.is_file():
-        raise UsageError(f"{table} does not exist; UrbanSound8K's layout is {LAYOUT}")
+    file = _table_of(path)
+    if file is None:
+        raise UsageError(f"{path / PLACES[0]} does not exist; UrbanSound8K's layout is {LAYOUT}")
+    root = path if path.is_dir() else path.parent.parent if path.parent.name == "metadata" else path.parent
+    table = Table(file)
+    table.need(*COLUMNS)
     files, folds, numbers = [], [], []
-    names: dict[int, str] = {}
-    for place, row in tables.csv_rows(table, needs=COLUMNS):
-        fold = tables.as_fold(row["fold"], place)
-        number = row["classID"]
-        if not (number.isascii() and number.isdecimal() and len(number) < 8):
-            raise UsageError(f"{place}: classID is {number!r}; give a whole number from 0")
-        if names.setdefault(int(number), row["class"]) != row["class"]:
-            raise UsageError(f"{place}: classID {number} is {row['class']!r} here and {names[int(number)]!r} above")
-        files.append(f"audio/fold{fold}/{tables.as_name(row['slice_file_name'], 'slice_file_name', place)}")
+    for place, row in table.rows():
+        fold = as_fold(row["fold"], place)
+        if fold is None:
+            raise UsageError(f"{place}: fold is empty; give a whole number from 1")
         folds.append(fold)
-        numbers.append(int(number))
-    at = {number: index for index, number in enumerate(sorted(names))}
+        files.append(f"audio/fold{fold}/{as_name(row['slice_file_name'], 'slice_file_name', place)}")
+        numbers.append((place, as_whole(row["classid"], "classID", place), row["class"]))
+    labels, names = numbered_classes(numbers, "classID")
+    paths, moved = located(root, files, published=True)
+    folds, renumbered = from_one(folds)
     clips = tuple(
-        Clip(name, file, (at[number],), fold)
-        for name, file, number, fold in zip(unique_ids(files), files, numbers, folds, strict=True)
+        Clip(name, path, (label,), fold)
+        for name, path, label, fold in zip(unique_ids(paths), paths, labels, folds, strict=True)
     )
-    return Dataset("urbansound8k", path, clips, tuple(names[number] for number in sorted(names)), clip_seconds=4.0)
+    return Dataset("urbansound8k", root, clips, names, clip_seconds=4.0, notes=(*table.notes, *moved, *renumbered))
+
+
+def _table_of(path: Path) -> Path | None:
+    if path.is_dir():
+        return first_file(path, *PLACES)
+    return path if path.name == TABLE and path.is_file() else None

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.sources import PackClip
+from whisper_at_cli.extract.cells import MAX_FOLD
 from whisper_at_cli.extract.datasets.apart import look_apart
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
 from whisper_at_cli.extract.datasets.classes import classes_beside
-from whisper_at_cli.extract.datasets.tables import MAX_FOLD
+from whisper_at_cli.extract.datasets.folds import from_one
 from whisper_at_cli.extract.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def read(path: Path, *, labels: Path | None = None) -> WaveformPack:
             if missing:
                 raise UsageError(f"{path} has no {missing[0]!r}; it holds {', '.join(pack) or 'nothing'}")
             names = [_name(value, path) for value in _whole(pack, "audio_name", path)]
-            rate, notes = _rate(pack, path)
+            rate, said = _rate(pack, path)
             _check_waveform(pack["waveform"], len(names), path)
             target = _whole(pack, "target", path) if "target" in pack else np.zeros((len(names), 0))
             fold = _whole(pack, "fold", path) if "fold" in pack else np.zeros(len(names))
@@ -73,13 +75,14 @@ def read(path: Path, *, labels: Path | None = None) -> WaveformPack:
             raise UsageError(f"{path} cannot be read as a pack of waveforms: {problem}") from error
     _check_columns(target, fold, len(names), path)
     class_names, more = _class_names(path, target.shape[1], labels)
+    folds, renumbered = from_one(fold.astype(int).tolist())
     clips = tuple(
-        Clip(name, file, tuple(np.flatnonzero(row).tolist()), int(number))
-        for name, file, row, number in zip(unique_ids(names), names, target, fold, strict=True)
+        Clip(name, file, tuple(np.flatnonzero(row).tolist()), number)
+        for name, file, row, number in zip(unique_ids(names), names, target, folds, strict=True)
     )
     if len({clip.id for clip in clips}) != len(clips):
         raise UsageError(f"{path} names two clips alike in audio_name")
-    return WaveformPack(path.stem, path, clips, class_names, notes=tuple(notes + more), rate=rate)
+    return WaveformPack(path.stem, path, clips, class_names, notes=(*said, *more, *renumbered), rate=rate)
 
 
 def _opened(path: Path) -> h5py.File:
@@ -119,7 +122,7 @@ def _rate(pack: h5py.File, path: Path) -> tuple[int, list[str]]:
             if not 1000 <= rate <= 768_000:
                 raise UsageError(f"{path}: sample_rate is {rate}; give 1000 to 768000 Hz")
             return rate, []
-    return PANNS_RATE, [f"{path} does not say its sample rate; {PANNS_RATE} Hz was taken, as PANNs has it"]
+    return PANNS_RATE, [notes.PACK_RATE(pack=path, rate=PANNS_RATE)]
 
 
 def _check_waveform(waveform: h5py.Dataset, clips: int, path: Path) -> None:
@@ -142,10 +145,11 @@ def _check_columns(target: np.ndarray, fold: np.ndarray, clips: int, path: Path)
 
 
 def _class_names(path: Path, classes: int, given: Path | None) -> tuple[tuple[str, ...], list[str]]:
-    listed = classes_beside(path, given) if classes else None
+    said: list[str] = []
+    listed = classes_beside(path, given, said) if classes else None
     if listed is None:
-        notes = [f"no list of classes lies beside {path}: they are named by number (see --labels)"] if classes else []
-        return tuple(f"class {number}" for number in range(classes)), notes
+        said = [notes.PACK_CLASSES(pack=path)] if classes else []
+        return tuple(f"class {number}" for number in range(classes)), said
     if len(listed.names) != classes:
         raise UsageError(f"{path} has {classes} classes in target, {listed.path} names {len(listed.names)}")
-    return listed.names, []
+    return listed.names, said

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.audio.decode import audio_seconds
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, seconds_suffix
-from whisper_at_cli.extract.devices import cores
 from whisper_at_cli.extract.errors import AudioError, UsageError
 
 EXACT_SECONDS, INEXACT_SECONDS = 0.001, 0.05  # a rest shorter than this may not be there at all, and makes no window
 MAX_CLIPS = 50_000_000
 
 
-def windowed(dataset: Dataset, window: float, hop: float | None = None, *, workers: int | None = None) -> Dataset:
+Length = tuple[float, bool]  # seconds, and whether that is exact to the sample
+Lengths = Callable[[Sequence[str]], list[Length | None]]  # of files, by their paths
+
+
+def length_of(path: str) -> Length | None:
+    """How long a file is, by its header; None where that cannot be told."""
+    try:
+        return audio_seconds(path)
+    except AudioError:
+        return None
+
+
+def lengths_here(paths: Sequence[str]) -> list[Length | None]:
+    """`length_of` each file, read in this process."""
+    return [length_of(path) for path in paths]
+
+
+def windowed(
+    dataset: Dataset, window: float, hop: float | None = None, *, lengths: Lengths = lengths_here
+) -> Dataset:  # fmt: skip
     """`window` seconds from every `hop` seconds of each file (by default one window after the other).
 
-    The last window is as short as its file leaves it. Lengths come from the files' headers. A file whose length cannot
-    be told keeps one clip, which fails with its reason when it is read.
+    The last window is as short as its file leaves it. Lengths come from the files' headers, which `lengths` reads. A
+    file whose length cannot be told keeps one clip, which fails with its reason when it is read.
     """
     hop = window if hop is None else hop
     for name, value in (("window", window), ("hop", hop)):
@@ -29,27 +47,27 @@ def windowed(dataset: Dataset, window: float, hop: float | None = None, *, worke
             raise UsageError(f"{name} is {value:g} seconds; give at least a millisecond")
     if not dataset.of_files:
         raise UsageError(f"{dataset.name} is no dataset of files; its clips cannot be cut into windows")
-    with ThreadPoolExecutor(workers or cores(), thread_name_prefix="length") as pool:
-        counts = list(pool.map(lambda clip: _window_count(dataset, clip, window, hop), dataset.clips))
+    paths = list(dict.fromkeys(str(dataset.audio_path(clip)) for clip in dataset.clips))
+    length = dict(zip(paths, lengths(paths), strict=True))
+    counts = [_window_count(clip, length[str(dataset.audio_path(clip))], window, hop) for clip in dataset.clips]
     if sum(counts) > MAX_CLIPS:
         raise UsageError(f"windows every {hop:g} s make {sum(counts)} clips; give a longer --hop")
     clips = tuple(
         part for clip, count in zip(dataset.clips, counts, strict=True) for part in _windows(clip, count, window, hop)
     )
-    return replace(dataset, clips=clips, clip_seconds=window, texts=())
+    return replace(dataset, clips=_with_unique_ids(clips), clip_seconds=window, texts=())
 
 
-def _window_count(dataset: Dataset, clip: Clip, window: float, hop: float) -> int:
-    """How many windows it takes to reach the end of a clip; 0 where its length cannot be told."""
-    try:
-        seconds, exact = audio_seconds(dataset.audio_path(clip))
-    except AudioError:
+def _window_count(clip: Clip, length: Length | None, window: float, hop: float) -> int:
+    """How many windows it takes to reach the end of a clip; 0 where its file's length cannot be told."""
+    if length is None:
         return 0
+    seconds, exact = length
     seconds -= EXACT_SECONDS if exact else INEXACT_SECONDS
     end = seconds if clip.end is None else min(clip.end, seconds)
-    rest, length, step = (round(value * SAMPLE_RATE) for value in (end - (clip.start or 0.0), window, hop))
+    rest, whole, step = (round(value * SAMPLE_RATE) for value in (end - (clip.start or 0.0), window, hop))
     begin_before_the_end = -(-rest // step)
-    return max(0, min(begin_before_the_end, 1 - (-max(0, rest - length) // step)))
+    return max(0, min(begin_before_the_end, 1 - (-max(0, rest - whole) // step)))
 
 
 def _windows(clip: Clip, count: int, window: float, hop: float) -> Iterator[Clip]:
@@ -60,3 +78,20 @@ def _windows(clip: Clip, count: int, window: float, hop: float) -> Iterator[Clip
         start = (clip.start or 0.0) + number * hop
         end = None if clip.end is None else min(clip.end, start + window)
         yield replace(clip, id=clip.id + seconds_suffix(start), start=start, end=end)
+
+
+def _with_unique_ids(clips: tuple[Clip, ...]) -> tuple[Clip, ...]:
+    """The clips with ~2, ~3 ... behind an id that an earlier one has: `a_10` of a.wav and of an unreadable a_10.wav."""
+    count = Counter(clip.id for clip in clips)
+    if len(count) == len(clips):
+        return clips
+    seen: Counter[str] = Counter()
+    unique = []
+    for clip in clips:
+        seen[clip.id] += 1
+        number, name = seen[clip.id], clip.id
+        while number > 1 and name in count:
+            name, number = f"{clip.id}~{number}", number + 1
+        count[name] += 0  # taken from now on
+        unique.append(replace(clip, id=name))
+    return tuple(unique)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from whisper_at_cli.extract.backbones.custom import checked_backbone, clip_samples
 from whisper_at_cli.extract.backbones.load import Backbone, load_backbone
 from whisper_at_cli.extract.backbones.precision import cost_note
-from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB
+from whisper_at_cli.extract.backbones.recognise import check_model
+from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, METADATA
+from whisper_at_cli.extract.cache.store import location
 from whisper_at_cli.extract.datasets import Dataset
-from whisper_at_cli.extract.devices import FITTING, cores, fitting_batch_size
+from whisper_at_cli.extract.devices import FITTING, fitting_batch_size
+from whisper_at_cli.extract.machine import cores
+from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.prepare import (
     batch_size_of,
     check_numbers,
@@ -20,6 +25,7 @@ from whisper_at_cli.extract.pipeline.prepare import (
     open_cache,
     open_clips,
     precision_of,
+    say_notes,
 )
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
 from whisper_at_cli.extract.pipeline.shard_run import ShardRun
@@ -32,39 +38,46 @@ def extract(
     clip_seconds: float | None = None, dtype: str = "float16", precision: str = "auto", device: str = "auto",
     batch_size: int | None = None, workers: int | None = None, shard_mb: float = DEFAULT_SHARD_MB,
     shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None, notify: Callable[[str], None] | None = None,
 ) -> ExtractReport:  # fmt: skip
     """Run a frozen encoder over a dataset once and keep every layer, pooled to 25 frames, in a cache.
 
     A cache that exists is continued. A clip that cannot be read is reported and marked failed; the others go on. One
     whose file was missing is done as soon as the file is there. With `repair`, clips that failed or that `verify` finds
-    damaged are done again. With `window`, and `hop`, in seconds, every file is cut into clips of that length.
+    damaged are done again. With `window`, and `hop`, in seconds, every file is cut into clips of that length. `notify`
+    gets each note on how the dataset was read before encoding begins; the report has them too.
     Raises UsageError or CacheError where nothing can be done as asked.
     """
     started = time.perf_counter()
     check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
-    dataset = open_clips(
-        dataset, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, workers=workers
-    )
-    seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     if isinstance(model, str | Path):
-        backbone = load_backbone(model, device=device, precision=precision_of(cache, precision))
-    else:
-        backbone = checked_backbone(model, "model")
-    samples = clip_samples(backbone, seconds)
-    size, notes = batch_size or fitting_batch_size(backbone, samples, dtype), [cost_note(backbone)]
-    with open_cache(cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard) as writer:
-        if batch_size is None:
-            size, note = batch_size_of(writer.cache.attributes["made"], backbone.device, size)
-            notes.append(note)
-        if compile:
-            compile_backbone(backbone, size)
-        redo = clips_to_do(writer, dataset, repair)
-        run = ShardRun(dataset, backbone, writer, redo, samples, size, workers or cores(), progress)
-        run.all_shards()
-        notes.append(FITTING.note(backbone, samples, size))
-        report = report_of(
-            writer, dataset, run.done, time.perf_counter() - started, run.encoder_busy, run.disk_wait_seconds
-        )
-        said = tuple(note for note in notes if note)
-        return replace(report, notes=report.notes + said, redone_in_float32=run.redone)
+        check_model(model)
+    with DecodePool(workers or cores()) as pool:
+        dataset = open_clips(
+            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
+        )  # fmt: skip
+        if not location(cache).exists(METADATA):
+            pool.start(len(dataset))  # they get ready while weights are loaded
+        seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
+        if isinstance(model, str | Path):
+            backbone = load_backbone(model, device=device, precision=precision_of(cache, precision))
+        else:
+            backbone = checked_backbone(model, "model")
+        samples = clip_samples(backbone, seconds)
+        size, notes = batch_size or fitting_batch_size(backbone, samples, dtype), [*dataset.notes, cost_note(backbone)]
+        with open_cache(cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard) as writer:
+            if batch_size is None:
+                size, note = batch_size_of(writer.cache.attributes["made"], backbone.device, size)
+                notes.append(note)
+            if compile:
+                compile_backbone(backbone, size)
+            redo = clips_to_do(writer, dataset, repair)
+            said = say_notes(notes, notify)
+            pool.start(int((redo & writer.mine()).sum()))
+            run = ShardRun(backbone, writer, redo, samples=samples, batch_size=size, progress=progress)
+            run.from_pool(pool, dataset)
+            said += say_notes([FITTING.note(backbone, samples, size)], notify)
+            report = report_of(
+                writer, dataset, run.done, time.perf_counter() - started, run.encoder_busy, run.disk_wait_seconds
+            )
+            return replace(report, notes=said, redone_in_float32=run.redone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +21,11 @@ from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset, open_dataset, windowed
 from whisper_at_cli.extract.datasets.base import as_text
+from whisper_at_cli.extract.datasets.look import looked_at
+from whisper_at_cli.extract.datasets.windows import Length
 from whisper_at_cli.extract.errors import MISSING, UsageError
+from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
+from whisper_at_cli.extract.pipeline.decode_worker import DONE, measure_length
 
 
 def check_numbers(**numbers: float | None) -> None:
@@ -30,18 +35,23 @@ def check_numbers(**numbers: float | None) -> None:
 
 
 def open_clips(
-    dataset: str | Path | Dataset, *, format: str, labels: str | Path | None, window: float | None, hop: float | None,
-    clip_seconds: float | None, workers: int | None = None,
+    dataset: str | Path | Dataset, pool: DecodePool, *, format: str, labels: str | Path | None, window: float | None,
+    hop: float | None, clip_seconds: float | None,
 ) -> Dataset:  # fmt: skip
     """The dataset that was asked for, its files cut into windows where that was asked for too."""
+
+    def lengths(paths: Sequence[str]) -> list[Length | None]:
+        return [value if kind == DONE else None for kind, value in pool.map(measure_length, paths)]
+
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, labels=labels)
+    dataset = looked_at(dataset, clip_seconds or dataset.clip_seconds, lengths, windows=window is not None)
     if window is None:
         if hop is not None:
             raise UsageError("hop says how far windows lie apart; give their length too (--window)")
         return dataset
     if clip_seconds not in (None, window):
         raise UsageError(f"windows of {window:g} s are clips of that length; leave out --clip-seconds {clip_seconds:g}")
-    return windowed(dataset, window, hop, workers=workers)
+    return windowed(dataset, window, hop, lengths=lengths)
 
 
 def compile_backbone(backbone: Backbone, batch_size: int) -> None:
@@ -85,6 +95,7 @@ def _provenance(backbone: EncoderFacts, dataset: Dataset, batch_size: int) -> di
         "dataset_root": dataset.place,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
+        "notes": [as_text(note) for note in dataset.notes],
     }
 
 
@@ -102,6 +113,15 @@ def batch_size_of(made: dict, device: object, fitting: int) -> tuple[int, str | 
         f"the cache was begun on {begun_with} with --batch-size {size}; this run, on {device}, uses {fitting}. "
         "Features from the two devices differ in their last bits"
     )
+
+
+def say_notes(notes: Iterable[str | None], notify: Callable[[str], None] | None) -> tuple[str, ...]:
+    """Tell the user these notes, those that are there, each once; and give them back."""
+    said = tuple(dict.fromkeys(note for note in notes if note))
+    if notify:
+        for note in said:
+            notify(note)
+    return said
 
 
 def clips_to_do(writer: CacheWriter, dataset: Dataset, repair: bool) -> np.ndarray:

@@ -19,18 +19,21 @@ import socket
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from whisper_at_cli.extract.backbones.recognise import check_model
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, Status
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline import prepare
+from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.ray_worker import Encoder, EncoderInfo, PartOfDataset, Shard, decode_clips
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
 from whisper_at_cli.extract.pipeline.shard_run import batch_slots
@@ -65,6 +68,7 @@ def extract_on_ray(
     device: str = "auto", batch_size: int | None = None,
     shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
     decode_in_tasks: bool | None = None, progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> RayReport:  # fmt: skip
     """`extract` on the Ray cluster at `address`; by default the one that Ray knows of, else one on this machine.
 
@@ -75,10 +79,12 @@ def extract_on_ray(
     if not isinstance(model, str | Path):
         raise UsageError("--engine ray needs the model by name or path, so that each worker can load it")
     prepare.check_numbers(encoders=encoders, batch_size=batch_size, shard_mb=shard_mb)
+    check_model(model)
     started = time.perf_counter()
-    dataset = prepare.open_clips(
-        dataset, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
-    )
+    with DecodePool(cores()) as pool:
+        dataset = prepare.open_clips(
+            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
+        )
     dataset = dataset.absolute()
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     cache = cache if "://" in str(cache) else Path(cache).resolve()
@@ -91,18 +97,19 @@ def extract_on_ray(
         with prepare.open_cache(
             cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard
         ) as writer:  # fmt: skip
-            notes = [info.note]
+            notes = [*dataset.notes, info.note]
             if not batch_size:
                 size, note = prepare.batch_size_of(writer.cache.attributes["made"], info.device, size)
                 notes.append(note)
             todo = prepare.clips_to_do(writer, dataset, repair)
+            said = prepare.say_notes(notes, notify)
             in_tasks = fleet.on_gpu if decode_in_tasks is None else decode_in_tasks
             drive = _Drive(dataset, writer, fleet, info.samples, size, todo, in_tasks, progress)
             drive.all_shards()
             elapsed = time.perf_counter() - started
             report = report_of(writer, dataset, drive.written, elapsed, drive.encoder_busy, drive.disk_wait_seconds)
-    said = tuple(dict.fromkeys(note for note in (*notes, *drive.notes) if note))
-    report = replace(report, notes=report.notes + said, redone_in_float32=drive.redone)
+    said += prepare.say_notes(drive.notes, notify)
+    report = replace(report, notes=said, redone_in_float32=drive.redone)
     return RayReport(**vars(report), nodes=drive.nodes(), lost=fleet.lost)
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from whisper_at_cli.extract.audio.sources import ClipSource
 from whisper_at_cli.extract.backbones.custom import clip_samples
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset
-from whisper_at_cli.extract.errors import AudioError
+from whisper_at_cli.extract.pipeline import decode_worker
+from whisper_at_cli.extract.pipeline.audio_batches import Batch, DecodedBatch
+from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.prepare import compile_backbone
-from whisper_at_cli.extract.pipeline.shard_run import ShardRun
+from whisper_at_cli.extract.pipeline.shard_run import BATCHES_AHEAD, ShardRun
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Encoder:
         self.backbone = load_backbone(model, device=device, precision=precision)
         self.compile, self.dtype = compile, dtype
         self.writers: dict[str, CacheWriter] = {}
+        self.pools = threading.local()  # of one process, for each thread that extracts
 
     def describe(self, clip_seconds: float) -> EncoderInfo:
         import ray
@@ -92,30 +99,30 @@ class Encoder:
         redo = np.zeros(len(writer.cache), dtype=bool)
         redo[list(shard.todo)] = True
         run = ShardRun(
-            clips or _DecodedClips(decoded),
-            self.backbone,
-            writer,
-            redo,
-            shard.samples,
-            shard.batch_size,
-            1,
-            None,
-            streams=1,
-        )
-        run.all_shards()
+            self.backbone, writer, redo, samples=shard.samples, batch_size=shard.batch_size, streams=1
+        )  # fmt: skip
+        if clips is not None:
+            run.from_pool(self._pool(), clips)
+        else:
+            run.all_shards(_DecodedClips(decoded), BATCHES_AHEAD)
         status = writer.cache.status[np.array(writer.rows(shard.number))]
         note = FITTING.note(self.backbone, shard.samples, shard.batch_size)
         return Outcome(status, run.done, run.encode_seconds, run.disk_wait_seconds, run.redone, note)
 
+    def _pool(self) -> DecodePool:
+        """This thread's pool; it goes with the actor."""
+        if not hasattr(self.pools, "pool"):
+            self.pools.pool = DecodePool(1)
+        return self.pools.pool
+
 
 @dataclass(frozen=True)
 class Decoded:
-    """Audio of some clips: rows of the cache, their waveforms, how many samples are real, and what failed."""
+    """Audio of some clips: rows of the cache, their waveforms, and what came of decoding each."""
 
     rows: tuple[int, ...]
-    waveforms: np.ndarray  # (n, samples) float32; zeros for a clip that failed
-    real: tuple[int, ...]
-    errors: dict[int, str]
+    waveforms: np.ndarray  # (n, samples) int16; zeros for a clip that failed
+    outcomes: list[decode_worker.Outcome]
 
 
 class PartOfDataset:
@@ -124,30 +131,41 @@ class PartOfDataset:
     def __init__(self, dataset: Dataset, rows: list[int]):
         self.clips, self.place = dataset.part(rows), {row: place for place, row in enumerate(rows)}
 
-    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
-        return self.clips.waveform(self.place[row], samples)
+    def source(self, row: int) -> ClipSource:
+        return self.clips.source(self.place[row])
 
 
 class _DecodedClips:
-    """Stands for the dataset where the audio is there already."""
+    """A Feed of audio that is there already."""
 
     def __init__(self, parts: tuple[Decoded, ...]):
         self.parts = {row: (part, place) for part in parts for place, row in enumerate(part.rows)}
+        self.ready: deque[DecodedBatch] = deque()
+        self.woken = threading.Semaphore(0)
 
-    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
-        part, place = self.parts[row]
-        if row in part.errors:
-            raise AudioError(part.errors[row])
-        return part.waveforms[place], part.real[place]
+    def free(self) -> bool:
+        return len(self.ready) < BATCHES_AHEAD
+
+    def start(self, batch: Batch, rows: Sequence[int]) -> None:
+        found = [self.parts[row] for row in rows]
+        waveforms = np.stack([part.waveforms[place] for part, place in found])
+        self.ready.append(DecodedBatch(batch, waveforms, [part.outcomes[place] for part, place in found]))
+
+    def take(self) -> DecodedBatch | None:
+        return self.ready.popleft() if self.ready else None
+
+    def wait(self) -> None:
+        self.woken.acquire()
+
+    def wake(self) -> None:
+        self.woken.release()
+
+    def release(self, batch: Batch) -> None:
+        """Each batch has memory of its own."""
 
 
 def decode_clips(clips: Dataset, rows: tuple[int, ...], samples: int) -> Decoded:
     """The task: audio of a dataset's clips, which are these rows of the cache."""
-    waveforms, real, errors = np.zeros((len(rows), samples), dtype=np.float32), [], {}
-    for place, row in enumerate(rows):
-        try:
-            waveforms[place], count = clips.waveform(place, samples)
-        except AudioError as error:
-            errors[row], count = str(error), 0
-        real.append(count)
-    return Decoded(rows, waveforms, tuple(real), errors)
+    waveforms = np.empty((len(rows), samples), dtype=np.int16)
+    outcomes = [decode_worker.read_clip(clips.source(at), waveforms[at]) for at in range(len(rows))]
+    return Decoded(rows, waveforms, outcomes)

@@ -22,6 +22,15 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class ClipNote:
+    """What a user should know of a clip that was extracted, such as how much of its file was lost."""
+
+    id: str
+    path: str
+    note: str
+
+
+@dataclass(frozen=True)
 class ExtractReport:
     """What a run did. `written`, `skipped` and `failed` add up to `clips`, all counted in this run's share.
 
@@ -46,6 +55,8 @@ class ExtractReport:
     coverage: float = 1.0
     missing_expected: bool = False
     notes: tuple[str, ...] = ()  # on how the dataset was read, and on what made the run slow
+    root: str = ""  # folder or address that the paths of clips are relative to
+    clip_notes: tuple[ClipNote, ...] = ()
     redone_in_float32: int = 0  # clips that were not finite in less, and were encoded again
 
     @property
@@ -62,12 +73,15 @@ def report_of(
     mine, status, clips = writer.mine(), writer.cache.status, dataset.clips
     failed_rows = np.flatnonzero(mine & (status == Status.FAILED))
     errors = writer.cache.errors
+    noted_rows = np.flatnonzero(mine & (status == Status.DONE) & (errors != ""))
+    notes = tuple(ClipNote(clips[row].id, clips[row].path, str(errors[row])) for row in noted_rows)
     failures = tuple(Failure(clips[row].id, clips[row].path, str(errors[row])) for row in failed_rows)
     missing, clips_here = sum(failure.error.startswith(MISSING) for failure in failures), int(mine.sum())
     return ExtractReport(
         cache=str(writer.path), clips=clips_here, written=written,
         skipped=int((mine & (status == Status.DONE)).sum()) - written, failed=len(failures), failures=failures,
         missing=missing, coverage=1 - missing / max(1, clips_here), missing_expected=dataset.missing_expected,
-        notes=dataset.notes, seconds=round(seconds, 3), clips_per_second=round(written / max(seconds, 1e-9), 2),
+        notes=dataset.notes, root=dataset.place, clip_notes=notes, seconds=round(seconds, 3),
+        clips_per_second=round(written / max(seconds, 1e-9), 2),
         encoder_busy=round(encoder_busy, 3), disk_wait_seconds=round(disk_wait_seconds, 3),
     )  # fmt: skip

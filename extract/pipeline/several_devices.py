@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
@@ -13,6 +14,7 @@ from typing import Any
 
 from whisper_at_cli.extract.backbones.precision import AUTO
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline.local import extract
 from whisper_at_cli.extract.pipeline.prepare import precision_of
 from whisper_at_cli.extract.pipeline.report import ExtractReport
@@ -29,7 +31,7 @@ def slots_of(shard: tuple[int, int], count: int) -> list[tuple[int, int]]:
 
 def extract_on_devices(
     dataset: str | Path, cache: str | Path, *, model: str | Path, devices: list[str], shard: tuple[int, int] = (1, 1),
-    progress: Progress | None = None, **options: Any,
+    progress: Progress | None = None, notify: Callable[[str], None] | None = None, **options: Any,
 ) -> ExtractReport:  # fmt: skip
     """`extract` with one process per device; the cache has the same bytes as from one. Options are those of `extract`.
 
@@ -42,6 +44,7 @@ def extract_on_devices(
         made_with = precision_of(cache, AUTO)
         options["precision"] = "float32" if made_with == AUTO else made_with  # what each kind would choose may differ
     context = multiprocessing.get_context("spawn")
+    options["workers"] = options.get("workers") or max(1, cores() // len(devices))
     messages: Queue = context.Queue()
     processes: list[BaseProcess] = []
     for number, (device, slot) in enumerate(zip(devices, slots_of(shard, len(devices)), strict=True)):
@@ -50,7 +53,7 @@ def extract_on_devices(
         process.start()
         processes.append(process)
     try:
-        reports = _collect(processes, devices, messages, progress)
+        reports = _collect(processes, devices, messages, progress, notify)
     finally:
         for started_process in processes:
             started_process.terminate()
@@ -61,15 +64,21 @@ def _extract_in_process(number: int, messages: Queue, arguments: dict) -> None:
     def progress(done: int, total: int, _message: str = "") -> None:
         messages.put((number, "progress", (done, total)))
 
+    def notify(note: str) -> None:
+        messages.put((number, "note", note))
+
     try:
-        messages.put((number, "report", extract(progress=progress, **arguments)))
+        messages.put(
+            (number, "report", extract(progress=progress, notify=notify if number == 0 else None, **arguments))
+        )
     except WhisperATError as error:
         messages.put((number, "error", error))
 
 
 def _collect(
-    processes: list[BaseProcess], devices: list[str], messages: Queue, progress: Progress | None
-) -> list[ExtractReport]:
+    processes: list[BaseProcess], devices: list[str], messages: Queue, progress: Progress | None,
+    notify: Callable[[str], None] | None,
+) -> list[ExtractReport]:  # fmt: skip
     """Wait for every process's report, adding up their progress."""
     so_far: dict[int, tuple[int, int]] = {}
     reports: dict[int, ExtractReport] = {}
@@ -86,6 +95,10 @@ def _collect(
             continue
         if kind == "error":
             raise content
+        if kind == "note":
+            if notify:
+                notify(content)
+            continue
         if kind == "report":
             reports[number] = content
             continue
@@ -109,6 +122,7 @@ def _merged(reports: list[ExtractReport], seconds: float) -> ExtractReport:
         notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
         failed=sum(report.failed for report in reports),
         failures=tuple(failure for report in reports for failure in report.failures),
+        clip_notes=tuple(note for report in reports for note in report.clip_notes),
         seconds=round(seconds, 3),
         clips_per_second=round(written / max(seconds, 1e-9), 2),
         encoder_busy=round(sum(report.encoder_busy for report in reports) / len(reports), 3),

@@ -1,8 +1,8 @@
 """The shards of one process: decode -> batch -> encode -> write, overlapped.
 
-Threads decode ahead of the encoder, as far as a bounded window of batches; one thread writes finished shards behind it.
-Which clips share a batch depends on their place in the dataset alone, so that a resumed run encodes the same batches as
-an uninterrupted one and stores the same bytes; batches whose audio is ready go first.
+Other processes decode ahead of the encoder, as far as a bounded number of batches; a few threads write finished shards
+behind it. Which clips share a batch depends on their place in the dataset alone, so that a resumed run encodes the same
+batches as an uninterrupted one and stores the same bytes; batches whose audio is ready go first.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,45 +20,27 @@ import torch
 from whisper_at_cli.extract.backbones.load import Backbone
 from whisper_at_cli.extract.cache.schema import FRAMES, Status
 from whisper_at_cli.extract.cache.storage import Stored
-from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
+from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.devices import one_thread_per_operation, streams_of
-from whisper_at_cli.extract.errors import AudioError
+from whisper_at_cli.extract.machine import cores
+from whisper_at_cli.extract.pipeline.audio_batches import AudioBatches, Batch, DecodedBatch, Feed, Sources, batches_for
+from whisper_at_cli.extract.pipeline.blocks import Block, Blocks
+from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
+from whisper_at_cli.extract.pipeline.decode_worker import DONE
 from whisper_at_cli.extract.pipeline.encode import encode_to_host
 from whisper_at_cli.extract.progress import Progress
 
 BATCHES_AHEAD = 3  # decoded or being decoded, beyond one for each stream
-SHARDS_BEHIND = 2  # encoded and not yet on disk
+FEWEST_WRITERS, MOST_WRITERS = 2, 4  # threads that write shards; between them, one for every four cores
 
 
-@dataclass
-class _Batch:
-    """Clips that are encoded together: rows within one shard, and their audio as it is decoded."""
-
-    shard: int
-    slots: range  # within the shard
-    audio: list[Future]
-
-    def ready(self) -> bool:
-        return all(future.done() for future in self.audio)
-
-
-@dataclass
-class _Encoded:
-    """What came of a batch: which of its clips were encoded, and why the others were not."""
-
-    slots: list[int] = field(default_factory=list)
-    valid_frames: list[int] = field(default_factory=list)
-    errors: dict[int, str] = field(default_factory=dict)
-    stored: Stored | None = None  # on the host
-    seconds: float = 0.0  # that encoding took
-
-
-@dataclass
+@dataclass(eq=False)
 class _OpenShard:
-    """A shard that is being filled; it takes memory from its first encoded batch on."""
+    """A shard that is being filled."""
 
     batches_left: int
-    block: ShardBlock | None = None
+    whole: Block  # what was taken
+    block: Block  # as many rows of it as the shard has
 
 
 def real_frames(real: int, samples: int) -> int:
@@ -72,151 +54,186 @@ def batch_slots(rows: range, redo: np.ndarray, batch_size: int) -> list[range]:
     return [slots for slots in parts if redo[rows[slots.start] : rows[slots.stop - 1] + 1].any()]
 
 
-class Waveforms(Protocol):
-    """Where the audio of the cache's rows comes from: the dataset, or what was sent of it."""
-
-    def waveform(self, row: int, samples: int) -> tuple[np.ndarray, int]:
-        """(samples,) float32, and how many of them are real. Raises AudioError."""
-        ...
-
-
 class ShardRun:
     """One extraction: audio decoded ahead of the encoder, and encoded shards written behind it.
 
-    One thread (the caller's) hands out the work and fills the shards; decoding, encoding and writing have threads of
-    their own. On a CPU, each core encodes its own batches with one thread, which wastes nothing on waiting for others.
+    One thread (the caller's) hands out the work; encoding and writing have their own threads, decoding its processes.
+    On a CPU, each core encodes its own batches with one thread, which wastes nothing on waiting for others. The
+    caller's thread works by batches and shards, and does next to nothing for each clip.
     """
 
     def __init__(
-        self, dataset: Waveforms, backbone: Backbone, writer: CacheWriter, redo: np.ndarray, samples: int,
-        batch_size: int, workers: int, progress: Progress | None, streams: int | None = None,
+        self, backbone: Backbone, writer: CacheWriter, redo: np.ndarray, *, samples: int, batch_size: int,
+        progress: Progress | None = None, streams: int | None = None,
     ):  # fmt: skip
-        self.dataset, self.backbone, self.writer = dataset, backbone, writer
-        self.samples, self.batch_size, self.progress = samples, batch_size, progress
+        self.backbone, self.writer, self.redo, self.progress = backbone, writer, redo, progress
+        self.samples, self.batch_size = samples, min(batch_size, writer.clips_per_shard)
         self.streams = streams or streams_of(backbone.device)
-        self.decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        self.encoders = ThreadPoolExecutor(self.streams, thread_name_prefix="encode", initializer=_prepare_thread)
-        self.disk = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self.open_shards: dict[int, _OpenShard] = {}
-        self.writing: deque[Future] = deque()
+        self.writers = max(FEWEST_WRITERS, min(MOST_WRITERS, cores() // 4))
         self.done = self.failed = self.redone = 0
         self.encode_seconds = self.disk_wait_seconds = self.seconds = 0.0
-        self.redo = redo
         self.total = int(writer.mine().sum())
         self.skipped = int((writer.mine() & ~redo).sum())
+        self._open: dict[int, _OpenShard] = {}
+        self._encoded: deque[tuple[DecodedBatch, Future]] = deque()  # filled by the encoder's threads
+        self._written: deque[tuple[_OpenShard, Future]] = deque()  # and by the disk's
+        self._encoding = self._decoding = self._writing = 0
 
-    def all_shards(self) -> None:
-        """Extract the clips in `redo` that this slot holds."""
+    def from_pool(self, pool: DecodePool, clips: Sources) -> None:
+        """Extract the clips in `redo` that this slot holds, decoded by a pool of processes."""
+        count = self.streams + 1 + max(BATCHES_AHEAD, batches_for(pool.workers, self.batch_size))
+        pinned = self.backbone.device.type == "cuda"
+        feed = AudioBatches(
+            pool, clips, samples=self.samples, batch_size=self.batch_size, count=count, pinned=pinned
+        )  # fmt: skip
+        try:
+            self.all_shards(feed, count)
+        finally:
+            feed.close()
+
+    def all_shards(self, feed: Feed, batches: int) -> None:
+        """Extract the clips in `redo` that this slot holds, at most so many batches at work at a time."""
         started = time.perf_counter()
         self._report_progress()
-        waiting = self._batches()
-        decoding: deque[_Batch] = deque()
-        encoding: dict[Future[_Encoded], _Batch] = {}
+        spanned = -(-batches * self.batch_size // self.writer.clips_per_shard)  # shards
+        blocks = Blocks(
+            spanned + self.writers, self.writer.clips_per_shard, self.writer.spec,
+            pinned=self.backbone.device.type == "cuda",
+        )  # fmt: skip
+        encoders = ThreadPoolExecutor(self.streams, thread_name_prefix="encode", initializer=_prepare_thread)
+        disk = ThreadPoolExecutor(self.writers, thread_name_prefix="write")
         try:
             with one_thread_per_operation(self.backbone.device.type == "cpu"):
-                while True:
-                    while len(decoding) < self.streams + BATCHES_AHEAD and (batch := next(waiting, None)):
-                        decoding.append(batch)
-                    if decoding and len(encoding) <= self.streams:
-                        batch = _take_ready(decoding)
-                        encoding[self.encoders.submit(self._encode, batch)] = batch
-                    elif encoding:
-                        for future in wait(encoding, return_when=FIRST_COMPLETED).done:
-                            self._store(encoding.pop(future), future.result())
-                    else:
-                        break
-            self._wait_for_disk(0)
+                self._drive(feed, blocks, encoders, disk)
         finally:
-            for pool in (self.decoders, self.encoders, self.disk):
-                pool.shutdown(wait=True, cancel_futures=pool is not self.disk)
+            encoders.shutdown(wait=True, cancel_futures=True)
+            disk.shutdown(wait=True)
         self.seconds = time.perf_counter() - started
+
+    def _drive(self, feed: Feed, blocks: Blocks, encoders: ThreadPoolExecutor, disk: ThreadPoolExecutor) -> None:
+        batches = self._batches()
+        following = next(batches, None)
+        while True:
+            while following and feed.free() and self._has_room(following, blocks):
+                feed.start(following, self._rows(following))
+                self._decoding += 1
+                following = next(batches, None)
+            while self._encoding <= self.streams and (decoded := feed.take()):
+                self._decoding -= 1
+                self._encoding += 1
+                future = encoders.submit(self._encode, decoded)
+                future.add_done_callback(partial(self._tell, feed, self._encoded, decoded))
+            while self._encoded:
+                decoded, future = self._encoded.popleft()
+                self._encoding -= 1
+                self._store(decoded, *future.result())
+                feed.release(decoded.batch)
+                number = decoded.batch.shard
+                if not self._open[number].batches_left:
+                    shard = self._open.pop(number)
+                    self._writing += 1
+                    written = disk.submit(self.writer.write, number, shard.block.arrays)
+                    written.add_done_callback(partial(self._tell, feed, self._written, shard))
+            while self._written:
+                shard, future = self._written.popleft()
+                self._writing -= 1
+                future.result()
+                blocks.give(shard.whole)
+            if not (following or self._decoding or self._encoding or self._writing):
+                return
+            self._wait(feed)
+
+    def _wait(self, feed: Feed) -> None:
+        """Wait until something has happened; if nothing is being decoded or encoded, that is the disk."""
+        started = time.perf_counter()
+        feed.wait()
+        if not (self._decoding or self._encoding):
+            self.disk_wait_seconds += time.perf_counter() - started
+
+    @staticmethod
+    def _tell(feed: Feed, done: deque, what: object, future: Future) -> None:
+        """Called by the thread that did it."""
+        done.append((what, future))
+        feed.wake()
 
     @property
     def encoder_busy(self) -> float:
         """Share of the time in which the encoder's threads had work."""
         return self.encode_seconds / (self.streams * self.seconds) if self.encode_seconds else 0.0
 
-    def _wait_for_disk(self, behind: int) -> None:
-        """Wait until at most so many shards are still to be written."""
-        started = time.perf_counter()
-        while len(self.writing) > behind:
-            self.writing.popleft().result()
-        self.disk_wait_seconds += time.perf_counter() - started
-
-    def _batches(self) -> Iterator[_Batch]:
-        """Every batch that holds a clip to be done, its decoding started as it is drawn."""
+    def _batches(self) -> Iterator[Batch]:
+        """Every batch that holds a clip to be done, in order."""
         for shard in self.writer.shards_of(self.redo):
-            rows = self.writer.rows(shard)
-            parts = batch_slots(rows, self.redo, self.batch_size)
-            self.open_shards[shard] = _OpenShard(batches_left=len(parts))
-            for slots in parts:
-                yield _Batch(shard, slots, [self._decode(rows[slot]) for slot in slots])
+            for slots in batch_slots(self.writer.rows(shard), self.redo, self.batch_size):
+                yield Batch(shard, slots)
 
-    def _decode(self, row: int) -> Future:
-        return self.decoders.submit(self.dataset.waveform, row, self.samples)
+    def _rows(self, batch: Batch) -> range:
+        return self.writer.rows(batch.shard)[batch.slots.start : batch.slots.stop]
 
-    def _encode(self, batch: _Batch) -> _Encoded:
-        """Encode the clips of a batch that could be decoded. Runs in an encoder thread.
+    def _has_room(self, batch: Batch, blocks: Blocks) -> bool:
+        """Whether a batch's shard has a block, or gets one now."""
+        if batch.shard in self._open:
+            return True
+        if not blocks.available():
+            return False
+        rows = self.writer.rows(batch.shard)
+        whole = blocks.take()
+        shard = _OpenShard(len(batch_slots(rows, self.redo, self.batch_size)), whole, whole.first(len(rows)))
+        self.writer.keep(batch.shard, self.redo, shard.block.arrays)
+        self._open[batch.shard] = shard
+        return True
 
-        Silence is encoded in the place of the others, and dropped: another batch size could change a clip's last bit.
+    def _encode(self, decoded: DecodedBatch) -> tuple[Stored | None, float]:
+        """Encode a batch into its shard's block, and how long that took. Runs in an encoder thread.
+
+        Clips that failed are encoded as silence, and dropped: another batch size could change a clip's last bit.
+        Features of clips that the cache has already are left as they are.
         """
-        waveforms, encoded, good = np.zeros((len(batch.audio), self.samples), dtype=np.float32), _Encoded(), []
-        for place, (slot, future) in enumerate(zip(batch.slots, batch.audio, strict=True)):
-            try:
-                waveforms[place], real = future.result()
-            except AudioError as error:
-                encoded.errors[slot] = str(error)
-                continue
-            good.append(place)
-            encoded.slots.append(slot)
-            encoded.valid_frames.append(real_frames(real, self.samples))
-        batch.audio.clear()
-        if good:
-            started = time.perf_counter()
-            stored = encode_to_host(self.backbone, torch.from_numpy(waveforms), self.writer.spec.dtype)
-            encoded.stored = stored.map(lambda tensor: tensor[good]) if encoded.errors else stored
-            encoded.seconds = time.perf_counter() - started
-        return encoded
+        if not any(kind == DONE for kind, _ in decoded.outcomes):
+            return None, 0.0
+        started = time.perf_counter()
+        batch = decoded.batch
+        block = self._open[batch.shard].block
+        rows = self._rows(batch)
+        redo = self.redo[rows.start : rows.stop]
+        place = block.tensors.map(lambda tensor: tensor[batch.slots.start : batch.slots.stop])
+        waveforms = torch.from_numpy(decoded.waveforms)
+        stored = encode_to_host(
+            self.backbone, waveforms, self.writer.spec.dtype, out=place if redo.all() else None
+        )  # fmt: skip
+        if not redo.all():
+            wanted = torch.from_numpy(redo)
+            for target, source in zip(place, stored, strict=True):
+                if target is not None and source is not None:
+                    target[wanted] = source[wanted]
+        return stored, time.perf_counter() - started
 
-    def _store(self, batch: _Batch, encoded: _Encoded) -> None:
-        """Put a batch into its shard's block, and hand the block to the disk when it is full."""
-        shard = self.open_shards[batch.shard]
-        self.encode_seconds += encoded.seconds
-        if shard.block is None:
-            shard.block = self.writer.block(batch.shard, self.redo)
-        redo = self.redo[np.array(self.writer.rows(batch.shard))]
-        shard.block.errors |= {slot: error for slot, error in encoded.errors.items() if redo[slot]}
-        if encoded.stored is not None:
-            self._fill(shard.block, encoded, encoded.stored, redo)
-        slots = np.array(batch.slots)[redo[batch.slots.start : batch.slots.stop]]
-        done = int((shard.block.status[slots] == Status.DONE).sum())
+    def _store(self, decoded: DecodedBatch, stored: Stored | None, seconds: float) -> None:
+        """Note in a shard's block what came of a batch's clips."""
+        batch = decoded.batch
+        shard, slots = self._open[batch.shard], batch.slots
+        rows, block = self._rows(batch), shard.block.arrays
+        redo = self.redo[rows.start : rows.stop]
+        finite = np.ones((len(slots), 1), dtype=bool) if stored is None else stored.finite.numpy()
+        for at in np.flatnonzero(redo).tolist():
+            slot, (kind, value) = slots[at], decoded.outcomes[at]
+            if kind != DONE:
+                block.errors[slot] = value
+            elif not finite[at].all():
+                block.errors[slot] = self._overflow_message(int(np.flatnonzero(~finite[at])[0]) + 1)
+            else:
+                block.valid_frames[slot] = real_frames(value.real, self.samples)
+                block.status[slot] = Status.DONE
+                if value.note:
+                    block.errors[slot] = value.note
+        done = int((block.status[slots.start : slots.stop][redo] == Status.DONE).sum())
+        if stored is not None and stored.redone is not None:
+            self.redone += int((stored.redone.numpy() & redo).sum())
+        self.encode_seconds += seconds
         self.done += done
-        self.failed += len(slots) - done
+        self.failed += int(redo.sum()) - done
         self._report_progress()
         shard.batches_left -= 1
-        if not shard.batches_left:
-            self._wait_for_disk(SHARDS_BEHIND - 1)  # a slow disk slows extraction and fills no memory
-            del self.open_shards[batch.shard]
-            self.writing.append(self.disk.submit(self.writer.write, batch.shard, shard.block))
-
-    def _fill(self, block: ShardBlock, encoded: _Encoded, stored: Stored, redo: np.ndarray) -> None:
-        """Copy what was encoded into the block, where it was asked for and is finite."""
-        slots = np.array(encoded.slots)
-        if stored.redone is not None:
-            self.redone += int((stored.redone.numpy() & redo[slots]).sum())
-        finite = stored.finite.numpy()
-        good = finite.all(axis=1) & redo[slots]
-        at = slots[good]
-        keep = slice(None) if good.all() else good
-        block.features[at] = stored.features.numpy()[keep]
-        block.mean[at] = stored.mean.numpy()[keep]
-        if block.scale is not None and stored.scale is not None:
-            block.scale[at] = stored.scale.numpy()[keep]
-        block.valid_frames[at] = np.array(encoded.valid_frames)[good]
-        block.status[at] = Status.DONE
-        for row in np.flatnonzero(~finite.all(axis=1) & redo[slots]):
-            layer = int(np.flatnonzero(~finite[row])[0]) + 1
-            block.errors[int(slots[row])] = self._overflow_message(layer)
 
     def _overflow_message(self, layer: int) -> str:
         message = f"layer {layer} holds a value that is not finite in {self.writer.spec.dtype}"
@@ -234,14 +251,3 @@ class ShardRun:
 def _prepare_thread() -> None:
     """OpenMP counts threads by the thread that asks: a new one does not know what was set elsewhere."""
     torch.set_num_threads(torch.get_num_threads())
-
-
-def _take_ready(window: deque[_Batch]) -> _Batch:
-    """Remove and return the earliest batch whose audio is ready; wait for one if there is none."""
-    while True:
-        for batch in window:
-            if batch.ready():
-                window.remove(batch)
-                return batch
-        waiting = [future for batch in window for future in batch.audio if not future.done()]
-        wait(waiting, return_when=FIRST_COMPLETED)

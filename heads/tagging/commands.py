@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import click
 
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.options import DEVICE, SEED, command
-from whisper_at_cli.extract.output import printable
+from whisper_at_cli.extract.output import print_notes, printable
 from whisper_at_cli.extract.progress import progress_on_stderr
 from whisper_at_cli.heads.options import Decorator, Function
 
@@ -101,7 +102,8 @@ def transcribe_command(
     """What was said and what was heard in each AUDIO, with the encoder run once.
 
     The text is that of openai-whisper with the same options, character for character; a folder stands for the audio
-    files in it.
+    files in it. Each result appears as soon as it is there. With --out, the same command continues after an
+    interruption.
 
     \b
         whisper-at-cli transcribe meeting.m4a --model tiny.en --head tagger
@@ -109,6 +111,7 @@ def transcribe_command(
     """
     from whisper_at_cli.extract.cache.store import LocalStore
     from whisper_at_cli.heads import Tagger
+    from whisper_at_cli.heads.tagging.finished import Finished
     from whisper_at_cli.heads.tagging.tagger import audio_files
 
     form = "json" if as_json else form
@@ -117,8 +120,14 @@ def transcribe_command(
     options = _tag_options(options, events=form != "json")  # the other formats are made of events
     options["temperature"] = _temperatures(options["temperature"])
     tagger = Tagger.from_checkpoint(head, model=model, device=device)
-    results, failed = [], 0
+    kept = Finished(out, head, options | {"model": model, "seed": seed, "form": form}) if out else None
+    printer = _Printer(form, several=len(paths) > 1)
+    failed = again = 0
     for path, place in zip(paths, places, strict=True):
+        if kept and place and kept.has(path, place):
+            again += 1
+            click.echo(str(place))
+            continue
         try:
             with progress_on_stderr(f"transcribe {printable(path.name)}", "s", quiet=ctx.obj["quiet"]) as progress:
                 result = tagger.transcribe(path, seed=seed, progress=progress, **options)
@@ -130,13 +139,18 @@ def transcribe_command(
             failed += 1
             click.echo(f"failed: {' '.join(str(error).split())}", err=True)
             continue
-        if out and place:
+        if kept and out and place:
             LocalStore(out).write_whole(place.name, [_as_text(result, form, out).encode()])
+            kept.add(path, place)
             click.echo(str(place))
         else:
-            results.append(result)
-    if not out:
-        _print_results(results, form, several=len(paths) > 1)
+            printer.add(result)
+    if out is None:
+        printer.end()
+    if again:
+        print_notes(
+            [f"{again} of {len(paths)} files were there from an earlier run of this command; delete them to redo"]
+        )
     if failed:
         ctx.exit(1)
 
@@ -229,13 +243,25 @@ def _places(paths: list[Path], out: Path | None, form: str) -> list[Path | None]
     return places
 
 
-def _print_results(results: list[dict], form: str, *, several: bool) -> None:
-    if form == "json":
-        click.echo(json.dumps(results if several else results[0], indent=1))
-        return
-    for result in results:
-        title = f"{printable(result['audio'])}\n" if several else ""
-        click.echo(title + _as_text(result, form, Path()).rstrip("\n") + "\n" * several)
+class _Printer:
+    """Prints each result as soon as it is there; of several as JSON, one array."""
+
+    def __init__(self, form: str, *, several: bool):
+        self.form, self.several, self.count = form, several, 0
+
+    def add(self, result: dict) -> None:
+        self.count += 1
+        if self.form == "json":
+            text = json.dumps(result, indent=1)
+            start = "[\n" if self.count == 1 else ",\n"
+            click.echo(start + indent(text, " ") if self.several else text, nl=not self.several)
+            return
+        title = f"{printable(result['audio'])}\n" if self.several else ""
+        click.echo(title + _as_text(result, self.form, Path()).rstrip("\n") + "\n" * self.several)
+
+    def end(self) -> None:
+        if self.form == "json" and self.several:
+            click.echo("\n]" if self.count else "[]")
 
 
 COMMANDS = (transcribe_command, tag_command)

@@ -59,7 +59,12 @@ def draw_epoch(
 
 
 def balancing_weights(labels: np.ndarray) -> np.ndarray:
-    """(n,) sampling weight of each clip: the sum over its labels of 1000 / (clips with that label + 0.01)."""
+    """(n,) sampling weight of each clip: the sum over its labels of 1000 / (clips with that label + 0.01).
+
+    Where no clip has a label, all weights are equal.
+    """
+    if not labels.any():
+        return np.ones(len(labels))
     per_class = 1000 / (labels.sum(axis=0, dtype=np.int64) + 0.01)
     return labels.astype(np.float64) @ per_class
 

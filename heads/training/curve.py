@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from whisper_at_cli.extract.cache.store import LocalStore
+from whisper_at_cli.heads.metrics import mean_and_std
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 def draw_curve(lines: list[dict], finals: dict[str, float], metric: str, path: Path, title: str) -> None:
-    """Write a PNG of `lines` (of metrics.jsonl); `finals` holds the metric of each training's final weights."""
+    """Write a PNG of `lines` (of metrics.jsonl); `finals` holds the metric of each training's final weights,
+    NaN where it is undefined."""
     from io import BytesIO
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,8 +36,8 @@ def draw_curve(lines: list[dict], finals: dict[str, float], metric: str, path: P
                 label = name if len(names) <= 10 else None
                 axes.plot(*zip(*curve, strict=True), linewidth=0.8, alpha=0.6, label=label)
         _draw_mean(axes, [curve for curve in curves if curve])
-        if quantity == metric and finals:
-            mean = float(np.mean(list(finals.values())))
+        mean, _ = mean_and_std(list(finals.values()))
+        if quantity == metric and not math.isnan(mean):
             axes.axhline(mean, color="black", linestyle=":", linewidth=1, label=f"final weights {mean:.4f}")
         axes.set(xlabel="epoch", ylabel="training loss" if quantity == "loss" else f"validation {metric}")
         axes.grid(alpha=0.3)

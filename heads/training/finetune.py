@@ -38,9 +38,10 @@ from whisper_at_cli.heads.endtoend import (
     save_end_to_end,
 )
 from whisper_at_cli.heads.forms import build_head
-from whisper_at_cli.heads.metrics import evaluate_scores
+from whisper_at_cli.heads.metrics import evaluate_scores, mean_and_std
 from whisper_at_cli.heads.training.batches import Step, balancing_weights, draw_epoch, steps
 from whisper_at_cli.heads.training.data import every_clip_has_one_label
+from whisper_at_cli.heads.training.plan import training_side_warnings
 from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, named_recipe
 
 ENCODER_LR_SHARE = 0.01  # of the head's learning rate; the paper says 10 to 100 times smaller
@@ -97,18 +98,18 @@ def finetune(
             folder = out / f"fold-{each.number}" if whole else out
             note = f"on {results[-1]['validation_clips']} clips held out"
             _save(trained, folder, job, each.train, results[-1]["value"], note)
-    values = [result["value"] for result in results]
+    value, std = mean_and_std([result["value"] for result in results])
     if out and whole:
         rows = np.unique(np.concatenate([each.test for each in job.folds]))
         trained = trainer.train(rows, number=0)
-        note = f"mean over {len(values)} folds, of models trained without the fold; this one was trained on all clips"
-        _save(trained, out, job, rows, float(np.mean(values)), note)
+        note = f"mean over {len(results)} folds, of models trained without the fold; this one was trained on all clips"
+        _save(trained, out, job, rows, value, note)
     if job.audio.failures:
         job.warnings.append(job.audio.failure_note())
     return FinetuneResult(
         model=job.weights.name, head=head, dim=width or job.dim, params=trainer.parameters,
-        encoder_lr=job.recipe.lr * encoder_lr_share, metric=job.metric, value=float(np.mean(values)),
-        std=float(np.std(values)), folds=results, losses=trainer.losses, seconds=time.monotonic() - started,
+        encoder_lr=job.recipe.lr * encoder_lr_share, metric=job.metric, value=value,
+        std=std, folds=results, losses=trainer.losses, seconds=time.monotonic() - started,
         samples_per_second=trainer.samples / trainer.seconds, checkpoint=str(out) if out else None,
         device=str(job.device), recipe=dataclasses.asdict(job.recipe), warnings=job.warnings,
     )  # fmt: skip
@@ -176,6 +177,7 @@ def _plan(
     if recipe.loss == "ce" and not single_label:
         raise UsageError("loss ce needs exactly one label on every clip; some here have none or several: use loss bce")
     folds, warnings = cache_folds(clips, seed=recipe.seed)
+    warnings += training_side_warnings(clips.labels, folds, recipe)
     if fold is not None:
         numbers = [each.number for each in folds]
         if fold not in numbers:
@@ -264,7 +266,9 @@ class _Trainer:
             raise WhisperATError(f"no clip could be read to train on; {self.job.audio.failure_note()}")
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
-            raise WhisperATError(f"the loss became {loss} in epoch {epoch}: lower lr, which is {self.job.recipe.lr:g}")
+            raise WhisperATError(
+                f"the loss became {loss} in epoch {epoch}: lower --lr, which is {self.job.recipe.lr:g}"
+            )
         self.losses[-1].append(loss)
         self.epochs_done += 1
         if self.progress:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.devices import one_thread_per_operation
 from whisper_at_cli.extract.errors import WhisperATError
 from whisper_at_cli.heads.evaluate import predict
@@ -33,6 +34,7 @@ from whisper_at_cli.heads.training.ranks import Ranks
 from whisper_at_cli.heads.training.recipe import Recipe
 from whisper_at_cli.heads.training.records import RunFolder
 
+FINITE_CLIPS = 64  # looked at together
 SMALL_BATCH = 1 << 18  # numbers in a batch
 
 
@@ -73,14 +75,31 @@ class Workplace:
     clips: Clips
     labels: np.ndarray  # (n, C), by position
     metric: str
+    cache: FeatureCache
     ranks: Ranks = field(default_factory=Ranks)
     folder: RunFolder | None = None
     board: Board | None = None
     after_epoch: Callable[[int, float], None] | None = None  # told how many heads had an epoch, and their loss
 
     def evaluate(self, module: nn.Module, training: Training) -> Metrics:
-        """Metrics over every one of a training's test clips."""
-        return evaluate_scores(predict(module, self.clips, training.test), self.labels[training.test])
+        """Metrics over every one of a training's test clips. Raises WhisperATError where a score is not finite."""
+        scores = predict(module, self.clips, training.test)
+        if not np.isfinite(scores).all():
+            raise self.not_finite(training, "scores of validation clips are not finite")
+        return evaluate_scores(scores, self.labels[training.test])
+
+    def not_finite(self, training: Training, what: str) -> WhisperATError:
+        """The error for a training with numbers that are not finite, which either came with the features or from it."""
+        positions = torch.from_numpy(np.concatenate([training.train, training.test]))
+        for some in positions.split(FINITE_CLIPS):
+            finite = self.clips.batch(some).isfinite().flatten(1).all(dim=1).cpu()
+            if not finite.all():
+                clip = self.cache.ids[self.clips.rows[some[finite.int().argmin()]]]
+                return WhisperATError(
+                    f"the features of clip {str(clip)!r} in {self.cache.path} are not finite; see which others are "
+                    f"damaged with: whisper-at-cli verify {self.cache.path}"
+                )
+        return WhisperATError(f"{what}: the training diverged; lower --lr, which is {training.recipe.lr:g}")
 
 
 def train_group(
@@ -151,8 +170,7 @@ class _Course:
         seconds = time.monotonic() - started
         for training, value in zip(self.trainings, loss, strict=True):
             if not math.isfinite(value):
-                rate = training.recipe.lr
-                raise WhisperATError(f"the loss became {value} in epoch {self.epoch}: lower lr, which is {rate:g}")
+                raise place.not_finite(training, f"the loss became {value} in epoch {self.epoch}")
         return [
             {
                 "training": training.name, "seed": training.recipe.seed, "fold": training.number, "epoch": self.epoch,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from whisper_at_cli.extract.cache import FeatureCache
-from whisper_at_cli.extract.cache.folds import Fold, cache_folds
+from whisper_at_cli.extract.cache.folds import Fold, cache_folds, untrained_classes
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.forms import Head, build_head, head_form
 from whisper_at_cli.heads.training.data import choose_tier, every_clip_has_one_label, stored_bytes, why_not_accuracy
@@ -85,9 +85,12 @@ def _digest(content: object) -> str:
 
 def plan(
     cache: FeatureCache, *, head: str, width: int | None, recipe: Recipe | str | None, changes: dict, faithful: bool,
-    device: torch.device, tier: str, processes: int = 1,
+    device: torch.device, tier: str, processes: int = 1, precision: str | None = None,
 ) -> Job:  # fmt: skip
-    """Settle recipe and folds, and refuse what cannot work; nothing is read but labels. Raises UsageError."""
+    """Settle recipe and folds, and refuse what cannot work; nothing is read but labels. Raises UsageError.
+
+    `precision` is what `auto` stood for where the run began, if it continues one.
+    """
     spec = cache.spec
     with torch.device("meta"):  # refuses an unknown head or a wrong width, at no cost
         build_head(head, layers=spec.layers, dim=spec.dim, classes=max(1, len(spec.class_names)), width=width)
@@ -101,11 +104,12 @@ def plan(
         recipe = named_recipe(recipe, head, dim=spec.dim, width=width)
     recipe = recipe.with_changes(**((FAITHFUL if faithful else {}) | changes))
     if recipe.precision == "auto":
-        recipe = recipe.with_changes(precision=fastest_precision(head, device))
+        recipe = recipe.with_changes(precision=precision or fastest_precision(head, device))
     _check_recipe(recipe, head, single_label, spec.frames)
     folds, warnings = cache_folds(cache, seed=recipe.seed)
     if not single_label:
         warnings.append(why_not_accuracy(cache.labels[rows], cache.ids[rows]))
+    warnings += training_side_warnings(cache.labels, folds, recipe)
     if recipe.epoch_share < 1:
         passes = recipe.epochs * recipe.epoch_share
         warnings.append(
@@ -115,6 +119,16 @@ def plan(
     tier = choose_tier(stored_bytes(cache, len(rows), head_form(head).reads), device, tier, processes=processes)
     metric = "accuracy" if single_label else "mAP"
     return Job(cache, head, width, recipe, folds, rows, metric, device, tier, warnings)
+
+
+def training_side_warnings(labels: np.ndarray, folds: list[Fold], recipe: Recipe) -> list[str]:
+    """What the training clips of these folds lack; labels (N, C) are of all clips."""
+    warnings = untrained_classes(labels, folds)
+    sides = [fold.train[~labels[fold.train].any(axis=1)] for fold in folds if labels[fold.train].any()]
+    unlabelled = len(set().union(*(side.tolist() for side in sides)))
+    if recipe.class_balanced and unlabelled:
+        warnings.append(f"{unlabelled} training clips have no label and are never drawn: drawing is class-balanced")
+    return warnings
 
 
 def _check_recipe(recipe: Recipe, head: str, single_label: bool, frames: int) -> None:

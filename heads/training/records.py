@@ -177,8 +177,19 @@ class RunFolder:
 def order_kept(path: str | Path) -> str | None:
     """In which order the run in this folder takes its clips, None where there is no run."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what is wrong is said by RunFolder
-        return json.loads((Path(path) / HIDDEN / "run.json").read_bytes())["command"]["order"]
+        return _command_kept(path)["order"]
     return None
+
+
+def precision_kept(path: str | Path) -> str | None:
+    """The precision that the run in this folder began with, which may be another than `auto` is on this machine."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return _command_kept(path)["recipe"]["precision"]
+    return None
+
+
+def _command_kept(path: str | Path) -> dict:
+    return json.loads((Path(path) / HIDDEN / "run.json").read_bytes())["command"]
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[str]:

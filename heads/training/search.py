@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.progress import Progress
+from whisper_at_cli.heads.metrics import mean_and_std
 from whisper_at_cli.heads.training.loop import Trained, Training
 from whisper_at_cli.heads.training.plan import Job, plan
 from whisper_at_cli.heads.training.ranks import joined_ranks
 from whisper_at_cli.heads.training.recipe import Recipe
+from whisper_at_cli.heads.training.records import precision_kept
 from whisper_at_cli.heads.training.train import check_options, fold_trainings, open_run, seed_line
 
 RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's learning rate
@@ -60,7 +61,7 @@ def search_heads(
         jobs = [
             plan(
                 cache, head=head, width=width, recipe=recipe, changes=changes, faithful=faithful, device=target,
-                tier=tier, processes=ranks.here,
+                tier=tier, processes=ranks.here, precision=None if restart or not out else precision_kept(out),
             )
             for width in (widths or (None,))
         ]  # fmt: skip
@@ -98,7 +99,7 @@ def _ranked(trained: list[tuple[Job, list[Trained]]], seeds: int, seconds: float
     for job, done in trained:
         each = seeds * len(job.folds)
         rows += [_row(job, done[start : start + each]) for start in range(0, len(done), each)]
-    rows.sort(key=lambda row: (np.isnan(row["value"]), -row["value"]))
+    rows.sort(key=lambda row: (math.isnan(row["value"]), -row["value"]))
     job = trained[0][0]
     warnings = list(dict.fromkeys(warning for each, _ in trained for warning in each.warnings))
     warnings.append(
@@ -115,10 +116,12 @@ def _row(job: Job, done: list[Trained]) -> dict:
     """One combination."""
     count = len(job.folds)
     by_seed = [seed_line(job, done[start : start + count]) for start in range(0, len(done), count)]
-    of_folds = np.mean([[fold["value"] for fold in of_seed["folds"]] for of_seed in by_seed], axis=0)
+    by_fold = zip(*([fold["value"] for fold in of_seed["folds"]] for of_seed in by_seed), strict=True)
+    of_folds = [mean_and_std(values)[0] for values in by_fold]
+    value, std = mean_and_std(of_folds)
     return {
         "lr": done[0].training.recipe.lr, "dim": job.dim, "width": job.width, "params": job.parameters(),
-        "value": float(of_folds.mean()), "std": float(of_folds.std()),
-        "std_over_seeds": float(np.std([of_seed["value"] for of_seed in by_seed])), "folds": of_folds.tolist(),
+        "value": value, "std": std, "folds": of_folds,
+        "std_over_seeds": mean_and_std([of_seed["value"] for of_seed in by_seed])[1],
         "seconds": sum(each.record["seconds"] for each in done),
     }  # fmt: skip

@@ -18,6 +18,7 @@ from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import HeadDescription, save_head
+from whisper_at_cli.heads.metrics import mean_and_std
 from whisper_at_cli.heads.training.board import Board
 from whisper_at_cli.heads.training.curve import draw_curve
 from whisper_at_cli.heads.training.data import Clips, load_clips
@@ -25,7 +26,7 @@ from whisper_at_cli.heads.training.loop import Trained, Training, Workplace, tra
 from whisper_at_cli.heads.training.plan import Job, plan
 from whisper_at_cli.heads.training.ranks import Ranks, joined_ranks
 from whisper_at_cli.heads.training.recipe import Recipe
-from whisper_at_cli.heads.training.records import RunFolder, order_kept
+from whisper_at_cli.heads.training.records import RunFolder, order_kept, precision_kept
 
 if TYPE_CHECKING:
     from whisper_at_cli.heads.training.search import SearchResult
@@ -98,7 +99,7 @@ def train_head(
         ranks, target = stack.enter_context(joined_ranks(device))
         job = plan(
             cache, head=head, width=width, recipe=recipe, changes=changes, faithful=faithful, device=target, tier=tier,
-            processes=ranks.here,
+            processes=ranks.here, precision=None if restart or not out else precision_kept(out),
         )  # fmt: skip
         runner = stack.enter_context(
             open_run(job, ranks, out, {"seeds": seeds}, restart=restart, tensorboard=tensorboard, progress=progress)
@@ -194,7 +195,7 @@ class Runner:
         if self.folder is None:
             return
         lines = [line for each in done for line in each.record["history"]]
-        finals = {each.training.name: each.metrics[result.metric] for each in done if each.metrics}
+        finals = {each.training.name: each.value(result.metric) for each in done if each.metrics}
         draw_curve(lines, finals, result.metric, self.folder.path / "curve.png", title=result.head)
         self.folder.finish_all(dataclasses.asdict(result))
 
@@ -204,7 +205,9 @@ class Runner:
             processes = self.ranks.here
             self._clips = load_clips(job.cache, job.rows, job.reads, job.device, job.tier, processes=processes)
         labels = job.cache.labels[job.rows]
-        return Workplace(self._clips, labels, job.metric, self.ranks, self.folder, self.board, self._after_epoch)
+        return Workplace(
+            self._clips, labels, job.metric, job.cache, self.ranks, self.folder, self.board, self._after_epoch
+        )
 
     def _after_epoch(self, heads: int, loss: float) -> None:
         self.epochs_done += heads
@@ -236,20 +239,24 @@ def _result(
     validated = [each for each in done if each.metrics]
     by_seed = [seed_line(job, validated[i : i + len(job.folds)]) for i in range(0, len(validated), len(job.folds))]
     folds = [mean_of([of_seed["folds"][k] for of_seed in by_seed]) for k in range(len(job.folds))]
-    values, of_seeds = [fold["value"] for fold in folds], [of_seed["value"] for of_seed in by_seed]
+    value, std = mean_and_std([fold["value"] for fold in folds])
+    _, std_over_seeds = mean_and_std([of_seed["value"] for of_seed in by_seed])
     warnings = list(job.warnings)
+    classes = len(job.cache.spec.class_names)
     for fold in folds:
         if job.metric == "mAP" and (missing := fold["classes_without_positives"]):
-            of_all = f"{missing} of {len(job.cache.spec.class_names)} classes"
-            warnings.append(f"fold {fold['fold']}: {of_all} have no validation clip and do not count")
+            said = "no validation clip has a label, so the fold does not count"
+            if missing < classes:
+                said = f"{missing} of {classes} classes have no validation clip and do not count"
+            warnings.append(f"fold {fold['fold']}: {said}")
     samples, trained_seconds, waited = (
         sum(each.record[name] for each in done) for name in ("samples", "seconds", "waiting_seconds")
     )
     return TrainResult(
-        head=job.head, dim=job.dim, params=job.parameters(), metric=job.metric, value=float(np.mean(values)),
-        std=float(np.std(values)), folds=folds, seconds=seconds, samples_per_second=samples / trained_seconds,
-        checkpoint=str(out) if out else None, device=str(job.device), recipe=dataclasses.asdict(job.recipe),
-        warnings=warnings, seeds=by_seed, std_over_seeds=float(np.std(of_seeds)), tier=job.tier,
+        head=job.head, dim=job.dim, params=job.parameters(), metric=job.metric, value=value, std=std, folds=folds,
+        seconds=seconds, samples_per_second=samples / trained_seconds, checkpoint=str(out) if out else None,
+        device=str(job.device), recipe=dataclasses.asdict(job.recipe),
+        warnings=warnings, seeds=by_seed, std_over_seeds=std_over_seeds, tier=job.tier,
         waiting_share=waited / trained_seconds,
         heads_side_by_side=min(job.heads_side_by_side(together), len(validated)),
         processes=runner.ranks.world, metrics_file=str(Path(out) / "metrics.jsonl") if out else None,
@@ -266,9 +273,8 @@ def seed_line(job: Job, trained: list[Trained]) -> dict:
         }
         for fold, each in zip(job.folds, trained, strict=True)
     ]  # fmt: skip
-    values = [fold["value"] for fold in folds]
-    seed = trained[0].training.recipe.seed
-    return {"seed": seed, "value": float(np.mean(values)), "std": float(np.std(values)), "folds": folds}
+    value, std = mean_and_std([fold["value"] for fold in folds])
+    return {"seed": trained[0].training.recipe.seed, "value": value, "std": std, "folds": folds}
 
 
 def mean_of(lines: list[dict]) -> dict:
@@ -297,7 +303,7 @@ def _save_validated(each: Trained, job: Job, out: str | Path) -> None:
 
 def _save_kept(each: Trained, job: Job, out: str | Path, values: list[float]) -> None:
     note = f"mean over {len(values)} heads, each trained without a fold; this one was trained on all clips"
-    _save(each, Path(out), job, float(np.mean(values)), note)
+    _save(each, Path(out), job, mean_and_std(values)[0], note)
 
 
 def _save(each: Trained, folder: Path, job: Job, value: float, value_of: str) -> None:

@@ -113,6 +113,7 @@ def measure_robustness(
     found = read_speech(speech)
     spoken, notes = _first_utterances(found, utterances)
     noises = open_dataset(noise, format=format)
+    notes += noises.notes
     jobs = plan(spoken, noises, snrs, clips_per_class or min(len(spoken), PAPER_UTTERANCES))
     if isinstance(model, str | Path):
         model = load_recogniser(model, device=device, language=language, fallback=fallback)

@@ -5,7 +5,6 @@ Utterances are sorted by path, so that the same folder gives the same pairs with
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,10 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.decode import SUFFIXES, decode
+from whisper_at_cli.extract.cells import PATH_CHARACTERS, as_name, is_nan, shown
 from whisper_at_cli.extract.datasets.base import unique_ids
+from whisper_at_cli.extract.datasets.beside import MANIFESTS, METADATA
+from whisper_at_cli.extract.datasets.columns import AUDIO_NAMES, taken_text
+from whisper_at_cli.extract.datasets.locate import located
+from whisper_at_cli.extract.datasets.scan import first_file
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.tables import JsonLines, Table, is_csv, text_lines
 
+TEXT_NAMES = ("text", "sentence", "transcript", "transcription", "normalized_text")  # best first
 LAYOUTS = "SPEAKER/CHAPTER/*.flac with *.trans.txt (LibriSpeech), or manifest.csv with the columns audio and text"
 
 
@@ -66,8 +73,8 @@ def read_speech(path: str | Path) -> Speech:
     path = Path(path)
     if not path.exists():
         raise UsageError(f"{path} does not exist; give a folder of speech with transcripts: {LAYOUTS}")
-    manifest = path if path.is_file() else path / "manifest.csv"
-    if manifest.is_file():
+    manifest = path if path.is_file() else first_file(path, *MANIFESTS, *METADATA)
+    if manifest is not None:
         return _read_manifest(manifest)
     transcripts = sorted(path.rglob("*.trans.txt"))
     if not transcripts:
@@ -76,55 +83,76 @@ def read_speech(path: str | Path) -> Speech:
 
 
 def _read_manifest(path: Path) -> Speech:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in ("audio", "text") if column not in (reader.fieldnames or ())]
-            if missing:
-                raise UsageError(f"{path} lacks the column {missing[0]!r}; it has {reader.fieldnames}")
-            rows = [(reader.line_num, row["audio"], row["text"]) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path} is not a readable CSV file: {error}") from error
-    lines: dict[str, int] = {}
-    for line, audio, text in rows:
-        if not audio or text is None:
-            raise UsageError(f"line {line} of {path} lacks its audio or its text")
-        if audio in lines:
-            raise UsageError(f"line {line} of {path} names {audio}, as line {lines[audio]} does; keep one of them")
-        lines[audio] = line
-    return _speech(path.parent, [(audio, text) for _, audio, text in rows], ())
+    """The rows of a table. Raises UsageError with the line where audio or text is empty, or audio is named twice."""
+    table = Table(path) if is_csv(path) else JsonLines(path)
+    said: list[str] = []
+    audio_column, text_column = _columns(table, said)
+    places: dict[str, str] = {}
+    texts = []
+    for place, row in table.rows():
+        audio = as_name(row.get(audio_column) or "", "audio", place, most=PATH_CHARACTERS)
+        text = row.get(text_column) or ""
+        if not audio or is_nan(audio):
+            raise UsageError(f"{place} names no audio file")
+        if not isinstance(text, str) or not text or is_nan(text):
+            raise UsageError(
+                f"{place}: the text is {shown(text) if text else 'empty'}; write what is said, or remove the row"
+            )
+        if audio in places:
+            raise UsageError(f"{place} names {audio}, as {places[audio]} does; keep one of them")
+        places[audio] = place.split(" of ")[0]
+        texts.append(text)
+    paths, moved = located(path.parent, list(places))
+    return _speech(path.parent, list(zip(paths, texts, strict=True)), (*said, *table.notes, *moved))
+
+
+def _columns(table: Table | JsonLines, said: list[str]) -> tuple[str, str]:
+    """The columns of audio and text, by any of their common names. Raises UsageError where one of them is not there."""
+    if isinstance(table, JsonLines):
+        keys = tuple(dict.fromkeys(key for _, row in table.rows() for key in row))
+        names, described = keys, ", ".join(keys)[:300] or "none"
+    else:
+        names, described = table.names, table.described()
+    found = []
+    for what, wanted in (("audio", AUDIO_NAMES), ("text", TEXT_NAMES)):
+        taken = next((name for name in wanted if name in names), None)
+        if taken is None:
+            shown_names = ", ".join(wanted[:5])
+            raise UsageError(
+                f"{table.path} has no column of {what}: its columns are {described}; call it {shown_names}"
+            )
+        if isinstance(table, Table):
+            table.column(taken)  # is not there twice
+        found.append((what, taken))
+    if found != [("audio", "audio"), ("text", "text")]:
+        said.append(notes.COLUMNS_TAKEN(table=table.path.name, taken=taken_text(found)))
+    return found[0][1], found[1][1]
 
 
 def _read_librispeech(root: Path, transcripts: list[Path]) -> Speech:
     """All recordings that have both a file and a line in a transcript."""
     texts: dict[Path, str] = {}
+    said: list[str] = []
     for path in transcripts:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path} is not a text file in UTF-8: {error}") from error
-        for line in filter(str.strip, lines):
-            name, _, text = line.strip().partition(" ")
+        for line in text_lines(path, said):
+            name, _, text = line.partition(" ")
             texts[path.parent / name] = text
     folders = sorted({path.parent for path in transcripts})
     audio = [file for folder in folders for file in folder.iterdir() if file.suffix.lower() in SUFFIXES]
     found = [
         (file.relative_to(root).as_posix(), texts[stem]) for file in audio if (stem := file.with_suffix("")) in texts
     ]
-    notes = []
     if absent := len(texts.keys() - {file.with_suffix("") for file in audio}):
-        notes.append(
-            f"{absent} of {len(texts)} transcripts in {root} have no recording beside them; they were left out"
-        )
+        said.append(f"{absent} of {len(texts)} transcripts in {root} have no recording beside them; they were left out")
     if silent := len(audio) - len(found):
-        notes.append(f"{silent} of {len(audio)} recordings in {root} have no transcript; they were left out")
-    return _speech(root, found, tuple(notes))
+        said.append(f"{silent} of {len(audio)} recordings in {root} have no transcript; they were left out")
+    return _speech(root, found, tuple(said))
 
 
-def _speech(root: Path, found: list[tuple[str, str]], notes: tuple[str, ...]) -> Speech:
+def _speech(root: Path, found: list[tuple[str, str]], said: tuple[str, ...]) -> Speech:
     if not found:
         raise UsageError(f"{root} names no recording with a transcript. Looked for {LAYOUTS}")
     found = sorted(found)
     ids = unique_ids([path for path, _ in found])
     utterances = (Utterance(name, path, text.strip()) for name, (path, text) in zip(ids, found, strict=True))
-    return Speech(root, tuple(utterances), notes)
+    return Speech(root, tuple(utterances), said)

@@ -58,7 +58,7 @@ def read(folder: Path) -> str:
             found.append(ask())
         except AudioError as error:
             refused = error
-    for clip, real in found[1:] if found and isinstance(found[0][0], float) else found:
+    for clip, real, _ in found[1:] if found and isinstance(found[0][0], float) else found:
         assert np.isfinite(clip).all() and 0 < real <= len(clip)
     if refused:
         raise refused

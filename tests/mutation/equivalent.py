@@ -29,7 +29,7 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
      "the one damage of one clip is the same, named once or by clip"),
     ("extract/cache/store.py", "_writev", "written < size -> written <= size",
      "of a buffer that was written whole nothing is left to write"),
-    ("extract/cache/store.py", "LocalStore.write_whole", "0 -> -1 in: with open(temporary",
+    ("extract/cache/store.py", "LocalStore.write_together", "0 -> -1 in: file = opened.enter_context(open(",
      "nothing is written through the file object, whose buffer it would be"),
     ("extract/cache/import_npz.py", "_common_shape", "0 -> -1 in: return shapes.most_common(1)", ONE),
     ("extract/cache/import_npz.py", "_common_shape", "1 -> 2 in: shapes[", "twice every count is in the same order"),

@@ -1,0 +1,158 @@
+"""The audio track of a container, decoded as FFmpeg's program does: the same track, on past what cannot be decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from whisper_at_cli.extract.audio.wav import never_written
+from whisper_at_cli.extract.errors import AudioError
+
+if TYPE_CHECKING:
+    from av import AudioFrame, Packet
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
+
+DEFAULT_SCORE = 5_000_000  # what the program's choice adds to a track's number of channels
+MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
+MATROSKA = "matroska,webm"
+WITHOUT_GAPS = ("ogg", "flac")  # where every sample has its number
+RESTART_SECONDS = 0.5  # a time stamp that goes back by so much begins another link of a chained file
+MOST_RETRIES = 1000  # of a demuxer that says "try again"
+
+
+class Track:
+    """Decodes one container's audio, and keeps count. For one thread.
+
+    Raises AudioError where there is no audio.
+    """
+
+    def __init__(self, container: InputContainer):
+        self.container, self.stream = container, _chosen(container)
+        if not self.stream.codec_context.is_open:
+            self.stream.codec_context.thread_count = 1
+        self.form = container.format.name
+        self.codec = self.stream.codec_context.name
+        self.declared = self._declared_seconds()
+        self.first_byte: int | None = None  # of the first packet
+        self.passed_over, self.passed_seconds = 0, 0.0  # packets that the decoder refused
+        self.reason = ""  # for the first of them
+        self.begins: float | None = None  # seconds, by the time stamp of the first frame that was decoded
+        self.last_time = 0.0  # where the last one ends
+        self._since: float | None = None  # where the frames begin whose seconds are counted
+        self._counted = 0.0
+
+    @property
+    def tick(self) -> float:
+        """Seconds."""
+        return float(self.stream.time_base or 0)
+
+    def _declared_seconds(self) -> float | None:
+        """The length that FFmpeg reads in the header; for Matroska the time at which the track ends."""
+        if self.stream.duration and self.stream.duration > 0:
+            seconds = self.stream.duration * self.tick
+            speed = (self.stream.codec_context.bit_rate or 0) / 8 if self.codec.startswith("pcm_") else 0
+            return None if speed and never_written(round(seconds * speed)) else seconds
+        if self.form == MATROSKA:
+            if (tagged := _clock_seconds(self.stream.metadata.get("DURATION", ""))) is not None:
+                return tagged
+            if len(self.container.streams) == 1 and self.container.duration:  # a picture may last longer than its sound
+                return self.container.duration / 1e6
+        return None
+
+    def packets(self) -> Iterator[Packet | None]:
+        """The packets of the track, then None. An error of the demuxer ends them, as the end of the file does."""
+        import av
+
+        for _ in range(MOST_RETRIES):
+            try:
+                for packet in self.container.demux(self.stream):
+                    if packet.size:
+                        if self.first_byte is None:
+                            self.first_byte = packet.pos
+                        yield packet
+                break
+            except av.BlockingIOError:
+                continue
+            except av.FFmpegError as error:
+                self.reason = self.reason or error.strerror or str(error)
+                break
+        yield None
+
+    def frames(self) -> Iterator[AudioFrame]:
+        """All that can be decoded, from where the container stands."""
+        import av
+
+        decode = self.stream.codec_context.decode
+        for packet in self.packets():
+            try:
+                frames = decode(packet)
+            except av.EOFError:
+                break
+            except (av.FFmpegError, MemoryError) as error:
+                self.passed_over += 1
+                self.passed_seconds += (packet.duration or 0) * self.tick if packet else 0.0
+                self.reason = self.reason or getattr(error, "strerror", "") or str(error)
+                continue
+            for frame in frames:
+                yield self._timed(frame, packet)
+
+    def _timed(self, frame: AudioFrame, packet: Packet | None) -> AudioFrame:
+        if self.form == MP4 and packet and packet.duration:  # the last one says where the encoder's padding begins
+            kept = round(packet.duration * self.tick * frame.rate)
+            frame = cut(frame, kept) if kept < frame.samples - 1 else frame
+        if frame.pts is not None:
+            begin = frame.pts * self.tick
+            self.begins = begin if self.begins is None else self.begins
+            if self._since is None or begin < self.last_time - RESTART_SECONDS:
+                self._since, self._counted = begin, 0.0
+            self.last_time = begin + frame.samples / frame.rate
+        self._counted += frame.samples / frame.rate
+        return frame
+
+    @property
+    def hole_seconds(self) -> float:
+        """How much further the time stamps went than the samples, in containers that have no gaps of their own."""
+        if self.form not in WITHOUT_GAPS or self._since is None:
+            return 0.0
+        return self.last_time - self._since - self._counted
+
+    def forget(self) -> None:
+        """What was decoded until now is not part of what is asked for."""
+        self.passed_over, self.passed_seconds, self._since, self._counted = 0, 0.0, None, 0.0
+
+
+def _chosen(container: InputContainer) -> AudioStream:
+    """The track that FFmpeg's program chooses where nobody chooses: a default one, of them one with most channels."""
+    if not container.streams.audio:
+        raise AudioError("it holds no audio")
+    known = [stream for stream in container.streams.audio if _is_known(stream)]
+    if not known:
+        raise AudioError("it cannot be decoded: its audio has a codec that FFmpeg does not know")
+    return max(known, key=lambda stream: DEFAULT_SCORE * bool(stream.disposition & 1) + stream.codec_context.channels)
+
+
+def _is_known(stream: AudioStream) -> bool:
+    return stream.codec_context is not None
+
+
+def _clock_seconds(text: str) -> float | None:
+    """ "00:01:02.5" in seconds; None for what is no such text."""
+    try:
+        hours, minutes, seconds = (float(part) for part in text.split(":"))
+    except ValueError:
+        return None
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def cut(frame: AudioFrame, samples: int) -> AudioFrame:
+    """The first samples of a frame."""
+    import av
+
+    width = samples * (frame.layout.nb_channels if frame.format.is_packed else 1)
+    kept: np.ndarray = np.ascontiguousarray(frame.to_ndarray()[:, :width])
+    shorter = av.AudioFrame.from_ndarray(kept, format=frame.format.name, layout=frame.layout.name)
+    shorter.sample_rate, shorter.pts = frame.sample_rate, frame.pts
+    return shorter

@@ -1,0 +1,98 @@
+"""Which columns of a table hold the audio files and the labels, by any of their common names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from whisper_at_cli.extract import notes
+from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.tables import JsonLines, Table, column_name
+
+AUDIO_NAMES = (  # best first
+    "audio", "path", "file", "file_name", "filename", "audio_filepath", "audio_path", "audio_file", "file_path",
+    "filepath", "wav", "wav_path", "slice_file_name", "fname",
+)  # fmt: skip
+LABEL_NAMES = ("label", "labels", "category", "class", "target")  # best first
+WANTED_AUDIO = AUDIO_NAMES[:5]
+OTHERS = ("start", "end", "fold", "split", "id", "text")
+FLAGS = frozenset(("0", "1", "0.0", "1.0", "true", "false", ""))
+FLAG_ROWS = 200  # that are looked at to tell columns of 0 and 1
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns that were taken; no label column is empty text."""
+
+    audio: str
+    label: str = ""
+
+
+def taken_columns(table: Table | JsonLines, said: list[str]) -> Columns:
+    """The columns of audio and labels. Raises UsageError where there is no audio, or labels are columns of 0 and 1."""
+    if isinstance(table, JsonLines):
+        return _of_json(table, said)
+    audio, label = table.column(*AUDIO_NAMES), table.column(*LABEL_NAMES)
+    for name in OTHERS:
+        table.column(name)  # is not there twice
+    if audio is None:
+        raise UsageError(
+            f"{table.path} has no column of audio files: its columns are {table.described()}; one of them must be "
+            f"called {', '.join(WANTED_AUDIO)}"
+        )
+    written = dict(zip(table.names, table.columns, strict=True))
+    taken = [("audio", written[audio])] + ([("labels", written[label])] if label else [])
+    taken += [(name, written[name]) for name in OTHERS if written.get(name, name) != name]
+    if (
+        audio != "audio"
+        or label not in (None, "label", "labels")
+        or any(column_name(name) != name for _, name in taken)
+    ):
+        said.append(notes.COLUMNS_TAKEN(table=table.path.name, taken=taken_text(taken)))
+    if label is None:
+        _refuse_one_hot(table, audio)
+        said.append(_no_label_column(table.path.name, table.described()))
+    return Columns(audio, label or "")
+
+
+def taken_text(taken: list[tuple[str, str]]) -> str:
+    """How columns were taken, for a note: `audio from column 'filename', labels from column 'category'`."""
+    return ", ".join(f"{what} from column {name!r}" for what, name in taken)
+
+
+def _no_label_column(table: str, columns: str) -> str:
+    return notes.NO_LABEL_COLUMN(table=table, wanted=", ".join(LABEL_NAMES), columns=columns)
+
+
+def _of_json(table: JsonLines, said: list[str]) -> Columns:
+    """By the keys of all objects, which need not be the same."""
+    keys = dict.fromkeys(key for _, row in table.rows() for key in row)
+    audio = next((name for name in AUDIO_NAMES if name in keys), None)
+    label = next((name for name in LABEL_NAMES if name in keys), None)
+    described = ", ".join(keys)[:300] or "none: it is empty"
+    if audio is None and keys:
+        raise UsageError(
+            f"{table.path} has no key for audio files: its keys are {described}; one of them must be called "
+            f"{', '.join(WANTED_AUDIO)}"
+        )
+    if audio not in (None, "audio") or label not in (None, "label", "labels"):
+        taken = [("audio", audio or "audio")] + ([("labels", label)] if label else [])
+        said.append(notes.COLUMNS_TAKEN(table=table.path.name, taken=taken_text(taken)))
+    if label is None and keys:
+        said.append(_no_label_column(table.path.name, described))
+    return Columns(audio or "audio", label or "")
+
+
+def _refuse_one_hot(table: Table, audio: str) -> None:
+    """Raise UsageError where several columns hold nothing but 0 and 1: they are labels, most likely."""
+    columns = [name for name in table.names if name and name not in (audio, *OTHERS)]
+    seen: dict[str, set[str]] = {name: set() for name in columns}
+    for _, (_, row) in zip(range(FLAG_ROWS), table.rows(), strict=False):
+        for name in columns:
+            seen[name].add(row[name].lower())
+    flags = [name for name in columns if seen[name] <= FLAGS and len(seen[name] - {""}) == 2]
+    if len(flags) > 1:
+        raise UsageError(
+            f"{table.path} has no column of labels, and its columns {notes.listed(flags)} hold 0 and 1 only. Write the "
+            "names of those that are 1 into a column 'labels', with ; between them (or add an empty column 'labels' to "
+            "extract without labels)"
+        )

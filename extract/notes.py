@@ -1,0 +1,125 @@
+"""Every note that extraction can give: what a user should know of how data was read, before it is encoded.
+
+A note is one line here. Whoever gives it calls it with its values, `notes.NO_LABELS(name="clips.csv")`, and gets the
+text; `whisper-at-cli notes` prints the list, and tests/test_notes.py provokes each of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SHOWN = 5  # names that a note lists
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A note: its id, its text with {places} for values, and what it means for the user."""
+
+    id: str
+    template: str
+    meaning: str
+
+    def __call__(self, **values: object) -> str:
+        return self.template.format(**values)
+
+    def matches(self, text: str) -> bool:
+        """Whether a text is this note with some values."""
+        parts = re.split(r"\{[a-z_]+(?::[^}]*)?\}", self.template)
+        return re.fullmatch(".*?".join(re.escape(part) for part in parts), text, re.DOTALL) is not None
+
+
+NOTES: dict[str, Note] = {}
+
+
+def _note(id: str, template: str, meaning: str) -> Note:
+    assert id not in NOTES, f"two notes are called {id}"
+    NOTES[id] = Note(id, template, meaning)
+    return NOTES[id]
+
+
+def listed(names: Sequence[str], *, most: int = SHOWN) -> str:
+    """The first few names, and `...` where there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+# fmt: off
+# Tables
+TABLE_FORM = _note("table-form", "{table} was read as {form}", "The table is not plain UTF-8 with commas.")
+TABLE_ENCODING = _note(
+    "table-encoding", "{table} is not UTF-8 and was read as Windows-1252 (Latin-1), with words such as {sample}; if "
+    "they look wrong, save it as UTF-8", "Letters outside ASCII may be wrong if the file has another encoding.")
+SHORT_ROWS = _note(
+    "short-rows", "{rows} rows of {table} have fewer fields than its header (first: line {line}); the others were read "
+    "as empty", "Something may be missing from these rows.")
+COLUMNS_TAKEN = _note(
+    "columns-taken", "{table}: {taken}", "Which columns were used, where they do not have the names of the manual.")
+NAN_LABELS = _note(
+    "nan-labels", "{clips} clips of {table} have the label nan, which was read as no label",
+    "pandas writes nan for an empty cell.")
+WHOLE_LABELS = _note(
+    "whole-labels", "the labels of {table} are whole numbers and were read as such: {old} is {new}",
+    "pandas writes whole numbers as 1.0 where a column has empty cells.")
+TABLE_FOUND = _note(
+    "table-found", "clips and labels were read from {table}", "The table was found beside the audio.")
+TABLES_JOINED = _note(
+    "tables-joined", "{count} tables were read, each as a split: {tables}", "Their names are names of splits.")
+TABLE_UNREAD = _note(
+    "table-unread", "{table} was not read: {reason}", "A table lies beside the audio, and labels come from elsewhere.")
+UNLISTED = _note(
+    "unlisted", "{files} audio files are not listed in {table} and were left out: {names}",
+    "Only the clips of the table are extracted.")
+# Labels, folds and splits
+NO_LABEL_COLUMN = _note(
+    "no-label-column", "{table} has none of the label columns {wanted}; its columns are {columns}",
+    "If one of its columns holds the labels, rename it to label.")
+NO_LABELS = _note(
+    "no-labels", "{name} has no labels: features are extracted, but probes and heads need labels",
+    "No column, folder or list says what is in the clips.")
+SOME_UNLABELLED = _note(
+    "some-unlabelled", "{unlabelled} of {clips} clips have no label", "Their cells are empty.")
+FOLDER_CLASSES = _note(
+    "folder-classes", "{count} classes from folder names: {names}", "The name of each clip's folder is its label.")
+FOLDER_ROLES = _note(
+    "folder-roles", "folders that are not classes: {roles}",
+    "Names of splits, folds and containers such as audio/ are not taken for labels.")
+FOLDER_DOUBT = _note(
+    "folder-doubt", "some folders that were taken for classes look like splits, folds or containers: {names}",
+    "Not all clips lie in such folders, so they could not be told apart.")
+FOLDS_FROM_ZERO = _note(
+    "folds-from-zero", "folds 0 to {last} were read as folds 1 to {count}",
+    "Folds are counted from 1 here, and 0 stands for none.")
+FOLD_ZERO = _note(
+    "fold-zero", "{clips} clips have fold 0, which was read as no fold: the folds are {folds}",
+    "Evaluation by folds leaves these clips out.")
+# Files
+RELOCATED = _note(
+    "relocated", "{count} files were found in other folders than listed, for example {listed} at {found}",
+    "The dataset was packed in another way than it was published.")
+SAME_NAME = _note(
+    "same-name", "{count} clips have several files, of which one was taken: {names}",
+    "Copies of a file lie in several folders.")
+NAMES_ADAPTED = _note(
+    "names-adapted", "{count} file names were matched after {how}, for example {listed} to {found}",
+    "The table writes names in another way than the disk.")
+MISSING_FILES = _note(
+    "missing-files", "{missing} of {clips} {looked} are missing; the first was looked for at {path}",
+    "Missing clips are marked failed; the same command takes them once they are there.")
+LEFT_OUT = _note(
+    "left-out-suffix", "{files} files were left out, because they do not have a known audio suffix: {suffixes}",
+    "A folder is searched for files with known suffixes; a manifest can name any file.")
+CUT = _note(
+    "cut", "{long} of {clips} {looked} are longer than {seconds:g} s, and {share:.0f} % of the audio is cut: use "
+    "--clip-seconds or --window", "Only the first seconds of each file are encoded.")
+# Single layouts
+BACKGROUND_NOISE = _note(
+    "background-noise", "{files} files of {folder} were left out: they are no words",
+    "Speech Commands has minutes of noise beside its words.")
+PACK_RATE = _note(
+    "pack-rate", "{pack} does not say its sample rate; {rate} Hz was taken, as PANNs has it",
+    "With another rate, all features would be wrong.")
+PACK_CLASSES = _note(
+    "pack-classes", "no list of classes lies beside {pack}: they are named by number (see --labels)",
+    "An HDF5 pack has no class names of its own.")
+# fmt: on

@@ -1,0 +1,177 @@
+"""Every note that extraction can give is provoked here, and is said before encoding and by `info`."""
+
+import json
+import unicodedata
+
+import h5py
+import numpy as np
+import pytest
+
+from conftest import noise, write_wav
+from whisper_at_cli.cli import main
+from whisper_at_cli.extract import FeatureCache, extract
+from whisper_at_cli.extract.datasets import open_dataset
+from whisper_at_cli.extract.datasets.look import looked_at
+from whisper_at_cli.extract.notes import NOTES
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if text is None:
+        path.touch()
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def table(root, text):
+    """A dataset of two files and a table of them; the notes on it."""
+    for name in ("a.wav", "b.wav"):
+        write(root / name, None)
+    write(root / "clips.csv", text)
+    return open_dataset(root / "clips.csv").notes
+
+
+def sounds(root, *paths):
+    for path in paths:
+        write(root / path, None)
+    return open_dataset(root).notes
+
+
+def several_tables(root):
+    for split in ("train", "test"):
+        write(root / "meta" / f"{split}.csv", f"audio,label\n{split}/a.wav,{split}s\n")
+    return sounds(root, "train/a.wav", "test/a.wav")
+
+
+def unlisted(root):
+    write(root / "metadata.csv", "file_name,label\na.wav,dog\n")
+    return sounds(root, "a.wav", "b.wav")
+
+
+def unread(root):
+    write(root / "costs.csv", "item,price\nmicrophone,5\n")
+    return sounds(root, "dog/a.wav", "cat/b.wav")
+
+
+def kaggle(root, *paths):
+    write(root / "esc50.csv", "filename,fold,target,category\n1-1-A-0.wav,1,0,dog\n")
+    return sounds(root, *paths)
+
+
+def missing(root):
+    write(root / "clips.csv", "audio,label\ngone.wav,dog\n")
+    return looked_at(open_dataset(root / "clips.csv"), 10.0, windows=False).notes
+
+
+def cut(root):
+    write_wav(root / "dog" / "a.wav", noise(0, 3.0))
+    return looked_at(open_dataset(root), 1.0, windows=False).notes
+
+
+def speech_commands(root):
+    write(root / "validation_list.txt", "yes/a.wav\n")
+    write(root / "testing_list.txt", "no/a.wav\n")
+    return sounds(root, "yes/a.wav", "no/a.wav", "_background_noise_/tap.wav")
+
+
+def pack(root):
+    with h5py.File(root / "pack.h5", "w") as file:
+        file["audio_name"] = np.array([b"a.wav", b"b.wav"])
+        file["waveform"] = np.zeros((2, 16), np.int16)
+        file["target"] = np.eye(2)
+    return open_dataset(root / "pack.h5").notes
+
+
+NFD = unicodedata.normalize("NFD", "ä.wav")
+PROVOKED = {
+    "table-form": lambda root: table(root, "audio;label\na.wav;dog\n".encode("utf-16")),
+    "table-encoding": lambda root: table(root, "audio,label\na.wav,Bär\n".encode("cp1252")),
+    "short-rows": lambda root: table(root, "audio,label\na.wav\nb.wav,dog\n"),
+    "columns-taken": lambda root: table(root, "File Name,Category\na.wav,dog\n"),
+    "nan-labels": lambda root: table(root, "audio,label\na.wav,nan\nb.wav,dog\n"),
+    "whole-labels": lambda root: table(root, "audio,label\na.wav,1.0\nb.wav,\n"),
+    "table-found": unlisted,
+    "tables-joined": several_tables,
+    "table-unread": unread,
+    "unlisted": unlisted,
+    "no-label-column": lambda root: table(root, "audio,species\na.wav,dog\n"),
+    "no-labels": lambda root: sounds(root, "a.wav"),
+    "some-unlabelled": lambda root: table(root, "audio,label\na.wav,dog\nb.wav,\n"),
+    "folder-classes": lambda root: sounds(root, "dog/a.wav", "cat/b.wav"),
+    "folder-roles": lambda root: sounds(root, "train/dog/a.wav", "test/cat/b.wav"),
+    "folder-doubt": lambda root: sounds(root, "train/a.wav", "birds/b.wav"),
+    "folds-from-zero": lambda root: table(root, "audio,label,fold\na.wav,dog,0\nb.wav,cat,1\n"),
+    "fold-zero": lambda root: table(root, "audio,label,fold\na.wav,dog,0\nb.wav,cat,2\n"),
+    "relocated": lambda root: kaggle(root, "audio/audio/1-1-A-0.wav"),
+    "same-name": lambda root: kaggle(root, "1-1-A-0.wav", "16000/1-1-A-0.wav"),
+    "names-adapted": lambda root: (write(root / NFD, None), table(root, "audio,label\nä.wav,dog\n"))[1],
+    "missing-files": missing,
+    "left-out-suffix": lambda root: sounds(root, "dog/a.wav", "dog/b.zip"),
+    "cut": cut,
+    "background-noise": speech_commands,
+    "pack-rate": pack,
+    "pack-classes": pack,
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_every_note_is_given_where_it_is_true(tmp_path, name):
+    assert name in PROVOKED, "a note that nothing provokes: add what does to PROVOKED"
+    said = PROVOKED[name](tmp_path)
+    assert any(NOTES[name].matches(note) for note in said), said
+
+
+def test_nothing_is_provoked_that_is_no_note():
+    assert PROVOKED.keys() <= NOTES.keys()
+
+
+def test_a_published_layout_and_a_plain_manifest_give_no_note(tmp_path):
+    assert table(tmp_path / "manifest", "audio,label,fold\na.wav,dog,1\nb.wav,cat,2\n") == ()
+    write(tmp_path / "esc" / "meta" / "esc50.csv", "filename,fold,target,category\n1-1-A-0.wav,1,0,dog\n")
+    write(tmp_path / "esc" / "audio" / "1-1-A-0.wav", None)
+    assert open_dataset(tmp_path / "esc").notes == ()
+
+
+def test_notes_are_said_before_encoding_and_stay_in_the_report_and_the_cache(tmp_path, random_backbone):
+    for name in ("dog/a", "cat/b"):
+        write_wav(tmp_path / "sounds" / f"{name}.wav", noise(0, 2.0))
+    order = []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(random_backbone, name)
+
+        def encode(self, waveforms):
+            order.append("encode")
+            return random_backbone.encode(waveforms)
+
+    report = extract(tmp_path / "sounds", tmp_path / "a.zarr", model=Watched(), clip_seconds=0.5, notify=order.append)
+    assert order[:2] == list(report.notes) and order[2:] and set(order[2:]) == {"encode"}
+    assert report.notes[0] == "2 classes from folder names: cat, dog" and "75 % of the audio is cut" in report.notes[1]
+    assert FeatureCache.open(tmp_path / "a.zarr").attributes["made"]["notes"] == list(report.notes)
+
+
+def test_info_shows_the_notes_and_a_missing_clip_the_path_that_was_tried(tmp_path, tiny_en, capsys):
+    write_wav(tmp_path / "a.wav", noise(0, 0.5))
+    (tmp_path / "clips.csv").write_text("audio,category\na.wav,dog\ngone.wav,cat\n")
+    arguments = ("extract", tmp_path / "clips.csv", tmp_path / "a.zarr", "--model", tiny_en, "--clip-seconds", 0.5)
+    with pytest.raises(SystemExit):
+        main(["--quiet", *map(str, arguments)])
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "note: clips.csv: audio from column 'audio', labels from column 'category'"
+    assert said[1] == f"note: 1 of 2 clips are missing; the first was looked for at {tmp_path / 'gone.wav'}"
+    assert said[2] == f"missing: {tmp_path / 'gone.wav'}"
+    with pytest.raises(SystemExit):
+        main(["info", str(tmp_path / "a.zarr")])
+    assert said[0] in capsys.readouterr().out.splitlines()
+
+
+def test_the_list_of_notes_is_one_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["notes", "--json"])
+    listed = json.loads(capsys.readouterr().out)["notes"]
+    assert [note["id"] for note in listed] == list(NOTES) and all(note["meaning"] for note in listed)
+    with pytest.raises(SystemExit):
+        main(["notes"])
+    out = capsys.readouterr().out
+    assert all(note.template in out and note.meaning in out for note in NOTES.values())
