@@ -132,6 +132,10 @@ def test_several_tables_that_do_not_go_together_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"several tables of its audio \(one.csv, two.csv\); give the one"):
         open_dataset(tmp_path)
     assert open_dataset(tmp_path / "two.csv").class_names == ("cat",)
+    notes = open_dataset(tmp_path, format="folder").notes
+    assert [note for note in notes if "--format folder was given" in note and note.startswith(("one", "two"))] == [
+        "one.csv was not read: --format folder was given", "two.csv was not read: --format folder was given"
+    ]  # fmt: skip
 
 
 def test_a_table_that_says_what_the_folders_say_changes_nothing(tmp_path):

@@ -52,7 +52,7 @@ def read(root: Path) -> Dataset:
         Clip(id=name, path=path, labels=(index[label],) if label else (), fold=fold, split=split)
         for name, path, fold, split, label in zip(unique_ids(paths), paths, folds, folders.splits, classes, strict=True)
     )
-    said = [*folders.said(names), *folds_said, *said, *find_tables(root).unread_notes()]
+    said = [*folders.said(names), *folds_said, *said, *find_tables(root).unread_notes(by_request=True)]
     return Dataset(root.resolve().name, root, clips, tuple(names), notes=tuple(said))
 
 
