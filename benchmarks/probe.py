@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,6 @@ from record import (
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_info, threadpool_limits
 
 from whisper_at_cli.extract import FeatureCache
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, ShardBlock, Status
@@ -130,6 +130,8 @@ def products_alone(problems: Problems, layers: int) -> Callable[[], None]:
 
 
 def one_blas_thread(do: Callable[[], Any]) -> Callable[[], Any]:
+    from threadpoolctl import threadpool_limits
+
     def limited() -> Any:
         with threadpool_limits(1):
             return do()
@@ -215,7 +217,7 @@ def planted_cache(path: Path, clips: int) -> tuple[FeatureCache, list[int]]:
 
 
 def large(options: argparse.Namespace) -> Result:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         cache, clear = planted_cache(Path(folder) / "large.zarr", options.clips)
         if options.device != "cpu" and torch.cuda.is_available():
             probe_layers(cache, layers=[1], device=options.device)  # the device wakes up
@@ -277,19 +279,29 @@ def rows(result: Result) -> list[Row]:
     return found
 
 
+def blas_pools() -> list[str]:
+    """The thread pools of this process, as far as threadpoolctl is here to tell."""
+    if not importlib.util.find_spec("threadpoolctl"):
+        return []
+    from threadpoolctl import threadpool_info
+
+    return sorted({f"{pool['internal_api']} {pool['num_threads']}" for pool in threadpool_info()})
+
+
 def main() -> None:
     parser = arguments(__doc__, clips=CLIPS, rounds=2)
     parser.add_argument("--cache", type=Path, help="a cache with one label a clip and official folds, such as ESC-10's")
     parser.add_argument("--large", action="store_true", help="plant --clips clips of large-model shapes instead")
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", help="where --large writes; a temporary folder without it")
     parser.add_argument(
         "--one-blas-thread", action="store_true", help="leave out the loops with scikit-learn's own number of threads"
     )
     options = parser.parse_args()
     if not options.large and not options.cache:
         parser.error("give --cache or --large")
-    blas = sorted({f"{pool['internal_api']} {pool['num_threads']}" for pool in threadpool_info()})
+    blas = blas_pools()
     used = settings(options, *([] if options.large else ["clips"]))
     found = {"pools": blas, "settings": used, **(large(options) if options.large else compare(options))}
     gpu = gpu_name() if options.device != "cpu" else None
