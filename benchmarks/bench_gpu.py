@@ -58,7 +58,9 @@ class Step:
 
 NO_DATA = "no data"  # a step that stands in for one that needs data and weights
 TINY = "--random-weights tiny --clips 6 --clip-seconds 1 --rounds 1 --matrix-seconds 0.05 --device cpu"
-LARGE = "extract.py --random-weights large-v1 --clips 4096 --distinct 256 --batch-size 64 --folder /dev/shm"
+LARGE = (
+    "extract.py --random-weights large-v1 --clips 4096 --distinct 256 --batch-size 64 --folder /dev/shm --stop-after 25"
+)
 ESC10 = "extract.py --model tiny.en --dataset {data}/esc10 --clips 400 --precision auto --folder /dev/shm"
 PLAN = (
     Step(
@@ -76,13 +78,13 @@ PLAN = (
     ),
     Step(
         "extract-large-v1-wav-gpu",
-        f"{LARGE} --precision auto --files wav --decoding-alone --rounds 2 --baseline-clips 16 --device cuda",
-        f"{TINY} --baseline-clips 1 --distinct 2", 80,
+        f"{LARGE} --precision auto --files wav --decoding-alone --rounds 3 --baseline-clips 16 --device cuda",
+        f"{TINY} --baseline-clips 1 --distinct 2", 110,
     ),
     Step(
         "extract-large-v1-flac-gpu",
-        f"{LARGE} --precision auto --files flac --decoding-alone --rounds 2 --baseline-clips 0 --device cuda",
-        f"{TINY} --distinct 2", 70,
+        f"{LARGE} --precision auto --files flac --decoding-alone --rounds 3 --baseline-clips 0 --device cuda",
+        f"{TINY} --distinct 2", 90,
     ),
     Step(
         "extract-tiny.en-esc10-gpu", f"{ESC10} --baseline-clips 32 --decoding-alone --rounds 3 --device cuda",
@@ -101,7 +103,7 @@ PLAN = (
     ),
     Step(
         "extract-large-v1-bfloat16-gpu", f"{LARGE} --precision bfloat16 --rounds 1 --baseline-clips 0 --device cuda",
-        f"{TINY} --distinct 2", 60,
+        f"{TINY} --precision float32 --distinct 2", 60,
     ),
     Step(
         "heads-gpu", "heads.py --clips 1024 --batch 48 --npz-clips 48 --folder /dev/shm --device cuda",
@@ -118,8 +120,9 @@ PLAN = (
     ),
     Step(
         "memory-large-v1-gpu",
-        "memory.py --random-weights large-v1 --precision auto --clips 200 20000 --distinct 256 --folder /dev/shm "
-        "--device cuda", "--random-weights tiny --clips 2 4 --device cpu", 80, least=40, gigabytes=46,
+        "memory.py --random-weights large-v1 --precision float16 --clips 200 20000 --distinct 256 --folder /dev/shm "
+        "--device cuda", "--random-weights tiny --precision float32 --clips 2 4 --device cpu", 80, least=40,
+        gigabytes=46,
     ),
     Step(
         "engines-gpu",

@@ -20,6 +20,7 @@ slows a round down. The pipeline's best round also has its processor time and it
 from __future__ import annotations
 
 import argparse
+import math
 import resource
 import shutil
 import time
@@ -191,7 +192,10 @@ def measured_rounds(
     def keep(name: str, rate: float) -> None:
         rounds.setdefault(name, []).append(rate)
 
+    started = time.perf_counter()
     for number in range(options.rounds):
+        if number and time.perf_counter() - started > options.stop_after:
+            break
         if baseline:
             keep("baseline", 1 / baseline.run(setup.dataset, options.baseline_clips, folder / f"npz{number}"))
         for name, dataset in datasets.items():
@@ -225,8 +229,9 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
             "model": setup.weights.name, "dataset": setup.dataset.name, "clips": len(setup.dataset),
             "baseline_clips": min(options.baseline_clips, len(setup.dataset)), "clip_seconds": setup.clip_seconds,
             "precision": setup.backbone.precision, "batch_size": setup.batch_size,
-            "device": str(setup.backbone.device), "rounds": options.rounds, "ffmpeg": ffmpeg and Path(ffmpeg).name,
-            "gflops_per_clip": round(flops / 1e9, 3), "times": options.times, **synthetic,
+            "device": str(setup.backbone.device), "rounds": len(rounds["encoder"]),
+            "ffmpeg": ffmpeg and Path(ffmpeg).name, "gflops_per_clip": round(flops / 1e9, 3), "times": options.times,
+            **synthetic,
             "shards_in_memory": in_memory(folder), "files_in_memory": in_memory(setup.dataset.root),
         },
         "clips_per_second": {name: round(value, 2) for name, value in (best | limits).items()},
@@ -353,6 +358,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument(
         "--matrix-seconds", type=float, default=2.0, help="for which matrices, and the encoder alone, run in a round"
+    )
+    parser.add_argument(
+        "--stop-after", type=float, default=math.inf, metavar="SECONDS", help="begin no other round after this long"
     )
     options = parser.parse_args()
     if not options.dataset and not options.clip_seconds:

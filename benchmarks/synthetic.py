@@ -25,7 +25,9 @@ def random_weights(name: str) -> WhisperWeights:
         "n_text_head": size.heads, "n_text_layer": 1,
     }  # fmt: skip
     torch.manual_seed(0)
-    return WhisperWeights(f"random {name}", "random", dims, Whisper(ModelDimensions(**dims)).state_dict())
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # drawing a large one takes a CPU many seconds
+        state = Whisper(ModelDimensions(**dims)).state_dict()
+    return WhisperWeights(f"random {name}", "random", dims, {key: tensor.cpu() for key, tensor in state.items()})
 
 
 def write_model(folder: Path, size: str) -> Path:
