@@ -32,6 +32,10 @@ NO_RATIO = {
     "engines-simulation.png": "the figure of the simulated cluster, drawn from `engines-cpu.json`",
 }
 NO_RATIO |= {
+    path.name: "what became of each step of `make bench-gpu`, with every result"
+    for path in RESULTS.glob("gpu-run.json")
+}
+NO_RATIO |= {
     path.name: "what a fuzzer of one reader came to, in the section on fuzzing"
     for path in sorted(RESULTS.glob("fuzz-*.json"))
 }
