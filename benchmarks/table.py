@@ -22,7 +22,7 @@ from record import Bound, Figure, Number, Result, Row, number, row_from_json
 FOLDER = Path(__file__).resolve().parent
 RESULTS, README, OPEN = FOLDER / "results", FOLDER / "README.md", FOLDER / "open.json"
 GROUPS = (
-    "extraction", "encoder", "precision and storage", "cache", "chunks", "memory", "engines", "heads", "probes",
+    "extraction", "host", "encoder", "precision and storage", "cache", "chunks", "memory", "engines", "heads", "probes",
     "metrics", "text and tags",
 )  # fmt: skip
 NO_RATIO = {
