@@ -165,6 +165,9 @@ def _sought_frames(track: Track, begin: int) -> Numbered:
         track.container.seek(origin + int((begin - before) / rate / tick), stream=stream, backward=True)
     except av.FFmpegError as error:  # its end lies elsewhere than its header says
         raise _Inexact from error
+    waiting: list[tuple[int, AudioFrame]] = []
+    offsets: Counter[Fraction] = Counter()
+    counted = 0
     track.forget()
     frames = track.frames()
     for frame in frames:
