@@ -122,4 +122,17 @@ PACK_RATE = _note(
 PACK_CLASSES = _note(
     "pack-classes", "no list of classes lies beside {pack}: they are named by number (see --labels)",
     "An HDF5 pack has no class names of its own.")
+# Single files: with the clip's path, in the report, the cache and `info`
+AUDIO_LOST = _note(
+    "audio-lost", "{lost:.2f} s of {promised:.2f} s are lost: the file is cut off or damaged",
+    "The rest was read. Above a tenth, the clip fails instead; up to 0.1 s nothing is said.")
+PACKETS_PASSED = _note(
+    "packets-passed-over", "{packets} passed over: not audio, or damaged",
+    "The file holds something between its packets of audio, as tags in MP3 files, or packets that cannot be decoded.")
+AUDIO_GAP = _note(
+    "audio-gap", "its time stamps leave {gap:.2f} s out: a pause of the recording, or lost",
+    "The audio before and behind the gap was joined, as Whisper's loader does.")
+OGG_CUT = _note(
+    "ogg-cut", "the file ends within an Ogg page: it was cut off, by how much is not known",
+    "An Ogg file does not say how long it is; what is there was read.")
 # fmt: on

@@ -111,8 +111,8 @@ def unreadable_files(folder: Path) -> dict[Path, str]:
     os.mkfifo(folder / "fifo.wav")
     return {
         cut_file(wav, 0.5): "truncated",
-        cut_file(flac, 0.5): "cannot be decoded",
-        cut_file(ogg, 0.95): "ends within an Ogg page",
+        cut_file(flac, 0.5): "truncated: its header promises 2.00 s, it holds 0.",
+        cut_file(ogg, 0.5): "truncated",
         folder / "empty.wav": "empty",
         folder / "text.wav": "cannot be decoded",
         folder / "folder.wav": "not a file",

@@ -1,8 +1,10 @@
 """Every note that extraction can give is provoked here, and is said before encoding and by `info`."""
 
+import io
 import json
 import unicodedata
 
+import av
 import h5py
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from conftest import noise, write_wav
 from whisper_at_cli.cli import main
 from whisper_at_cli.extract import FeatureCache, extract
+from whisper_at_cli.extract.audio.decode import load_clip
 from whisper_at_cli.extract.datasets import open_dataset
 from whisper_at_cli.extract.datasets.look import looked_at
 from whisper_at_cli.extract.notes import NOTES
@@ -82,6 +85,42 @@ def pack(root):
     return open_dataset(root / "pack.h5").notes
 
 
+def encoded(samples, suffix, codec):
+    """Some noise in a container, as bytes."""
+    held = io.BytesIO()
+    with av.open(held, "w", format=suffix) as container:
+        stream = container.add_stream(codec, rate=16000, layout="mono")
+        for begin in range(0, len(samples), 1024):
+            frame = av.AudioFrame.from_ndarray(samples[None, begin : begin + 1024], format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 16000, begin
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return held.getvalue()
+
+
+def clip_notes(data):
+    return load_clip(data, 16000 * 30).note.split("; ")
+
+
+SOUND = (noise(0, 5.0) * 9999).astype(np.int16)
+MP3 = encoded(SOUND, "mp3", "libmp3lame")
+OGG = encoded(SOUND, "ogg", "libopus")
+
+
+def paused():
+    """A Matroska file whose recorder stood still for a second: its packets say so by their times."""
+    with av.open(io.BytesIO(encoded(SOUND, "matroska", "pcm_s16le"))) as source:
+        held = io.BytesIO()
+        with av.open(held, "w", format="matroska") as target:
+            stream = target.add_stream_from_template(source.streams.audio[0])
+            for packet in source.demux(source.streams.audio[0]):
+                if packet.dts is not None:
+                    packet.pts += 1000 if packet.pts > 2500 else 0
+                    packet.dts, packet.stream = packet.pts, stream
+                    target.mux(packet)
+    return held.getvalue()
+
+
 NFD = unicodedata.normalize("NFD", "ä.wav")
 PROVOKED = {
     "table-form": lambda root: table(root, "audio;label\na.wav;dog\n".encode("utf-16")),
@@ -111,6 +150,10 @@ PROVOKED = {
     "background-noise": speech_commands,
     "pack-rate": pack,
     "pack-classes": pack,
+    "audio-lost": lambda root: clip_notes(write_wav(root / "a.wav", noise(0, 5.0)).read_bytes()[:-9999]),
+    "packets-passed-over": lambda root: clip_notes(MP3[:20000] + b"LYRICSBEGIN" + bytes(900) + MP3[20000:]),
+    "audio-gap": lambda root: clip_notes(paused()),
+    "ogg-cut": lambda root: clip_notes(OGG[:-200]),
 }
 
 

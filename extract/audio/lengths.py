@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.matroska import is_whole
 from whisper_at_cli.extract.audio.mp3 import Unindexable, mp3_index, tagged_seconds
 from whisper_at_cli.extract.audio.ogg import Ogg, read_ogg
@@ -34,25 +35,26 @@ def loss_note(file: AudioFile, track: Track | None, start: float, held: float, w
     damaged, gap = _lost_on_the_way(file, track) if track else (0.0, 0.0)
     lost = max(missing, damaged)
     ogg = ogg_of(file) if short and track and track.form == "ogg" else None
-    notes = []
+    said = []
     if lost > UNSAID_SECONDS:
         promised = held + lost
-        if track and track.passed_over and not held:
+        if track and track.passed_over and not held and damaged > lost / 2:
             raise AudioError(f"it cannot be decoded: {track.reason}")
         if lost > NOTED_SHARE * promised:
             what = "damaged" if damaged > lost / 2 or (ogg and ogg.damaged) else "truncated"
             where = f" from {start:g} s on" if start else ""
             holds = f"it holds {held:.2f} s" if held else f"it holds no samples{where}"
-            raise AudioError(f"it is {what}: its header promises {promised:.2f} s{where}, {holds}")
-        notes.append(f"{lost:.2f} s of {promised:.2f} s are lost: the file is cut off or damaged")
+            why = f" ({track.stopped})" if track and track.stopped else ""
+            raise AudioError(f"it is {what}: its header promises {promised:.2f} s{where}, {holds}{why}")
+        said.append(notes.AUDIO_LOST(lost=lost, promised=promised))
     if track and track.passed_over:
         packets = "1 packet was" if track.passed_over == 1 else f"{track.passed_over} packets were"
-        notes.append(f"{packets} passed over: not audio, or damaged")
+        said.append(notes.PACKETS_PASSED(packets=packets))
     if gap > UNSAID_SECONDS:
-        notes.append(f"its time stamps leave {gap:.2f} s out: a pause of the recording, or lost")
+        said.append(notes.AUDIO_GAP(gap=gap))
     if ogg and ogg.cut:
-        notes.append("the file ends within an Ogg page: it was cut off, by how much is not known")
-    return "; ".join(notes)
+        said.append(notes.OGG_CUT())
+    return "; ".join(said)
 
 
 def _lost_on_the_way(file: AudioFile, track: Track) -> tuple[float, float]:

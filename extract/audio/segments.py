@@ -152,6 +152,8 @@ def _by_count(file: AudioFile, track: Track, span: _Span) -> Numbered:
 
 def _sought_frames(track: Track, begin: int) -> Numbered:
     """Frames from FFmpeg's seek. Where block sizes vary (Vorbis), single time stamps are off: most of them decide."""
+    import av
+
     stream = track.stream
     rate, tick = stream.codec_context.sample_rate, stream.time_base
     start = next(track.frames(), None)
@@ -159,7 +161,10 @@ def _sought_frames(track: Track, begin: int) -> Numbered:
     before = 0 if stream.codec_context.name.startswith(STATELESS) else round(DECODER_SECONDS * rate)
     if origin is None or tick is None or (1 / tick) % rate or begin <= before:
         raise _Inexact  # its time stamps do not count samples; or it is near enough to the start
-    track.container.seek(origin + int((begin - before) / rate / tick), stream=stream, backward=True)
+    try:
+        track.container.seek(origin + int((begin - before) / rate / tick), stream=stream, backward=True)
+    except av.FFmpegError as error:  # its end lies elsewhere than its header says
+        raise _Inexact from error
     waiting: list[tuple[int, AudioFrame]] = []
     offsets: Counter[Fraction] = Counter()
     counted = 0

@@ -41,6 +41,7 @@ class Track:
         self.first_byte: int | None = None  # of the first packet
         self.passed_over, self.passed_seconds = 0, 0.0  # packets that the decoder refused
         self.reason = ""  # for the first of them
+        self.stopped = ""  # why the demuxer ended before the file did
         self.begins: float | None = None  # seconds, by the time stamp of the first frame that was decoded
         self.ends: float | None = None  # where the encoder's padding begins, if that is known
         self.last_time = 0.0  # where the last one ends
@@ -81,7 +82,8 @@ class Track:
             except av.BlockingIOError:
                 continue
             except av.FFmpegError as error:
-                self.reason = self.reason or error.strerror or str(error)
+                self.stopped = error.strerror or str(error)
+                self.reason = self.reason or self.stopped
                 break
         yield None
 
