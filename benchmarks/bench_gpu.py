@@ -110,8 +110,8 @@ PLAN = (
         "--clips 8 --layers 2 --channels 64 --classes 4 --dim 16 --batch 4 --rounds 1 --npz-clips 4 --device cpu", 75,
     ),
     Step(
-        "probe-large-gpu", "probe.py --large --folder /dev/shm --device cuda", "--clips 100 --rounds 1 --device cpu",
-        45,
+        "probe-large-gpu", "probe.py --large --folder /dev/shm --device cuda",
+        "--clips 60 --layers 8 --rounds 1 --device cpu", 45,
     ),
     Step("metrics-gpu", "metrics.py --rounds 1 --device cuda", "--clips 300 --classes 8 --device cpu", 40),
     Step(
