@@ -13,7 +13,8 @@ products alone     the limit: the matrix products of as many iterations of the s
 What each reaches is measured too: how far its objective lies above the minimum, as a share of it. Loops are measured in
 turn, several rounds, and each one's best round counts: other work on a shared machine only ever slows a round down.
 Seconds of processor time, of all threads together, are there as well: other work hardly touches them. `--large` plants
-2,000 clips, 32 layers, 1280 channels, 50 classes and 5 folds in a cache and measures ours and the products. Prints JSON.
+2,000 clips, 32 layers, 1280 channels, 50 classes and 5 folds in a cache and measures ours and the products alone.
+Prints JSON.
 """
 
 from __future__ import annotations
