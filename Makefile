@@ -58,7 +58,7 @@ BENCH_GPU ?=
 bench-gpu:
 	mkdir -p build/types
 	ln -sfn ../.. build/types/whisper_at_cli
-	PYTHONPATH=$(CURDIR)/build/types $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/bench_gpu.py \
+	PYTHONPATH="$(CURDIR)/build/types$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/bench_gpu.py \
 	    $(if $(wildcard $(BENCH_DATA)/esc10),--data $(BENCH_DATA)) $(BENCH_GPU)
 
 bench-table: $(INSTALLED)

@@ -69,7 +69,7 @@ PLAN = (
     ),
     Step(
         "features-tiny.en-esc10-gpu", "features.py --model tiny.en --dataset {data}/esc10 --clips 40 --device cuda",
-        "--clips 2 --device cpu", 40, ("data", "weights"),
+        "--clips 2 --device cpu", 60, ("data", "weights"),
     ),
     Step(
         "encoder-large-v1-gpu", "encoder.py --random-weights large-v1 --precision auto bfloat16 --device cuda",
@@ -88,12 +88,12 @@ PLAN = (
     ),
     Step(
         "extract-tiny.en-esc10-gpu", f"{ESC10} --baseline-clips 32 --decoding-alone --rounds 3 --device cuda",
-        "--clips 2 --baseline-clips 1 --rounds 1 --matrix-seconds 0.05 --device cpu", 40, ("data", "weights"),
+        "--clips 2 --baseline-clips 1 --rounds 1 --matrix-seconds 0.05 --device cpu", 60, ("data", "weights"),
     ),
     Step(
         "extract-tiny.en-esc10-ten-times-gpu",
         f"{ESC10} --times 10 --baseline-clips 0 --decoding-alone --rounds 2 --device cuda",
-        "--clips 2 --times 2 --rounds 1 --matrix-seconds 0.05 --device cpu", 40, ("data", "weights"),
+        "--clips 2 --times 2 --rounds 1 --matrix-seconds 0.05 --device cpu", 60, ("data", "weights"),
     ),
     Step(
         "extract-tiny-ogg-gpu",
@@ -110,8 +110,8 @@ PLAN = (
         "--clips 8 --layers 2 --channels 64 --classes 4 --dim 16 --batch 4 --rounds 1 --npz-clips 4 --device cpu", 75,
     ),
     Step(
-        "probe-large-gpu", "probe.py --large --folder /dev/shm --device cuda", "--clips 100 --rounds 1 --device cpu",
-        45,
+        "probe-large-gpu", "probe.py --large --folder /dev/shm --device cuda",
+        "--clips 60 --layers 8 --rounds 1 --device cpu", 45,
     ),
     Step("metrics-gpu", "metrics.py --rounds 1 --device cuda", "--clips 300 --classes 8 --device cpu", 40),
     Step(

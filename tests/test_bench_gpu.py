@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,6 +179,33 @@ def test_a_run_without_a_baseline_has_none_in_its_row():
     beside, *_ = rows(gpu_result("wav", pipeline=630.0, baseline=7.0))
     assert without.baseline is None and without.ratio is None
     assert beside.ratio == 90 and beside.baseline.of.startswith("decoded in process")
+
+
+def test_kernels_are_left_out_for_as_long_as_plain_operations_are_measured():
+    from encoder import plain_operations, uses_kernels
+
+    fused, plain = (SimpleNamespace(encoder=SimpleNamespace(**given)) for given in ({"fused": True}, {}))
+    for backbone, has in ((fused, True), (plain, False)):
+        assert uses_kernels(backbone) is has
+        with plain_operations(backbone):
+            assert not uses_kernels(backbone)
+        assert uses_kernels(backbone) is has
+    assert vars(plain.encoder) == {}
+
+
+def test_errors_of_features_are_held_against_what_is_asked():
+    import table
+    from features import ERRORS_ASKED, rows
+
+    given = {"errors": [1e-6, 1.9e-3], "kernels": False}
+    kernels = given | {"kernels": True, "kernels_from_plain": 2.1e-3}
+    used = {"model": "tiny.en", "clips": 40, "clip_seconds": 5.0, "device": "cuda:0"}
+    result = {
+        "settings": used, "one_rounding": dict.fromkeys(ERRORS_ASKED, 5e-4),
+        "precisions": {"float32": given, "float16": kernels},
+    }  # fmt: skip
+    held = [table.holds(bound, row) for row in rows(result) for (bound,) in row.asked]
+    assert held == [False, True, False]  # float32 asks for 1e-5; float16 for 2e-3, and of its kernels too
 
 
 def test_synthetic_sounds_of_every_format_can_be_read(tmp_path):
