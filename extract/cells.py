@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import SupportsFloat
 
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.errors import UsageError
 
 NAME_CHARACTERS, PATH_CHARACTERS = 1024, 4096
@@ -67,6 +69,23 @@ def as_fold(value: object, place: str) -> int | None:
     if match is None or int(match[1]) > MAX_FOLD:
         raise UsageError(f"{place}: fold is {shown(value)}; give a whole number from 1 to {MAX_FOLD}, or nothing")
     return int(match[1])
+
+
+def from_one(folds: Sequence[int | None]) -> tuple[list[int], list[str]]:
+    """Folds counted from 1, 0 for none; and notes.
+
+    Where 0 stands beside 1 to n - 1, folds were counted from 0: nobody's clips are dropped. Any other 0 is none.
+    """
+    there = {fold for fold in folds if fold is not None}
+    last = max(there, default=0)
+    if last and there == set(range(last + 1)):
+        shifted = [0 if fold is None else fold + 1 for fold in folds]
+        return shifted, [notes.FOLDS_FROM_ZERO(last=last, count=last + 1)]
+    said = []
+    if len(there) > 1 and 0 in there:
+        others = ", ".join(str(fold) for fold in sorted(there - {0})[:12])
+        said.append(notes.FOLD_ZERO(clips=sum(fold == 0 for fold in folds), folds=others))
+    return [fold or 0 for fold in folds], said
 
 
 def as_whole(value: object, what: str, place: str, *, most: int = 9_999_999) -> int:

@@ -25,8 +25,7 @@ from whisper_at_cli.extract.cache.export import KEY, LABELS_CSV, SEPARATOR, SETT
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheSpec, ClipTable, Status
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
-from whisper_at_cli.extract.cells import as_fold, as_whole, is_nan
-from whisper_at_cli.extract.datasets.folds import from_one
+from whisper_at_cli.extract.cells import as_fold, as_whole, from_one, is_nan
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.extract.tables import Table

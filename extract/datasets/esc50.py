@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from whisper_at_cli.extract.cells import as_fold, as_name, as_whole
+from whisper_at_cli.extract.cells import as_fold, as_name, as_whole, from_one
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, unique_ids
 from whisper_at_cli.extract.datasets.classes import numbered_classes
-from whisper_at_cli.extract.datasets.folds import from_one
 from whisper_at_cli.extract.datasets.locate import located
 from whisper_at_cli.extract.datasets.scan import first_file
 from whisper_at_cli.extract.errors import UsageError

@@ -5,14 +5,15 @@ Audio files right under ROOT, or under such folders alone, make an unlabelled da
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.decode import SUFFIXES
+from whisper_at_cli.extract.cells import from_one
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
 from whisper_at_cli.extract.datasets.beside import Found, find_tables
-from whisper_at_cli.extract.datasets.folds import fold_of_folder, from_one
 from whisper_at_cli.extract.datasets.scan import all_files, is_audio, left_out
 from whisper_at_cli.extract.datasets.splits import SPLITS
 from whisper_at_cli.extract.errors import UsageError
@@ -22,6 +23,8 @@ CONTAINERS = frozenset(
     "audio audios audio_files audiofiles data dataset wav wavs flac flacs mp3 mp3s ogg clips sounds recordings files "
     "video videos".split()
 )
+
+FOLD_FOLDER = re.compile(r"fold[-_ ]?([0-9]{1,4})", re.IGNORECASE)
 
 
 def recognise(root: Path) -> bool:
@@ -134,3 +137,9 @@ class _Folders:
 
 def _looks_like_no_class(name: str) -> bool:
     return name.lower() in SPLITS or name.lower() in CONTAINERS or fold_of_folder(name) is not None
+
+
+def fold_of_folder(name: str) -> int | None:
+    """The fold that a folder's name says: `fold_3`, `Fold 3`, `fold03`."""
+    match = FOLD_FOLDER.fullmatch(name)
+    return int(match[1]) if match else None

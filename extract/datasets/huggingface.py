@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.sources import TableClip, arrow_rows
-from whisper_at_cli.extract.cells import as_fold, as_name, is_nan
+from whisper_at_cli.extract.cells import as_fold, as_name, from_one, is_nan
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, refuse_too_many_classes
 from whisper_at_cli.extract.datasets.columns import LABEL_NAMES, WANTED_LABELS, taken_text
-from whisper_at_cli.extract.datasets.folds import from_one
 from whisper_at_cli.extract.datasets.splits import SPLITS
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import column_name

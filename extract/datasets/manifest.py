@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from whisper_at_cli.extract.cells import from_one
 from whisper_at_cli.extract.datasets.base import (
     Clip,
     Dataset,
@@ -22,7 +23,6 @@ from whisper_at_cli.extract.datasets.beside import Found, find_tables
 from whisper_at_cli.extract.datasets.classes import ClassList, read_classes
 from whisper_at_cli.extract.datasets.columns import AUDIO_NAMES
 from whisper_at_cli.extract.datasets.entries import Entry, read_entries, rebased
-from whisper_at_cli.extract.datasets.folds import from_one
 from whisper_at_cli.extract.datasets.locate import located
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import CSV_SUFFIXES, JSONL_SUFFIXES, columns_of

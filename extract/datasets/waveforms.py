@@ -11,11 +11,10 @@ import numpy as np
 
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.sources import PackClip
-from whisper_at_cli.extract.cells import MAX_FOLD
+from whisper_at_cli.extract.cells import MAX_FOLD, from_one
 from whisper_at_cli.extract.datasets.apart import look_apart
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
 from whisper_at_cli.extract.datasets.classes import classes_beside
-from whisper_at_cli.extract.datasets.folds import from_one
 from whisper_at_cli.extract.errors import UsageError
 
 if TYPE_CHECKING:
