@@ -19,10 +19,11 @@ from planted_sources import Bug, Crash, Hang, HangOnce, Noise, Noted, planted
 from conftest import array_bytes, noise, write_wav
 from whisper_at_cli.cli import cli as main
 from whisper_at_cli.extract import FeatureCache, extract
+from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.datasets import open_dataset
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.extract.pipeline import decode_pool
+from whisper_at_cli.extract.pipeline import decode_pool, ray_worker, shard_run
 from whisper_at_cli.extract.pipeline.audio_batches import AudioBatches, Batch
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.decode_worker import DONE, FAILED, Heard
@@ -290,3 +291,53 @@ def test_processes_import_little():
         status = Path(f"/proc/{pool.pids()[0]}/status").read_text()
         resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
         assert resident <= 80, f"{resident:.0f} MB"
+
+
+class Sluggish(ray_worker._DecodedClips):
+    """A feed whose caller is held up when it is woken, and hears several calls as one, as from a pipe."""
+
+    def wait(self):
+        super().wait()
+        time.sleep(0.002)
+        while self.woken.acquire(blocking=False):
+            pass
+
+
+def test_no_order_of_events_leaves_a_run_waiting(tmp_path, random_backbone, monkeypatch):
+    """Clips that are there at once, an encoder that takes no time or a little, a disk as well: hundreds of orders."""
+    rng = random.Random(0)
+    row = ray_worker.Decoded(tuple(range(40)), np.zeros((40, SAMPLES), np.int16), [(DONE, Heard(SAMPLES, ""))] * 40)
+
+    def encode(backbone, waveforms, dtype, out):
+        time.sleep(rng.choice((0, 0, 0.0005, 0.001)))
+        out.features.zero_(), out.mean.zero_(), out.finite.fill_(True)
+        return out
+
+    def run_once(path):
+        with created_for(path, random_backbone, 40) as writer:
+            run = shard_run.ShardRun(
+                random_backbone, writer, np.ones(40, dtype=bool), samples=SAMPLES, batch_size=1,
+                streams=rng.choice((1, 2, 4)),
+            )  # fmt: skip
+            run.all_shards(Sluggish((row,)), rng.choice((3, 6, 12)))
+            assert run.done == 40
+
+    monkeypatch.setattr(shard_run, "encode_to_host", encode)
+    for number in range(60):
+        thread = threading.Thread(target=run_once, args=(tmp_path / f"{number}.zarr",), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive(), f"run {number} waits for ever"
+        assert FeatureCache.open(tmp_path / f"{number}.zarr").complete
+
+
+def created_for(path, backbone, clips):
+    spec = CacheSpec(
+        backbone="r", weights_sha256="w", layers=backbone.layers, dim=backbone.dim, clip_seconds=SAMPLES / 16000
+    )
+    names = np.array([str(at) for at in range(clips)], dtype=object)
+    table = ClipTable(
+        ids=names, paths=names, fold=np.zeros(clips, np.int16), split=np.full(clips, "", dtype=object),
+        labels=np.zeros((clips, 0), np.uint8),
+    )  # fmt: skip
+    return CacheWriter.create(path, spec, table, shard_mb=7 * spec.clip_bytes / 1e6)

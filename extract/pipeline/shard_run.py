@@ -114,6 +114,13 @@ class ShardRun:
         batches = self._batches()
         following = next(batches, None)
         while True:
+            self._take_encoded(feed, disk)
+            while self._written:
+                shard, done = self._written.popleft()
+                self._writing -= 1
+                done.result()
+                blocks.give(shard.whole)
+            # Only now: whatever is not started or taken here waits for work that is still to end, which wakes us.
             while following and feed.free() and self._has_room(following, blocks):
                 feed.start(following, self._rows(following))
                 self._decoding += 1
@@ -123,25 +130,23 @@ class ShardRun:
                 self._encoding += 1
                 future = encoders.submit(self._encode, decoded)
                 future.add_done_callback(partial(self._tell, feed, self._encoded, decoded))
-            while self._encoded:
-                decoded, future = self._encoded.popleft()
-                self._encoding -= 1
-                self._store(decoded, *future.result())
-                feed.release(decoded.batch)
-                number = decoded.batch.shard
-                if not self._open[number].batches_left:
-                    shard = self._open.pop(number)
-                    self._writing += 1
-                    written = disk.submit(self.writer.write, number, shard.block.arrays)
-                    written.add_done_callback(partial(self._tell, feed, self._written, shard))
-            while self._written:
-                shard, future = self._written.popleft()
-                self._writing -= 1
-                future.result()
-                blocks.give(shard.whole)
             if not (following or self._decoding or self._encoding or self._writing):
                 return
             self._wait(feed)
+
+    def _take_encoded(self, feed: Feed, disk: ThreadPoolExecutor) -> None:
+        """Note what was encoded, give its audio's memory back, and hand whole shards to the disk."""
+        while self._encoded:
+            decoded, future = self._encoded.popleft()
+            self._encoding -= 1
+            self._store(decoded, *future.result())
+            feed.release(decoded.batch)
+            number = decoded.batch.shard
+            if not self._open[number].batches_left:
+                shard = self._open.pop(number)
+                self._writing += 1
+                written = disk.submit(self.writer.write, number, shard.block.arrays)
+                written.add_done_callback(partial(self._tell, feed, self._written, shard))
 
     def _wait(self, feed: Feed) -> None:
         """Wait until something has happened; if nothing is being decoded or encoded, that is the disk."""
