@@ -9,7 +9,7 @@ TEST_THREADS ?= 1
 # ESC-10 and speech for the benchmarks that read them; without this folder those are left out.
 BENCH_DATA ?= ../shared/data
 
-.PHONY: demo test test-slow lint format coverage fuzz mutate bench bench-table clean
+.PHONY: demo test test-slow lint format coverage fuzz mutate bench bench-gpu bench-table clean
 
 demo: $(INSTALLED)
 	$(BIN)/whisper-at-cli demo
@@ -50,6 +50,16 @@ coverage: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py $(if $(wildcard $(BENCH_DATA)/esc10),--data $(BENCH_DATA))
+
+# What is asked of a GPU, in eight minutes, by the Python that has torch for it: the environment if there is one, else
+# PYTHON. Nothing is installed. BENCH_GPU="--minutes 14 --only heads-gpu" changes what is run.
+BENCH_GPU ?=
+
+bench-gpu:
+	mkdir -p build/types
+	ln -sfn ../.. build/types/whisper_at_cli
+	PYTHONPATH="$(CURDIR)/build/types$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/bench_gpu.py \
+	    $(if $(wildcard $(BENCH_DATA)/esc10),--data $(BENCH_DATA)) $(BENCH_GPU)
 
 bench-table: $(INSTALLED)
 	$(BIN)/python benchmarks/table.py

@@ -23,7 +23,7 @@ from record import Figure, Result, Row, arguments, at_most, describe, gpu_name, 
 
 from extract import chosen_clips
 from whisper_at_cli.extract import FeatureCache
-from whisper_at_cli.extract.audio.decode import load_clip
+from whisper_at_cli.extract.audio.decode import as_float, load_clip
 from whisper_at_cli.extract.backbones.encoder import PRECISIONS, clip_samples
 from whisper_at_cli.extract.backbones.load import WhisperBackbone
 from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights
@@ -45,7 +45,7 @@ def errors_of_precisions(weights: WhisperWeights, dataset: Dataset, device: torc
     """Precision -> relative error of each layer over evenly chosen clips."""
     samples = clip_samples(dataset.clip_seconds)
     chosen = dataset.clips[:: max(1, len(dataset) // clips)][:clips]
-    waveforms = np.stack([load_clip(dataset.audio_path(clip), samples)[0] for clip in chosen])
+    waveforms = np.stack([as_float(load_clip(dataset.audio_path(clip), samples).samples) for clip in chosen])
     baseline = Baseline(weights, device, samples)
     expected = torch.stack([baseline.features(waveform) for waveform in waveforms]).double()
     errors = {}

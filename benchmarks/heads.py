@@ -282,10 +282,11 @@ def rows(result: Result) -> list[Row]:
 
 
 def as20k_rows(result: Result) -> list[Row]:
-    waiting = result["waiting_share"]
+    waiting, scale = result["waiting_share"], result["settings"]["scale"]
+    part = "" if scale == 1 else f" ({scale:g} of AudioSet-20K)"
     return [
         Row(
-            "heads", f"TL-Tr, {result['epochs']} epochs of {result['clips']} clips, {result['tier']} tier",
+            "heads", f"TL-Tr, {result['epochs']} epochs of {result['clips']} clips{part}, {result['tier']} tier",
             Figure(result["minutes"], "minutes"),
             limit=Figure(rounded(result["minutes"] * (1 - waiting)), "minutes", "its own steps without waiting"),
             share=rounded(1 / (1 - waiting), 3),

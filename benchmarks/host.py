@@ -30,15 +30,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 from unittest import mock
 
-import av
 import numpy as np
 import torch
 from decoding import decode_once
 from record import Figure, Result, Row, arguments, at_least, at_most, describe, in_folder, publish, rounded
+from sounds import write_sound
 
+from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 from whisper_at_cli.extract.cache.storage import Stored
 from whisper_at_cli.extract.cache.writer import CacheWriter
@@ -51,12 +51,9 @@ from whisper_at_cli.extract.pipeline.decode_worker import DONE
 from whisper_at_cli.extract.pipeline.local import extract
 from whisper_at_cli.extract.pipeline.shard_run import ShardRun
 
-if TYPE_CHECKING:
-    from av.audio.stream import AudioStream
-
-RATE, SECONDS = 16000, 10.0
-SAMPLES = round(RATE * SECONDS)
-CODECS = {"wav": "pcm_s16le", "flac": "flac", "m4a": "aac", "mp3": "libmp3lame"}  # by suffix
+SECONDS = 10.0
+SAMPLES = round(SAMPLE_RATE * SECONDS)
+FILES = ("wav", "flac", "m4a", "mp3")
 MEMORY = Path("/dev/shm")  # noqa: S108 - where there is one, files are read from memory
 UNIQUE = 64  # files, read over and over
 MORE_CORES = (16, 32, 64)
@@ -71,7 +68,7 @@ class Instant:
     dim: int
     name: str = "instant"
     weights_sha256: str = "none"
-    sample_rate: int = RATE
+    sample_rate: int = SAMPLE_RATE
     precision: str = "float32"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -121,14 +118,7 @@ def write_sounds(folder: Path, suffix: str) -> Dataset:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(UNIQUE):
-        samples = np.convolve(rng.normal(size=SAMPLES), rng.normal(size=32), mode="same")
-        samples = (samples / np.abs(samples).max() * 20000).astype(np.int16)
-        with av.open(str(folder / f"{number}.{suffix}"), "w") as container:
-            stream = cast("AudioStream", container.add_stream(CODECS[suffix], rate=RATE, layout="mono"))
-            frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-            frame.sample_rate = RATE
-            for packet in (*stream.encode(frame), *stream.encode(None)):
-                container.mux(packet)
+        write_sound(folder / f"{number}.{suffix}", rng, SECONDS)
     return Dataset(suffix, folder, ())
 
 
@@ -242,7 +232,7 @@ def more_cores(found: dict[str, float], number: int) -> float:
 
 def rows(result: Result) -> list[Row]:
     used, found = result["settings"], result["found"]
-    on = f"10 s files of 16 kHz in {used['files_in']}, `large-v1` shapes, float16, no encoder"
+    on = f"10 s files in {used['files_in']}, `large-v1` shapes, float16, no encoder"
     first, many = next(iter(found)), used["workers"]
     lines = [
         Row(
@@ -270,7 +260,7 @@ def rows(result: Result) -> list[Row]:
 
 def main() -> None:
     parser = arguments(__doc__, clips=1024, rounds=3, batch_size=64, workers=cores(), decoded=512)
-    parser.add_argument("--files", nargs="+", choices=sorted(CODECS), default=list(CODECS))
+    parser.add_argument("--files", nargs="+", choices=FILES, default=FILES)
     parser.add_argument("--folder", type=Path, help="for the shards  [default: a temporary one]")
     options = parser.parse_args()
     found = in_folder(measure, options)

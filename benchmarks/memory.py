@@ -31,8 +31,8 @@ def peak(connection: Connection, options: argparse.Namespace, clips: int) -> Non
     backbone = WhisperBackbone.from_weights(
         random_weights(options.random_weights), device=choose_device(options.device), precision=options.precision
     )
-    with tempfile.TemporaryDirectory() as folder:
-        dataset = synthetic_dataset(Path(folder) / "data", clips, options.clip_seconds)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        dataset = synthetic_dataset(Path(folder) / "data", clips, options.clip_seconds, distinct=options.distinct)
         started = time.perf_counter()
         report = extract(dataset, Path(folder) / "cache.zarr", model=backbone, shard_mb=options.shard_mb)
         assert report.written == clips, report
@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--shard-mb", type=float, default=128)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--distinct", type=int, help="write so many files, which the clips use in turn")
+    parser.add_argument("--folder", help="where to write; a temporary folder without it")
     options = parser.parse_args()
     found, gpu = measure(options), gpu_name(choose_device(options.device))
     publish(describe("memory", found, rows, packages=["torch"], gpu=gpu), options.out)

@@ -13,13 +13,15 @@ products alone     the limit: the matrix products of as many iterations of the s
 What each reaches is measured too: how far its objective lies above the minimum, as a share of it. Loops are measured in
 turn, several rounds, and each one's best round counts: other work on a shared machine only ever slows a round down.
 Seconds of processor time, of all threads together, are there as well: other work hardly touches them. `--large` plants
-2,000 clips, 32 layers, 1280 channels, 50 classes and 5 folds in a cache and measures ours alone. Prints JSON.
+2,000 clips, 32 layers, 1280 channels, 50 classes and 5 folds in a cache and measures ours and the products alone.
+Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,12 +42,12 @@ from record import (
     describe,
     gpu_name,
     publish,
+    rounded,
     settings,
 )  # fmt: skip
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_info, threadpool_limits
 
 from whisper_at_cli.extract import FeatureCache
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, ShardBlock, Status
@@ -129,7 +131,31 @@ def products_alone(problems: Problems, layers: int) -> Callable[[], None]:
     return run
 
 
+def products_on_gpu(problems: Problems) -> Callable[[], None]:
+    """The same for all layers together on a GPU, as many iterations as the first few layers need on average."""
+    x, y = torch.from_numpy(problems.layers[:MEASURED_LAYERS]), torch.from_numpy(problems.job.labels)
+    train = torch.from_numpy(problems.job.train)
+    iterations = solve(x, y, train, strength=problems.strength).iterations_GF.amax(dim=1).float().mean().round()
+    (layers, clips, dim), columns = problems.layers.shape, train.shape[1] * y.shape[1]
+    dim += 1  # the bias
+    shapes = (layers, clips, dim), (layers, dim, dim), (layers, dim, columns), (layers, clips, columns)
+    features, inverse, weights, logits = (torch.randn(shape, device="cuda") for shape in shapes)
+
+    def run() -> None:
+        with torch.inference_mode():
+            for iteration in range(int(iterations)):
+                torch.bmm(features, weights)
+                torch.bmm(features.mT, logits)
+                if iteration >= PRECONDITION_AT:
+                    torch.bmm(inverse, weights)
+            torch.cuda.synchronize()
+
+    return run
+
+
 def one_blas_thread(do: Callable[[], Any]) -> Callable[[], Any]:
+    from threadpoolctl import threadpool_limits
+
     def limited() -> Any:
         with threadpool_limits(1):
             return do()
@@ -187,12 +213,12 @@ def compare(options: argparse.Namespace) -> Result:
     }  # fmt: skip
 
 
-def planted_cache(path: Path, clips: int) -> tuple[FeatureCache, list[int]]:
+def planted_cache(path: Path, clips: int, layers: int) -> tuple[FeatureCache, list[int]]:
     """A cache of large-model shapes with one frame a clip; every eighth layer knows the classes well, others less."""
     rng = np.random.default_rng(0)
     y = np.arange(clips) % CLASSES
     spec = CacheSpec(
-        backbone="planted", weights_sha256="0" * 64, layers=LAYERS, dim=DIM, frames=1, clip_seconds=5.0,
+        backbone="planted", weights_sha256="0" * 64, layers=layers, dim=DIM, frames=1, clip_seconds=5.0,
         class_names=tuple(f"class{c}" for c in range(CLASSES)),
     )  # fmt: skip
     table = ClipTable(
@@ -200,14 +226,14 @@ def planted_cache(path: Path, clips: int) -> tuple[FeatureCache, list[int]]:
         fold=(rng.permutation(clips) % FOLDS + 1).astype(np.int16), split=np.full(clips, "", dtype=object),
         labels=np.eye(CLASSES, dtype=np.uint8)[y],
     )  # fmt: skip
-    clear = list(range(8, LAYERS + 1, 8))
-    signal = np.array([0.35 if layer in clear else 0.1 for layer in range(1, LAYERS + 1)], dtype=np.float32)
-    centres = rng.normal(size=(CLASSES, LAYERS, DIM)).astype(np.float32) * signal[:, None]
+    clear = list(range(8, layers + 1, 8))
+    signal = np.array([0.35 if layer in clear else 0.1 for layer in range(1, layers + 1)], dtype=np.float32)
+    centres = rng.normal(size=(CLASSES, layers, DIM)).astype(np.float32) * signal[:, None]
     with CacheWriter.create(path, spec, table) as writer:
         for shard in writer.pending_shards():
             rows = np.array(writer.rows(shard))
             block = ShardBlock.empty(len(rows), spec)
-            block.mean[:] = centres[y[rows]] + rng.standard_normal((len(rows), LAYERS, DIM), dtype=np.float32)
+            block.mean[:] = centres[y[rows]] + rng.standard_normal((len(rows), layers, DIM), dtype=np.float32)
             block.features[:] = block.mean[:, :, None]
             block.valid_frames[:], block.status[:] = 1, Status.DONE
             writer.write(shard, block)
@@ -215,8 +241,8 @@ def planted_cache(path: Path, clips: int) -> tuple[FeatureCache, list[int]]:
 
 
 def large(options: argparse.Namespace) -> Result:
-    with tempfile.TemporaryDirectory() as folder:
-        cache, clear = planted_cache(Path(folder) / "large.zarr", options.clips)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        cache, clear = planted_cache(Path(folder) / "large.zarr", options.clips, options.layers)
         if options.device != "cpu" and torch.cuda.is_available():
             probe_layers(cache, layers=[1], device=options.device)  # the device wakes up
         ours: Callable[[], Any] = functools.partial(
@@ -224,23 +250,19 @@ def large(options: argparse.Namespace) -> Result:
         )
         work: dict[str, Callable[[], Any]] = {"ours": ours}
         on_cpu = gpu_name() is None or options.device == "cpu"
-        if on_cpu:
-            work["products alone"] = products_alone(Problems(cache, options.strength), MEASURED_LAYERS)
+        problems = Problems(cache, options.strength)
+        work["products alone"] = products_alone(problems, MEASURED_LAYERS) if on_cpu else products_on_gpu(problems)
         best = best_of(options.rounds, work)
     timing = best["ours"]
     result = timing.result
     accuracy = {layer.layer: round(layer.accuracy, 4) for layer in result.layers}
     others = [value for layer, value in accuracy.items() if layer not in clear]
-    limit = {}
-    if on_cpu:
-        products = best["products alone"].seconds * LAYERS / MEASURED_LAYERS
-        limit = {
-            "products_alone": {"seconds": round(products, 2), "ours / products": round(timing.seconds / products, 2)}
-        }
+    products = best["products alone"].seconds * (options.layers / MEASURED_LAYERS if on_cpu else 1)
+    limit = {"seconds": rounded(products, 3), "ours / products": round(timing.seconds / products, 2)}
     return {
-        "clips": options.clips, "layers": LAYERS, "dim": DIM, "classes": CLASSES, "folds": FOLDS,
+        "clips": options.clips, "layers": options.layers, "dim": DIM, "classes": CLASSES, "folds": FOLDS,
         "device": result.device, "seconds": {"ours": round(timing.seconds, 2)},
-        "processor_seconds": {"ours": round(timing.processor_seconds, 2)}, **limit,
+        "processor_seconds": {"ours": round(timing.processor_seconds, 2)}, "products_alone": limit,
         "accuracy_of_planted_layers": [accuracy[layer] for layer in clear],
         "highest_accuracy_elsewhere": max(others), "warnings": result.warnings,
     }  # fmt: skip
@@ -277,20 +299,30 @@ def rows(result: Result) -> list[Row]:
     return found
 
 
+def blas_pools() -> list[str]:
+    """The thread pools of this process, as far as threadpoolctl is here to tell."""
+    if not importlib.util.find_spec("threadpoolctl"):
+        return []
+    from threadpoolctl import threadpool_info
+
+    return sorted({f"{pool['internal_api']} {pool['num_threads']}" for pool in threadpool_info()})
+
+
 def main() -> None:
-    parser = arguments(__doc__, clips=CLIPS, rounds=2)
+    parser = arguments(__doc__, clips=CLIPS, layers=LAYERS, rounds=2)
     parser.add_argument("--cache", type=Path, help="a cache with one label a clip and official folds, such as ESC-10's")
     parser.add_argument("--large", action="store_true", help="plant --clips clips of large-model shapes instead")
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", help="where --large writes; a temporary folder without it")
     parser.add_argument(
         "--one-blas-thread", action="store_true", help="leave out the loops with scikit-learn's own number of threads"
     )
     options = parser.parse_args()
     if not options.large and not options.cache:
         parser.error("give --cache or --large")
-    blas = sorted({f"{pool['internal_api']} {pool['num_threads']}" for pool in threadpool_info()})
-    used = settings(options, *([] if options.large else ["clips"]))
+    blas = blas_pools()
+    used = settings(options, *([] if options.large else ["clips", "layers"]))
     found = {"pools": blas, "settings": used, **(large(options) if options.large else compare(options))}
     gpu = gpu_name() if options.device != "cpu" else None
     publish(describe("probe", found, rows, packages=["torch", "numpy", "scikit-learn"], gpu=gpu), options.out)

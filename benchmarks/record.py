@@ -100,6 +100,16 @@ def processor_family() -> int | None:
     return next((int(line.split(":")[1]) for line in lines if line.startswith("cpu family")), None)
 
 
+def in_memory(folder: Path) -> bool:
+    """Whether a folder lies in memory (tmpfs) and not on a disk; Linux only."""
+    mounts, best, kind = Path("/proc/mounts"), "", ""
+    for line in mounts.read_text().splitlines() if mounts.exists() else []:
+        _, place, its_kind, *_ = line.split()
+        if folder.resolve().is_relative_to(place) and len(place) >= len(best):  # a later mount hides an earlier one
+            best, kind = place, its_kind
+    return kind == "tmpfs"
+
+
 def gpu_name(device: Any = None) -> str | None:
     """The GPU that a torch device is, or that there is; None for a CPU."""
     import torch

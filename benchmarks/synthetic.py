@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import wave
 from pathlib import Path
 
 import numpy as np
 import torch
+from sounds import NoiseClip, write_sound
 
-from whisper_at_cli.extract.backbones.encoder import clip_samples
 from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES
 from whisper_at_cli.extract.backbones.weights import WhisperWeights
 from whisper_at_cli.extract.datasets import Dataset
@@ -26,7 +25,9 @@ def random_weights(name: str) -> WhisperWeights:
         "n_text_head": size.heads, "n_text_layer": 1,
     }  # fmt: skip
     torch.manual_seed(0)
-    return WhisperWeights(f"random {name}", "random", dims, Whisper(ModelDimensions(**dims)).state_dict())
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # drawing a large one takes a CPU many seconds
+        state = Whisper(ModelDimensions(**dims)).state_dict()
+    return WhisperWeights(f"random {name}", "random", dims, {key: tensor.cpu() for key, tensor in state.items()})
 
 
 def write_model(folder: Path, size: str) -> Path:
@@ -36,14 +37,29 @@ def write_model(folder: Path, size: str) -> Path:
     return folder / f"{size}.pt"
 
 
-def synthetic_dataset(folder: Path, clips: int, seconds: float) -> Dataset:
-    """16-bit WAV files at 16 kHz, noise of a spectrum of their own, in `folder/audio`."""
+def synthetic_dataset(
+    folder: Path, clips: int, seconds: float, *, files: str = "wav", distinct: int | None = None
+) -> Dataset:
+    """Files of noise in `folder/audio`, in one of the formats of `sounds.py`; WAV is 16-bit at 16 kHz.
+
+    With `distinct`, so many files are written and the clips use them in turn.
+    """
+    count = min(clips, distinct or clips)
     (folder / "audio").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for index in range(clips):
-        samples = np.convolve(rng.normal(size=clip_samples(seconds)), rng.normal(size=32), mode="same")
-        with wave.open(str(folder / "audio" / f"{index}.wav"), "wb") as file:
-            file.setparams((1, 2, 16000, 0, "NONE", ""))
-            file.writeframes((samples / np.abs(samples).max() * 20000).astype("<i2").tobytes())
-    names = tuple(Clip(id=str(index), path=f"audio/{index}.wav") for index in range(clips))
+    for index in range(count):
+        write_sound(folder / "audio" / f"{index}.{files}", rng, seconds)
+    names = tuple(Clip(id=str(index), path=f"audio/{index % count}.{files}") for index in range(clips))
     return Dataset("synthetic", folder, names, clip_seconds=seconds)
+
+
+class InMemory(Dataset):
+    """Clips whose 16-bit audio is in memory already: noise, a few waveforms of it over and over."""
+
+    of_files = False
+
+    def source(self, row: int) -> NoiseClip:
+        return NoiseClip(self.source_row(row))
+
+    def is_there(self, row: int) -> bool:
+        return True

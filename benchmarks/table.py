@@ -22,7 +22,7 @@ from record import Bound, Figure, Number, Result, Row, number, row_from_json
 FOLDER = Path(__file__).resolve().parent
 RESULTS, README, OPEN = FOLDER / "results", FOLDER / "README.md", FOLDER / "open.json"
 GROUPS = (
-    "extraction", "encoder", "precision and storage", "cache", "chunks", "memory", "engines", "heads", "probes",
+    "extraction", "host", "encoder", "precision and storage", "cache", "chunks", "memory", "engines", "heads", "probes",
     "metrics", "text and tags",
 )  # fmt: skip
 NO_RATIO = {
@@ -30,6 +30,10 @@ NO_RATIO = {
     "no limit to be a ratio to; `docs/robustness.md` shows them",
     "mutation.json": "the share of planted faults that the tests notice; README.md here says it at its end",
     "engines-simulation.png": "the figure of the simulated cluster, drawn from `engines-cpu.json`",
+}
+NO_RATIO |= {
+    path.name: "what became of each step of `make bench-gpu`, with every result"
+    for path in RESULTS.glob("gpu-run.json")
 }
 NO_RATIO |= {
     path.name: "what a fuzzer of one reader came to, in the section on fuzzing"

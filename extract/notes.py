@@ -80,7 +80,7 @@ NO_LABELS = _note(
 SOME_UNLABELLED = _note(
     "some-unlabelled", "{unlabelled} of {clips} clips have no label", "Their cells are empty.")
 FOLDER_CLASSES = _note(
-    "folder-classes", "{count} classes from folder names: {names}", "The name of each clip's folder is its label.")
+    "folder-classes", "{classes} from folder names: {names}", "The name of each clip's folder is its label.")
 FOLDER_ROLES = _note(
     "folder-roles", "folders that are not classes: {roles}",
     "Names of splits, folds and containers such as audio/ are not taken for labels.")

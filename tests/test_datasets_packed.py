@@ -13,6 +13,7 @@ from whisper_at_cli.extract.datasets import open_dataset, windowed
 from whisper_at_cli.extract.datasets.locate import located
 from whisper_at_cli.extract.datasets.speech_commands import NOISE
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.probe.robustness.utterances import read_speech
 
 ESC = "filename,fold,target,category\n1-1-A-0.wav,1,0,dog\n2-2-B-1.wav,2,1,rain\n"
 ESC_FROM_0 = ESC.replace(",1,0", ",0,0").replace(",2,1", ",1,1")
@@ -126,10 +127,15 @@ def test_metadata_in_the_folders_of_splits_is_read_together(tmp_path):
 
 
 def test_several_tables_that_do_not_go_together_are_named(tmp_path):
+    """fatchord/WaveRNN 218."""
     write(tmp_path, {"one.csv": "audio,label\na.wav,dog\n", "two.csv": "audio,label\na.wav,cat\n", "a.wav": ""})
     with pytest.raises(UsageError, match=r"several tables of its audio \(one.csv, two.csv\); give the one"):
         open_dataset(tmp_path)
     assert open_dataset(tmp_path / "two.csv").class_names == ("cat",)
+    notes = open_dataset(tmp_path, format="folder").notes
+    assert [note for note in notes if "--format folder was given" in note and note.startswith(("one", "two"))] == [
+        "one.csv was not read: --format folder was given", "two.csv was not read: --format folder was given"
+    ]  # fmt: skip
 
 
 def test_a_table_that_says_what_the_folders_say_changes_nothing(tmp_path):
@@ -199,7 +205,50 @@ def test_lists_as_pandas_writes_them_are_lists(tmp_path):
     assert labels == [["dog", "rain, heavy"], [], ["[x"]]
 
 
+def test_audiofolders_metadata_beside_its_files_is_read(tmp_path):
+    """huggingface/datasets 5046."""
+    write(tmp_path, {"metadata.csv": "file_name,duration,label\n./a_1.wav,10.7,hello\n", "a_1.wav": ""})
+    assert described(open_dataset(tmp_path)) == [("a_1", "./a_1.wav", ["hello"], 0, "")]
+
+
+def test_tables_with_windows_paths_are_read(tmp_path):
+    """marmoi/dcase2023_task4b_baseline 4, ksasso1028/audio-reverb-removal 2."""
+    write(tmp_path, {"cafe/a.wav": "", "cv/10084/mix.wav": ""})
+    write(tmp_path, {"split.csv": "filename,label\ncafe\\a.wav,cafe\nD:\\dnr\\cv\\10084\\mix.wav,mix\n"})
+    dataset = open_dataset(tmp_path / "split.csv")
+    assert [clip.path for clip in dataset.clips] == ["cafe/a.wav", "cv/10084/mix.wav"]
+
+
+def test_folders_of_folds_without_their_table_are_no_classes(tmp_path):
+    """yeyupiaoling/AudioClassification-PaddlePaddle 6, aqibsaeed/Urban-Sound-Classification 26."""
+    write(tmp_path, {f"fold{fold}/{fold}-1-0-0.wav": "" for fold in range(1, 11)})
+    dataset = open_dataset(tmp_path)
+    assert dataset.class_names == () and [clip.fold for clip in dataset.clips] == [1, 10, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert any("has no labels" in note for note in dataset.notes)
+
+
+def test_the_table_of_dcases_acoustic_scenes_is_read(tmp_path):
+    """CPJKU/cpjku_dcase22 3."""
+    write(tmp_path, {"audio/airport-lyon-1-0-a.wav": "", "audio/tram-lyon-2-0-a.wav": ""})
+    head = "filename\tscene_label\tidentifier\tsource_label\n"
+    rows = "audio/airport-lyon-1-0-a.wav\tairport\tlyon-1\ta\naudio/tram-lyon-2-0-a.wav\ttram\tlyon-2\ta\n"
+    write(tmp_path, {"meta.csv": head + rows})
+    dataset = open_dataset(tmp_path)
+    assert dataset.class_names == ("airport", "tram") and len(dataset) == 2
+    assert "labels from column 'scene_label'" in " ".join(dataset.notes)
+
+
+@pytest.mark.parametrize("separator", [",", "|"])
+def test_a_table_without_a_header_is_refused_with_what_it_begins_with(tmp_path, separator):
+    """NervanaSystems/deepspeech 34, voice-cloning-app/Voice-Cloning-App 16."""
+    (tmp_path / "manifest.csv").write_text(f"wavs/1.wav{separator}good morning\nwavs/2.wav{separator}it means\n")
+    for read in (open_dataset, read_speech):
+        with pytest.raises(UsageError, match="no column of audio.* its columns are wavs/1.wav"):
+            read(tmp_path / "manifest.csv")
+
+
 def test_speechbrains_table_is_read(tmp_path):
+    """speechbrain/speechbrain 854."""
     text = "ID, duration, wav, wav_format, wav_opts\n1, 60.0, noise/long_0.wav, wav,\n2, 60.0, noise/long_1.wav, wav,\n"
     (tmp_path / "noise.csv").write_text(text)
     dataset = open_dataset(tmp_path / "noise.csv")

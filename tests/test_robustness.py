@@ -234,7 +234,7 @@ def test_silence_and_unreadable_files_are_skipped_with_their_reason(data, tmp_pa
         ("a.wav with hum 0", "the noise is silent", False), ("b.wav", "the speech is silent", False),
         ("b.wav with hum 1", "the speech is silent", False), ("c.wav", "it cannot be decoded", True),
     }  # fmt: skip
-    assert report.failed and report.notes == ("1 classes from folder names: hum",)
+    assert report.failed and report.notes == ("1 class from folder names: hum",)
     assert (report.clean.wer, report.clean.utterances) == (0, 1)
     level = report.results[0]
     assert (level.wer, level.class_wer, level.mixtures, level.skipped) == (None, {"hum": None}, 0, 3)

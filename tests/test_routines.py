@@ -86,6 +86,8 @@ def test_a_convolution_that_gives_wrong_numbers_stays_in_float32(monkeypatch, tm
     pytest.importorskip("transformers")
     from test_backbones_speech import make_model, oracle, relative_error, save, sounds
 
+    from whisper_at_cli.extract.backbones import speech
+
     model = make_model("wav2vec2")
     folder, conv1d = save(model, tmp_path / "model"), F.conv1d
 
@@ -94,6 +96,7 @@ def test_a_convolution_that_gives_wrong_numbers_stays_in_float32(monkeypatch, tm
         return y * -1.1 if y.dtype == torch.bfloat16 else y
 
     expected = oracle(model, sounds(1)[0])
+    monkeypatch.setattr(speech, "has_instructions", lambda dtype: True)
     monkeypatch.setattr(F, "conv1d", wrong_in_bfloat16)
     monkeypatch.setattr(torch, "conv1d", wrong_in_bfloat16)
     assert not conv_is_right(torch.nn.Conv1d(16, 16, 3), torch.bfloat16, CPU)

@@ -2,7 +2,10 @@
 model of a kind that is read here is named as what it is, before a dataset is opened."""
 
 import json
+import zipfile
+from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,6 +15,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperModel,
 )
+from whisper.model import ModelDimensions
 from whisper.tokenizer import get_tokenizer
 from whisper_forms import random_whisper, write_form
 
@@ -161,6 +165,36 @@ def test_a_state_dict_saved_by_itself_is_read_where_its_size_is_known(tmp_path, 
     found = read_weights(tmp_path / "mine.pt")
     assert found.dims == whole.dims and found.state.keys() == whole.state.keys()
     assert all(torch.equal(found.state[name], tensor) for name, tensor in whole.state.items())
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"best_wer": np.float64(0.1), "loss": np.float32(0.2), "step": np.int64(3)},
+        {"args": Namespace(lr=1e-5, data="a.csv")},
+        {"optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1e-5}]}, "epoch": 3},
+    ],
+    ids=["NumPy's numbers", "arguments", "optimiser"],
+)
+def test_what_training_scripts_save_beside_the_weights_does_no_harm(tmp_path, extra):
+    """PyTorch's own reader refuses NumPy's numbers (deepmd-kit 4147, nerfstudio 3702); no code is run for these."""
+    path = write_form(random_whisper("en"), "pt-float32", tmp_path)
+    plain, content = read_weights(path), torch.load(path, weights_only=True)
+    content["dims"] = ModelDimensions(**content["dims"])  # `model.dims`, and not its dict
+    torch.save(content | extra, path)
+    found = read_weights(path)
+    assert found.dims == plain.dims and found.encoder_sha256() == plain.encoder_sha256()
+
+
+def test_numbers_of_numpy_1_are_read_too(tmp_path):
+    path = write_form(random_whisper("en"), "pt-float32", tmp_path)
+    torch.save(torch.load(path, weights_only=True) | {"best": np.float64(0.1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data.replace(b"cnumpy._core.multiarray\nscalar", b"cnumpy.core.multiarray\nscalar"))
+    assert read_weights(path).dims["n_vocab"] == 51864
 
 
 def test_a_state_dict_of_an_unknown_size_is_refused(tmp_path):

@@ -45,6 +45,14 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_value(path: Path, key: str) -> object:
+    """What a JSON file that need not be there says; None where it says nothing."""
+    try:
+        return read_json(path).get(key)
+    except WeightsError:
+        return None
+
+
 def read_config(folder: Path) -> dict:
     return read_json(folder / "config.json")
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from whisper_at_cli.extract.backbones.routines import PlainLinear, agrees, attention, draw
+from whisper_at_cli.extract.backbones.routines import PlainLinear, attention, draw, is_close
 from whisper_at_cli.extract.cache.schema import FRAMES
 
 if TYPE_CHECKING:
@@ -85,9 +85,8 @@ def _add_pool_norm_kernel(
     frame, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = channel < D
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    if NORM:
-        weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
-        bias = tl.load(bias_ptr + channel, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    bias = tl.load(bias_ptr + channel, mask=inside, other=0.0)
     for number in range(rows_a_frame):
         at = (frame * rows_a_frame + number) * D + channel
         x = tl.load(x_ptr + at, mask=inside, other=0.0) + tl.load(added_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -116,7 +115,7 @@ def add_pool_norm(x_RD: Tensor, added_RD: Tensor, norm: nn.LayerNorm | None, poo
     rows, D = x_RD.shape
     B, T, _ = pooled_BTD.shape
     assert rows % (B * T) == 0 and pooled_BTD.stride()[1:] == (D, 1)
-    scaled_by = (norm.weight, norm.bias, norm.eps) if norm else (x_RD, x_RD, 0.0)  # not looked at without
+    scaled_by = (norm.weight, norm.bias, norm.eps) if norm else (x_RD, x_RD, 0.0)  # loaded and not used without
     with _on(x_RD.device):
         _add_pool_norm_kernel[(B * T,)](
             x_RD, added_RD, y_RD, pooled_BTD, *scaled_by, T, rows // (B * T), pooled_BTD.stride(0),
@@ -175,11 +174,9 @@ def _agree(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
             add_norm(x_RD, added, norm, y_RD)
         else:
             add_pool_norm(x_RD, added, norm, frames[:, 1], y_RD)
-            if not agrees(lambda found=frames: found[:, 1].flatten(0, 1), pooled, torch.float32):
+            if not is_close(frames[:, 1].flatten(0, 1), pooled, torch.float32):
                 return False
-        if not (
-            agrees(lambda found=x_RD: found, total, torch.float32) and agrees(lambda found=y_RD: found, normed, dtype)
-        ):
+        if not (is_close(x_RD, total, torch.float32) and is_close(y_RD, normed, dtype)):
             return False
     linear = PlainLinear(dim, 4 * dim)
     linear.weight = nn.Parameter(draw(4 * dim, dim, seed=4).mul_(dim**-0.5).to(dtype))
@@ -187,7 +184,7 @@ def _agree(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     given = normed.to(dtype)
     product = F.linear(given.float(), linear.weight.float(), linear.bias.float())
     found = expand(linear.to(device), given.to(device))
-    return any(agrees(lambda: found, F.gelu(product, approximate=form), dtype) for form in ("none", "tanh"))
+    return any(is_close(found, F.gelu(product, approximate=form), dtype) for form in ("none", "tanh"))
 
 
 def _launch(D: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ from whisper_at_cli.extract.backbones.encoder import PRECISIONS, pool_frames
 from whisper_at_cli.extract.backbones.huggingface import read_json
 from whisper_at_cli.extract.backbones.mel import as_float32
 from whisper_at_cli.extract.backbones.precision import resolved, use_true_float32
-from whisper_at_cli.extract.backbones.routines import PackedLinear, conv_is_right
+from whisper_at_cli.extract.backbones.routines import PackedLinear, conv_is_right, has_instructions
 from whisper_at_cli.extract.backbones.weights import check_finite, state_sha256
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.devices import with_index
@@ -264,18 +264,21 @@ class _Float32Conv1d(nn.Conv1d):
 
 
 def _set_convolutions(model: SpeechModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Cast the convolutions; on a CPU those that come out right in `dtype`, and not the positional one.
+    """Cast the convolutions; on a CPU those that are fast and come out right in `dtype`, and not the positional one.
 
     oneDNN's AMX kernel for a grouped convolution with few channels a group was found wrong by 110 % in bfloat16.
     """
+    if dtype == torch.float32:
+        return
     positional = set(model.encoder.pos_conv_embed.modules())
     for module in [module for module in model.modules() if isinstance(module, nn.Conv1d)]:
-        if dtype == torch.float32:
-            continue
-        if device.type == "cpu" and (module in positional or not conv_is_right(module, dtype, device)):
-            module.__class__ = _Float32Conv1d
-        else:
+        cast = device.type != "cpu" or (
+            module not in positional and has_instructions(dtype) and conv_is_right(module, dtype, device)
+        )
+        if cast:
             module.to(dtype)
+        else:
+            module.__class__ = _Float32Conv1d
 
 
 def _in_float32(_module: nn.Module, _inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

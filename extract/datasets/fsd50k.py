@@ -9,7 +9,7 @@ from whisper_at_cli.extract.cells import as_name
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, labels_as_rows, unique_ids
 from whisper_at_cli.extract.datasets.locate import located
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.tables import Table, plain_rows
+from whisper_at_cli.extract.tables import Table, columns_of, plain_rows
 
 TRUTHS = ("FSD50K.ground_truth", "labels", "ground_truth", "FSD50K.ground_truth/FSD50K.ground_truth")
 AUDIO = {"dev": ("FSD50K.dev_audio", "clips/dev"), "eval": ("FSD50K.eval_audio", "clips/eval")}
@@ -59,11 +59,11 @@ def read(path: Path) -> Dataset:
 
 
 def _truth(path: Path) -> Path | None:
-    """The folder of the tables; one called just `labels` must hold FSD50K's own vocabulary too."""
+    """The folder of the tables; one called just `labels` must hold FSD50K's own columns."""
     for name in TRUTHS:
         folder = path / name
         if any((folder / f"{part}.csv").is_file() for part in AUDIO) and (
-            "FSD50K" in name or (folder / "vocabulary.csv").is_file()
+            "FSD50K" in name or any("fname" in columns_of(folder / f"{part}.csv") for part in AUDIO)
         ):
             return folder
     return None

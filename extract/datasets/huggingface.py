@@ -17,7 +17,7 @@ from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.sources import TableClip, arrow_rows
 from whisper_at_cli.extract.cells import as_fold, as_name, is_nan
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, refuse_too_many_classes
-from whisper_at_cli.extract.datasets.columns import LABEL_NAMES, taken_text
+from whisper_at_cli.extract.datasets.columns import LABEL_NAMES, WANTED_LABELS, taken_text
 from whisper_at_cli.extract.datasets.folds import from_one
 from whisper_at_cli.extract.datasets.splits import SPLITS
 from whisper_at_cli.extract.errors import UsageError
@@ -141,7 +141,7 @@ def _dataset(path: Path, splits: dict) -> TableDataset:
     taken = [("audio", column)] + ([("labels", label)] if label else [])
     said.append(notes.COLUMNS_TAKEN(table=path.name, taken=taken_text(taken)))
     if not label:
-        wanted = ", ".join(LABEL_NAMES)
+        wanted = ", ".join(WANTED_LABELS)
         said.append(notes.NO_LABEL_COLUMN(table=path.name, wanted=wanted, columns=", ".join(first.features)[:300]))
     return TableDataset(
         path.resolve().name, path, tuple(clips), labels.names, tables=tuple(tables), ends=tuple(accumulate(rows)),

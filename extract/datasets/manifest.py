@@ -41,7 +41,7 @@ def recognise(path: Path) -> bool:
 
 def read(path: Path, *, labels: Path | None = None) -> Dataset:
     """Every row of a manifest, in its order, whether or not its file is there. Paths are relative to the manifest."""
-    found = find_tables(path) if path.is_dir() else Found(path.parent, (path,))
+    found = find_tables(path).chosen() if path.is_dir() else Found(path.parent, (path,))
     if not found.usable:
         raise UsageError(f"{path} is no manifest; give {LAYOUT}")
     said: list[str] = []

@@ -32,7 +32,7 @@ LOOK_SECONDS = 1.0  # between looks for processes that hang
 STILL_SECONDS = 60.0  # for a clip, after which its process counts as hanging
 CRASHES, HANGS, KILLS = 2, 2, 5  # of a process alone with a clip, before that is blamed; kills mostly come from outside
 BROKEN_STARTS = 20  # in a row, before the run is given up
-PIPE_BYTES = 1 << 20
+PIPE_BYTES = 1 << 18  # room for two groups of long paths; a user may have 64 MB of such room in all
 CLOSE_SECONDS = 1.0
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 READ_BYTES = 1 << 16
@@ -183,8 +183,9 @@ class DecodePool:
         requests, ours_out = os.pipe()
         ours_in, replies = os.pipe()
         _enlarge(ours_out)
+        path = [str(entry) for entry in sys.path]
         program = (
-            f"import sys; sys.path = {sys.path!r}; from whisper_at_cli.extract.pipeline.decode_worker import main; "
+            f"import sys; sys.path = {path!r}; from whisper_at_cli.extract.pipeline.decode_worker import main; "
             f"main({requests}, {replies}, {self._file}, {os.getpid()})"
         )
         try:

@@ -93,7 +93,8 @@ def _redo(backbone: Backbone, waveforms: Tensor, features: Tensor, stored: Store
         return stored
     suspects = (~stored.finite.all(dim=1)).nonzero().flatten().tolist()
     clips = [clip for clip in suspects if not features[clip].isfinite().all()]
-    twin = backbone.in_float32() if clips else None
+    with torch.inference_mode(False):  # its weights are for whoever asks for it next, too
+        twin = backbone.in_float32() if clips else None
     if twin is None:
         return stored
     redone = torch.zeros(len(waveforms), dtype=torch.bool)

@@ -21,7 +21,7 @@ from whisper_at_cli.extract.datasets.columns import AUDIO_NAMES, taken_text
 from whisper_at_cli.extract.datasets.locate import located
 from whisper_at_cli.extract.datasets.scan import first_file
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.tables import JsonLines, Table, is_csv, text_lines
+from whisper_at_cli.extract.tables import JsonLines, Table, columns_of, is_csv, text_lines
 
 TEXT_NAMES = ("text", "sentence", "transcript", "transcription", "normalized_text")  # best first
 LAYOUTS = "SPEAKER/CHAPTER/*.flac with *.trans.txt (LibriSpeech), or manifest.csv with the columns audio and text"
@@ -73,7 +73,9 @@ def read_speech(path: str | Path) -> Speech:
     path = Path(path)
     if not path.exists():
         raise UsageError(f"{path} does not exist; give a folder of speech with transcripts: {LAYOUTS}")
-    manifest = path if path.is_file() else first_file(path, *MANIFESTS, *METADATA)
+    manifest = path if path.is_file() else first_file(path, *MANIFESTS)
+    if manifest is None and (metadata := first_file(path, *METADATA)):
+        manifest = metadata if not set(TEXT_NAMES).isdisjoint(columns_of(metadata)) else None
     if manifest is not None:
         return _read_manifest(manifest)
     transcripts = sorted(path.rglob("*.trans.txt"))
