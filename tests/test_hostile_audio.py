@@ -61,7 +61,7 @@ def make_hostile(folder: Path) -> dict[str, str | float]:
         ffmpeg("-i", source, "-c:a", codec, "-movflags", "faststart", folder.parent / f"tone.{suffix}")
         encoded[suffix] = (folder.parent / f"tone.{suffix}").read_bytes()
         cut = len(encoded[suffix]) // 4
-        put(f"cut.{suffix}", encoded[suffix][:cut], "cannot be decoded" if suffix == "m4a" else "truncated")
+        put(f"cut.{suffix}", encoded[suffix][:cut], "truncated")
     wav = source.read_bytes()
     put("cut.wav", wav[:6000], "truncated")
     put("empty.wav", b"", "empty (0 bytes)")

@@ -17,7 +17,7 @@ from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.datasets.columns import AUDIO_NAMES, LABEL_NAMES
 from whisper_at_cli.extract.datasets.entries import Entry, read_entries, rebased
 from whisper_at_cli.extract.datasets.locate import located
-from whisper_at_cli.extract.datasets.scan import audio_files, first_file
+from whisper_at_cli.extract.datasets.scan import audio_files, first_file, is_folder
 from whisper_at_cli.extract.datasets.splits import SPLITS
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import CSV_SUFFIXES, JSONL_SUFFIXES, TextFile, columns_of, described_columns
@@ -102,14 +102,14 @@ def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
     tables, splits = [], {}
     try:
         with os.scandir(root) as entries:
-            listed = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-        for name, is_folder in listed:
-            if is_folder and name.lower() in SPLITS and (table := first_file(root / name, *METADATA)):
+            listed = sorted((entry.name, is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+        for name, folder in listed:
+            if folder and name.lower() in SPLITS and (table := first_file(root / name, *METADATA)):
                 tables.append(table)
                 splits[table] = SPLITS[name.lower()]
-            elif is_folder and name.lower() in FOLDERS:
+            elif folder and name.lower() in FOLDERS:
                 tables += sorted(file for file in (root / name).iterdir() if file.suffix.lower() in suffixes)
-            elif not is_folder and name.lower().endswith(suffixes):
+            elif not folder and name.lower().endswith(suffixes):
                 tables.append(root / name)
     except OSError as error:
         raise UsageError(f"{root} cannot be searched: {error}") from error

@@ -42,9 +42,9 @@ def _below(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str
         return  # a link to where we have been
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
-        listed = sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
-    for name, is_folder in listed:
-        if not is_folder:
+        listed = sorted((entry.name, is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+    for name, folder_too in listed:
+        if not folder_too:
             yield prefix + name
             continue
         found = False
@@ -55,7 +55,7 @@ def _below(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str
             yield prefix + name
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself: whoever reads it says so
