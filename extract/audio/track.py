@@ -37,6 +37,7 @@ class Track:
             self.stream.codec_context.thread_count = 1
         self.form = container.format.name
         self.codec = self.stream.codec_context.name
+        self.tick = float(self.stream.time_base or 0)  # seconds; asked for once, since FFmpeg's fraction is slow
         self.declared = self._declared_seconds()
         self.first_byte: int | None = None  # of the first packet
         self.passed_over, self.passed_seconds = 0, 0.0  # packets that the decoder refused
@@ -48,11 +49,6 @@ class Track:
         self._since: float | None = None  # where the frames begin whose seconds are counted
         self._counted = 0.0
         self._skipped_bytes, self._packet_bytes, self._next_byte = 0, 0, 0
-
-    @property
-    def tick(self) -> float:
-        """Seconds."""
-        return float(self.stream.time_base or 0)
 
     def _declared_seconds(self) -> float | None:
         """The length that FFmpeg reads in the header; for Matroska the time at which the track ends."""
@@ -118,18 +114,21 @@ class Track:
 
     def _timed(self, frame: AudioFrame) -> AudioFrame | None:
         """A frame without an encoder's padding; None where all of it is that."""
-        if frame.pts is not None:
-            if self.ends is not None:
-                kept = round((self.ends - frame.pts * self.tick) * frame.rate)
+        pts, rate = frame.pts, frame.rate
+        seconds = frame.samples / rate
+        if pts is not None:
+            begin = pts * self.tick
+            if self.ends is not None and begin + seconds > self.ends:
+                kept = round((self.ends - begin) * rate)
                 if kept <= 0:
                     return None
                 frame = cut(frame, kept) if kept < frame.samples else frame
-            begin = (frame.pts or 0) * self.tick
+                seconds = frame.samples / rate
             self.begins = begin if self.begins is None else self.begins
             if self._since is None or begin < self.last_time - RESTART_SECONDS:
                 self._since, self._counted = begin, 0.0
-            self.last_time = begin + frame.samples / frame.rate
-        self._counted += frame.samples / frame.rate
+            self.last_time = begin + seconds
+        self._counted += seconds
         return frame
 
     @property
