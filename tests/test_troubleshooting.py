@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from planted_sources import Crash
 
 from conftest import noise, write_wav
 from planted import planted_cache
 from whisper_at_cli.cli import main
 from whisper_at_cli.extract.folders import take_lock
 from whisper_at_cli.extract.pipeline import encode
+from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
+from whisper_at_cli.extract.pipeline.decode_worker import Request, read_into_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -140,6 +143,9 @@ def provoke_audio(capsys, tiny_en) -> list[str]:
     Path("notes").mkdir()
     Path("notes/a.txt").write_text("x")
     lines = said_by(capsys, "--quiet", "extract", "bad", "bad.zarr", "--model", tiny_en)
+    with DecodePool(1) as pool:
+        ((_, reason),) = pool.map(read_into_memory, [Request(Crash(), 100, 0)])
+    lines.append(f"failed: bad/dog/crash.wav: {reason}")
     lines += said_by(capsys, "--quiet", "extract", "bad.csv", "listed.zarr", "--model", tiny_en)
     for source in ("notes", "notes/a.txt"):
         lines += said_by(capsys, "extract", source, "x.zarr", "--model", tiny_en)
