@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import planted_sources
 import pytest
+
+import planted_sources
+from conftest import array_bytes, noise, write_wav
 from loaded_modules import loaded_modules
 from planted_sources import Bug, Crash, Hang, HangOnce, Noise, Noted, planted
-
-from conftest import array_bytes, noise, write_wav
 from whisper_at_cli.cli import cli as main
 from whisper_at_cli.extract import FeatureCache, extract
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import whisper
 
 from whisper_at_cli.extract import load_backbone, load_whisper
-from whisper_at_cli.extract.audio.decode import load_clip
+from whisper_at_cli.extract.audio.decode import as_float, load_clip
 from whisper_at_cli.extract.backbones.encoder import clip_samples
 from whisper_at_cli.extract.cache.storage import to_storage
 
@@ -46,7 +46,7 @@ def tiny_backbone(tiny_en):
 def test_features_equal_openais_blocks(esc10, openai_tiny_en, tiny_backbone, seconds, batch_size):
     samples = clip_samples(seconds)
     paths = sorted((esc10 / "audio").iterdir())[:: 400 // 7][:7]
-    waveforms = np.stack([load_clip(path, samples)[0] for path in paths])
+    waveforms = np.stack([as_float(load_clip(path, samples)[0]) for path in paths])
     if seconds == 10.0:  # real sound in all of it
         waveforms = np.concatenate([waveforms[:, : samples // 2], waveforms[::-1, : samples // 2]], axis=1)
     expected = torch.stack([openai_features(openai_tiny_en, waveform) for waveform in waveforms])
@@ -70,7 +70,7 @@ def test_a_loud_clip_does_not_change_a_quiet_one_in_its_batch(tiny_backbone):
 
 def test_load_whisper_transcribes_real_speech(shared, openai_tiny_en):
     path = shared / "data" / "speech14" / "audio" / "LJ001-0002.flac"
-    waveform = load_clip(path, 16000 * 30)[0]
+    waveform = as_float(load_clip(path, 16000 * 30)[0])
     text = whisper.transcribe(openai_tiny_en, waveform, temperature=0.0, fp16=False)["text"]
     assert "in being comparatively modern" in text.lower()
 
@@ -96,7 +96,7 @@ def test_the_compiled_encoder_is_one_graph_and_gives_the_same():
 @pytest.mark.parametrize("precision, bound", [("float32", 1e-5), ("float16", 5e-3), ("bfloat16", 1.5e-2)])
 def test_every_layer_keeps_its_error_bound_in_every_precision(esc10, openai_tiny_en, tiny_en, precision, bound):
     paths = sorted((esc10 / "audio").iterdir())[::40]
-    waveforms = np.stack([load_clip(path, 80000)[0] for path in paths])
+    waveforms = np.stack([as_float(load_clip(path, 80000)[0]) for path in paths])
     expected = torch.stack([openai_features(openai_tiny_en, waveform) for waveform in waveforms])
     found = load_backbone(tiny_en, device="cpu", precision=precision).encode(torch.from_numpy(waveforms))
     for layer in range(4):

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from planted_sources import Crash
 
 from conftest import noise, write_wav
 from planted import planted_cache
+from planted_sources import Crash
 from whisper_at_cli.cli import main
 from whisper_at_cli.extract.folders import take_lock
 from whisper_at_cli.extract.pipeline import encode
@@ -144,6 +144,7 @@ def provoke_audio(capsys, tiny_en) -> list[str]:
     Path("notes/a.txt").write_text("x")
     lines = said_by(capsys, "--quiet", "extract", "bad", "bad.zarr", "--model", tiny_en)
     with DecodePool(1) as pool:
+        pool.share(1000)
         ((_, reason),) = pool.map(read_into_memory, [Request(Crash(), 100, 0)])
     lines.append(f"failed: bad/dog/crash.wav: {reason}")
     lines += said_by(capsys, "--quiet", "extract", "bad.csv", "listed.zarr", "--model", tiny_en)
