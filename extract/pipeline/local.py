@@ -52,11 +52,12 @@ def extract(
     check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
     if isinstance(model, str | Path):
         check_model(model)
+    new = not location(cache).exists(METADATA)
     with DecodePool(workers or cores()) as pool:
         dataset = open_clips(
-            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
+            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, look=new
         )  # fmt: skip
-        if not location(cache).exists(METADATA):
+        if new:
             pool.start(len(dataset))  # they get ready while weights are loaded
         seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
         if isinstance(model, str | Path):

@@ -36,15 +36,19 @@ def check_numbers(**numbers: float | None) -> None:
 
 def open_clips(
     dataset: str | Path | Dataset, pool: DecodePool, *, format: str, labels: str | Path | None, window: float | None,
-    hop: float | None, clip_seconds: float | None,
+    hop: float | None, clip_seconds: float | None, look: bool = True,
 ) -> Dataset:  # fmt: skip
-    """The dataset that was asked for, its files cut into windows where that was asked for too."""
+    """The dataset that was asked for, its files cut into windows where that was asked for too.
+
+    With `look` some of its files are looked at, for notes on what is missing or will be cut.
+    """
 
     def lengths(paths: Sequence[str]) -> list[Length | None]:
         return [value if kind == DONE else None for kind, value in pool.map(measure_length, paths)]
 
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, labels=labels)
-    dataset = looked_at(dataset, clip_seconds or dataset.clip_seconds, lengths, windows=window is not None)
+    if look:
+        dataset = looked_at(dataset, clip_seconds or dataset.clip_seconds, lengths, windows=window is not None)
     if window is None:
         if hop is not None:
             raise UsageError("hop says how far windows lie apart; give their length too (--window)")
