@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.audio.decode import ClipAudio
-from whisper_at_cli.extract.audio.sources import FileClip
+from whisper_at_cli.extract.audio.sources import FileClip as FileClip
 from whisper_at_cli.extract.datasets import Dataset
 
 
@@ -24,6 +24,18 @@ class Noise:
     def read(self, samples: int) -> ClipAudio:
         rng = np.random.default_rng(self.number)
         return ClipAudio(rng.integers(-8000, 8000, samples, dtype=np.int16), samples, "")
+
+
+@dataclass(frozen=True)
+class SlowNoise:
+    """Noise that takes a while, so that there is time for something to happen."""
+
+    number: int
+    seconds: float = 0.05
+
+    def read(self, samples: int) -> ClipAudio:
+        time.sleep(self.seconds)
+        return Noise(self.number).read(samples)
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,3 @@ def planted(dataset: Dataset, **sources: object) -> PlantedDataset:
 def process_of(_request: object) -> tuple[int, int]:
     """A request that tells which process answers."""
     return 0, os.getpid()
-
-
-__all__ = ["Bug", "Crash", "FileClip", "Hang", "HangOnce", "Noise", "Noted", "PlantedDataset", "planted", "process_of"]

@@ -1,5 +1,6 @@
 """Decoding processes: what one of them does to itself costs one clip, and none outlives its parent."""
 
+import contextlib
 import os
 import random
 import re
@@ -16,12 +17,12 @@ import pytest
 import planted_sources
 from conftest import array_bytes, noise, write_wav
 from loaded_modules import loaded_modules
-from planted_sources import Bug, Crash, Hang, HangOnce, Noise, Noted, planted
+from planted_sources import Bug, Crash, Hang, HangOnce, Noise, Noted, PlantedDataset, SlowNoise, planted
 from whisper_at_cli.cli import cli as main
 from whisper_at_cli.extract import FeatureCache, extract
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable
 from whisper_at_cli.extract.cache.summary import summarise
-from whisper_at_cli.extract.datasets import open_dataset
+from whisper_at_cli.extract.datasets import Clip, open_dataset
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.pipeline import decode_pool, ray_worker, shard_run
 from whisper_at_cli.extract.pipeline.audio_batches import AudioBatches, Batch
@@ -182,61 +183,37 @@ def test_what_is_lost_of_a_clip_is_noted_in_report_cache_and_info(sounds, tmp_pa
     assert again.clip_notes == report.clip_notes
 
 
-def run_while_killing(kills, pool_of, work, *, seed=0):
-    """Do some work while random processes of a pool are killed, at random moments."""
-    killed, stop, rng = [0], threading.Event(), random.Random(seed)
+@pytest.mark.parametrize("kills, clips", [(15, 60), pytest.param(200, 900, marks=pytest.mark.slow)])
+def test_killed_processes_lose_no_clip(tmp_path, random_backbone, monkeypatch, kills, clips):
+    """Random processes are killed at random moments of one run, as often as they can be replaced."""
+    names = tuple(Clip(id=str(at), path=str(at)) for at in range(clips))
+    dataset = PlantedDataset("slow", tmp_path, names, planted=tuple((at, SlowNoise(at)) for at in range(clips)))
+    options = dict(model=random_backbone, clip_seconds=0.5, batch_size=2, workers=2)
+    pools, killed, done, rng = [], [], threading.Event(), random.Random(0)
+    original = decode_pool.DecodePool.__init__
+    quick = PlantedDataset("slow", tmp_path, names, planted=tuple((at, Noise(at)) for at in range(clips)))
+    extract(quick, tmp_path / "whole.zarr", **options)
 
     def kill():
-        while killed[0] < kills and not stop.is_set():
-            time.sleep(rng.uniform(0.001, 0.08))
-            pool = pool_of()
-            pids = pool.pids() if pool is not None else []
-            if pids:
-                try:
+        while len(killed) < kills and not done.is_set():
+            time.sleep(rng.uniform(0.1, 0.5))
+            if pids := pools[0].pids() if pools else []:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(rng.choice(pids), signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-                killed[0] += 1
+                    killed.append(1)
 
+    monkeypatch.setattr(decode_pool.DecodePool, "__init__", lambda self, n: (original(self, n), pools.append(self))[0])
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        result = work()
+        report = extract(dataset, tmp_path / "a.zarr", **options)
     finally:
-        stop.set()
+        done.set()
         killer.join()
-    return killed[0], result
-
-
-@pytest.mark.parametrize("kills", [15, pytest.param(200, marks=pytest.mark.slow)])
-def test_killed_processes_lose_no_clip(sounds, whole, tmp_path, random_backbone, monkeypatch, kills):
-    """A run is made as long as it takes for so many kills: it decodes the same clips again until they have come."""
-    pools, counted = [], [0]
-    original = decode_pool.DecodePool.__init__
-
-    def remembered(self, workers):
-        original(self, workers)
-        pools[:] = [self]
-
-    monkeypatch.setattr(decode_pool.DecodePool, "__init__", remembered)
-
-    def work():
-        runs = 0
-        while counted[0] < kills and runs < 400:
-            runs += 1
-            path = tmp_path / f"{runs}.zarr"
-            done, report = run_while_killing(
-                kills - counted[0], lambda: pools[0] if pools else None,
-                lambda path=path: extract(sounds, path, model=random_backbone, workers=2, **OPTIONS), seed=runs,
-            )  # fmt: skip
-            counted[0] += done
-            assert (report.written, report.failed) == (40, 0), report.failures
-            assert array_bytes(path) == whole
-        return runs
-
-    runs = work()
-    print(f"{counted[0]} kills in {runs} runs")
-    assert counted[0] >= kills
+    print(f"{len(killed)} kills in {report.seconds} s")
+    assert len(killed) == kills, "the run was over too soon"
+    assert (report.written, report.failed) == (clips, 0), report.failures
+    assert array_bytes(tmp_path / "a.zarr") == array_bytes(tmp_path / "whole.zarr")
 
 
 PARENT = """

@@ -30,8 +30,10 @@ GROUPS_EACH = 2  # one that is worked on, one that waits
 CLIPS_EACH = 8  # at least, that make it worth while to start a process
 LOOK_SECONDS = 1.0  # between looks for processes that hang
 STILL_SECONDS = 60.0  # for a clip, after which its process counts as hanging
-CRASHES, HANGS, KILLS = 2, 2, 5  # of a process alone with a clip, before that is blamed; kills mostly come from outside
-BROKEN_STARTS = 20  # in a row, before the run is given up
+CRASHES, HANGS, KILLS = 2, 2, 6  # of a process alone with a clip, before that is blamed
+OWN_KILLS, MOST_KILLS = 0.7, 60  # share of all kills that are the clip's fault, not somebody else's; kills beyond doubt
+BROKEN_STARTS, KILLED_STARTS = 20, 400  # in a row, before the run is given up
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # exit statuses
 PIPE_BYTES = 1 << 18  # room for two groups of long paths; a user may have 64 MB of such room in all
 CLOSE_SECONDS = 1.0
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -62,6 +64,7 @@ class _Group:
     crashes: int = 0  # of processes that had nothing but this, once it is down to one request
     hangs: int = 0
     kills: int = 0
+    killed_before: int | None = None  # processes of the pool, before the first of these
 
 
 @dataclass(eq=False)
@@ -94,7 +97,7 @@ class DecodePool:
         self._bell, self._rope = os.pipe()
         os.set_blocking(self._rope, False)
         self._selector.register(self._bell, selectors.EVENT_READ)
-        self._broken_starts = 0
+        self._broken_starts = self._killed = 0
         self._looked = time.monotonic()
         self._news = self._closed = False
 
@@ -263,7 +266,7 @@ class DecodePool:
         status = _reaped(process.popen)
         if not process.ready:
             self._broken_starts += 1
-            if self._broken_starts > BROKEN_STARTS:
+            if self._broken_starts > (KILLED_STARTS if status in KILLED else BROKEN_STARTS):
                 raise WhisperATError(
                     f"decoding processes end as they start ({_ended(status)}); often memory is short: give fewer "
                     "--workers"
@@ -279,14 +282,23 @@ class DecodePool:
         if len(group.places) > 1:
             self._waiting.extendleft(_Group(group.job, range(at, at + 1)) for at in reversed(group.places))
             return
-        if blame:
-            killed = status in (-signal.SIGKILL, -signal.SIGTERM)
-            group.kills += killed
-            group.crashes += not killed
-        if group.crashes >= CRASHES or group.kills >= KILLS:
+        if blame and status in KILLED:
+            group.killed_before = self._killed if group.killed_before is None else group.killed_before
+            group.kills += 1
+            self._killed += 1
+        elif blame:
+            group.crashes += 1
+        if group.crashes >= CRASHES or self._kills_are_its_own(group):
             self._settle(group, [(FAILED, f"it cannot be decoded: {_ended(status)} whenever it was read")])
+        elif group.kills:
+            self._waiting.append(group)  # last, since whoever kills may be at it again
         else:
             self._waiting.appendleft(group)
+
+    def _kills_are_its_own(self, group: _Group) -> bool:
+        """Whether a clip is to blame for the kills of its processes: then hardly any others are killed meanwhile."""
+        meanwhile = self._killed - (group.killed_before or 0)
+        return group.kills >= KILLS and (group.kills >= OWN_KILLS * meanwhile or group.kills >= MOST_KILLS)
 
     def _end_hanging(self, now: float) -> None:
         """End processes that have been at one group for too long; a clip that was alone with two of them has failed."""
