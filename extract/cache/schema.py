@@ -100,9 +100,8 @@ class CacheSpec:
         step = 1 if fitting > MAX_CLIPS_PER_SHARD else next((step for step in BATCH_STEPS if fitting >= step), 1)
         most = round(most / step) * step
         equal = math.ceil(clips / math.ceil(clips / most)) if clips else most
-        if step == 1 or equal < step:
-            return equal
-        return min(most, math.ceil(equal / BATCH_STEPS[-1]) * BATCH_STEPS[-1])
+        rounded = math.ceil(equal / BATCH_STEPS[-1]) * BATCH_STEPS[-1]
+        return rounded if step > 1 and rounded - equal <= equal // 16 else equal
 
     def differences(self, other: CacheSpec) -> list[str]:
         """Each field in which two specs differ, as `field: ours, not theirs`."""

@@ -230,8 +230,10 @@ class CacheWriter:
         return shards.shard_buffers(chunks, present)
 
     def _per_layer_file(self, name: str, values: np.ndarray, done: np.ndarray) -> list:
-        full = np.full((self.clips_per_shard, *values.shape[1:]), np.nan, dtype=values.dtype)
-        full[: len(values)][done] = values[done]
+        full = values
+        if len(values) < self.clips_per_shard or not done.all():
+            full = np.full((self.clips_per_shard, *values.shape[1:]), np.nan, dtype=values.dtype)
+            full[: len(values)][done] = values[done]
         chunks = np.ascontiguousarray(full.transpose(1, 0, 2))  # one chunk per layer
         return shards.shard_buffers(chunks, np.full(len(chunks), done.any()), compressed=name == "scale")
 
