@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mutate
-import whisper.model  # noqa: F401 - else the first input would pay for it
+import torch._dynamo  # noqa: F401 - else the first input would pay for it, as for the next
+import whisper.model  # noqa: F401
 from engine import Files, Reader
 
 from whisper_at_cli.extract.backbones.weights import read_weights
