@@ -198,7 +198,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
         "settings": {
             "clips": options.clips, "clip_seconds": SECONDS, "workers": options.workers, "rounds": options.rounds,
             "batch_size": options.batch_size, "shapes": "large-v1", "dtype": "float16",
-            "files_in": "memory" if place else "a folder", "shards_in": options.folder or "a temporary folder",
+            "files_in": "memory" if place else "a folder", "shards_in": "a folder that was given" if options.folder else "a temporary folder",
         },
         "found": {suffix: {name: rounded(value) for name, value in values.items()} for suffix, values in best.items()},
         "computed clips/s with more cores": more,
@@ -234,6 +234,9 @@ def rows(result: Result) -> list[Row]:
     used, found = result["settings"], result["found"]
     on = f"10 s files in {used['files_in']}, `large-v1` shapes, float16, no encoder"
     first, many = next(iter(found)), used["workers"]
+    own, threads = (
+        [values[name] for values in found.values()] for name in (f"processes, {many}: CPU ms", "threads: CPU ms")
+    )
     lines = [
         Row(
             "host", f"CPU time of the main process for a clip of {first.upper()}, {on}",
@@ -243,15 +246,19 @@ def rows(result: Result) -> list[Row]:
         ),
         Row(
             "host", f"CPU time of a decoding process for a clip of {', '.join(name.upper() for name in found)}",
-            Figure([values[f"processes, {many}: CPU ms"] for values in found.values()], "ms"),
+            Figure(own, "ms"), Figure(threads, "ms", "of threads that decode"),
+            [rounded(ours / theirs, 3) for ours, theirs in zip(own, threads, strict=True)],
         ),
     ]  # fmt: skip
     if many > 1:
-        rates = {number: found[first][f"processes, {number}: clips/s"] for number in (1, many)}
+        one, all_of_them = (
+            [values[f"processes, {number}: clips/s"] for values in found.values()] for number in (1, many)
+        )
         lines.append(
             Row(
-                "host", f"decoding {first.upper()} by {many} processes", Figure(rates[many], "clips/s"),
-                Figure(rates[1], "clips/s", "one process"), rounded(rates[many] / rates[1], 3),
+                "host", f"decoding {', '.join(name.upper() for name in found)} by {many} processes",
+                Figure(all_of_them, "clips/s"), Figure(one, "clips/s", "one process"),
+                [rounded(several / alone, 3) for several, alone in zip(all_of_them, one, strict=True)],
                 asked=(at_least("ratio", LEAST_TWO_WORKERS),) if many == 2 else (),
             )
         )  # fmt: skip
