@@ -198,7 +198,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
         "settings": {
             "clips": options.clips, "clip_seconds": SECONDS, "workers": options.workers, "rounds": options.rounds,
             "batch_size": options.batch_size, "shapes": "large-v1", "dtype": "float16",
-            "files_in": "memory" if place else "a folder", "shards_in": "a folder that was given" if options.folder else "a temporary folder",
+            "files_in": "memory" if place else "a folder",
+            "shards_in": "a folder that was given" if options.folder else "a temporary folder",
         },
         "found": {suffix: {name: rounded(value) for name, value in values.items()} for suffix, values in best.items()},
         "computed clips/s with more cores": more,
