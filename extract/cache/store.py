@@ -361,7 +361,7 @@ def _sync_folder(path: Path) -> None:
 
 def _write_pieces(file: int, buffers: list) -> None:
     """Write all of these buffers, gathered into pieces that stay in the processor's cache on their way."""
-    piece = _within.__dict__.setdefault("piece", np.empty(PIECE_BYTES, np.uint8))
+    piece = np.empty(PIECE_BYTES, np.uint8)
     filled = 0
     for buffer in buffers:
         data = np.frombuffer(buffer, np.uint8) if memoryview(buffer).nbytes else np.empty(0, np.uint8)
