@@ -20,6 +20,7 @@ from whisper_at_cli.extract.errors import CacheError
 
 ABSENT = np.uint64(2**64 - 1)
 CRC_BYTES = 4
+INDEX_BYTES = 16  # of a shard's index, for each chunk
 ZSTD_LEVEL = 1  # scales compress to 0.8 of their size at any level
 VERIFY = "run: whisper-at-cli verify"
 
@@ -48,8 +49,8 @@ def _unlocked_crc32c() -> Callable[[int, int], int] | None:
 _crc32c_at = _unlocked_crc32c()
 
 
-def row_checksums(rows: np.ndarray, wanted: list[int]) -> np.ndarray:
-    """CRC-32C of these rows of (n, bytes) uint8, C-contiguous -> little-endian uint32."""
+def row_checksums(rows: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
+    """CRC-32C of these rows of (n, bytes) uint8, each contiguous -> little-endian uint32."""
     if _crc32c_at is None:
         return np.array([google_crc32c.value(rows[row]) for row in wanted], dtype="<u4")
     first, stride, length = rows.ctypes.data, rows.strides[0], rows.shape[1]
@@ -81,6 +82,38 @@ def shard_buffers(chunks: np.ndarray, present: np.ndarray, *, compressed: bool =
     for at, part in enumerate(data):
         buffers += (part, trailers[CRC_BYTES * at : CRC_BYTES * (at + 1)])
     return [*buffers, index_bytes, crc32c(index_bytes)]
+
+
+class ShardImage:
+    """Memory laid out as a shard file whose chunks are all present, so that it is written as it is, in one piece.
+
+    Every chunk is followed by room for its checksum, and the last one by room for the index.
+
+    memory  (at least `ShardImage.size(...)`,) uint8
+    """
+
+    def __init__(self, memory: np.ndarray, chunk_count: int, chunk_bytes: int):
+        self._memory, self._chunk_count, self._chunk_bytes = memory, chunk_count, chunk_bytes
+
+    @staticmethod
+    def size(chunk_count: int, chunk_bytes: int) -> int:
+        """Bytes of the file."""
+        return chunk_count * (chunk_bytes + CRC_BYTES + INDEX_BYTES) + CRC_BYTES
+
+    def finished(self, chunks: int) -> np.ndarray:
+        """The file with its first so many chunks, all others absent: checksums and index are put into the memory."""
+        stride = self._chunk_bytes + CRC_BYTES
+        framed = self._memory[: chunks * stride].reshape(chunks, stride)
+        checksums = row_checksums(framed[:, : self._chunk_bytes], range(chunks))
+        framed[:, self._chunk_bytes :] = checksums.view(np.uint8).reshape(chunks, CRC_BYTES)
+        index = np.full((self._chunk_count, 2), ABSENT, dtype="<u8")
+        index[:chunks, 0] = np.arange(chunks, dtype=np.uint64) * np.uint64(stride)
+        index[:chunks, 1] = stride
+        index_bytes = index.tobytes()
+        end = np.frombuffer(index_bytes + crc32c(index_bytes), np.uint8)
+        size = chunks * stride + len(end)
+        self._memory[chunks * stride : size] = end
+        return self._memory[:size]
 
 
 def chunk_buffers(chunk: np.ndarray) -> list:
@@ -125,7 +158,7 @@ class ShardFile:
             return self._file
 
     def _read_index(self, file: LocalFile | BucketFile) -> None:
-        start = file.size - 16 * self._chunk_count - CRC_BYTES
+        start = file.size - INDEX_BYTES * self._chunk_count - CRC_BYTES
         index = np.empty((self._chunk_count if start >= 0 else 0, 2), dtype="<u8")
         checksum = bytearray(CRC_BYTES)
         if start < 0 or file.readv([index, checksum], start) != index.nbytes + CRC_BYTES:

@@ -29,11 +29,33 @@ class Stored(NamedTuple):
         return self.map(lambda tensor: tensor[rows])
 
     def copy_(self, other: Stored, *, non_blocking: bool = False) -> Stored:
-        """Copy another batch of as many clips into this one, all but `redone`."""
+        """Copy another batch of as many clips into this one, all but `redone`.
+
+        Features of two batches with the same gaps between their layers are copied in one piece, gaps included.
+        """
         for ours, theirs in zip(self[:4], other[:4], strict=True):
             if ours is not None and theirs is not None:
+                if ours.stride() == theirs.stride():
+                    ours, theirs = _with_gaps(ours), _with_gaps(theirs)  # noqa: PLW2901
                 ours.copy_(theirs, non_blocking=non_blocking)
         return self
+
+    def on(self, device: torch.device) -> Stored:
+        """Room for as many clips on another device, laid out alike: with the same gaps between layers."""
+        return self.map(lambda tensor: _room_like(tensor, device))
+
+
+def _with_gaps(tensor: Tensor) -> Tensor:
+    """(B, L, ...) with a gap after each layer, as (B, L, values and gap); other tensors as they are."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor
+    layers, stride = tensor.shape[1], tensor.stride(1)
+    return tensor.as_strided((len(tensor), layers, stride), (layers * stride, stride, 1))
+
+
+def _room_like(tensor: Tensor, device: torch.device) -> Tensor:
+    whole = torch.empty(_with_gaps(tensor).shape, dtype=tensor.dtype, device=device)
+    return whole if tensor.is_contiguous() else whole.as_strided(tensor.shape, tensor.stride())
 
 
 def to_storage(features_BLTD: Tensor, dtype: str, out: Stored | None = None) -> Stored:

@@ -38,6 +38,7 @@ class ShardBlock:
     status: np.ndarray  # (n,) uint8, DONE or FAILED
     errors: dict[int, str] = field(default_factory=dict)  # row within the shard -> why it failed, or a note
     scale: np.ndarray | None = None  # (n, L, D) float16, with int8 features
+    image: shards.ShardImage | None = None  # whose chunks are the features, where their memory is laid out as the file
 
     @classmethod
     def empty(cls, clips: int, spec: CacheSpec) -> ShardBlock:
@@ -55,8 +56,9 @@ class ShardBlock:
         """The first rows of it alone, sharing memory, with no errors of their own yet."""
         scale = None if self.scale is None else self.scale[:clips]
         return ShardBlock(
-            self.features[:clips], self.mean[:clips], self.valid_frames[:clips], self.status[:clips], scale=scale
-        )
+            self.features[:clips], self.mean[:clips], self.valid_frames[:clips], self.status[:clips], scale=scale,
+            image=self.image,
+        )  # fmt: skip
 
     def clear(self) -> None:
         """Make every clip a failed one, as in a new block. What its features hold no longer counts."""
@@ -206,7 +208,7 @@ class CacheWriter:
         if len(rows) != len(block.status):
             raise ValueError(f"shard {shard} has {len(rows)} clips, the block {len(block.status)}")
         try:
-            files = {schema.shard_file("features", shard): self._features_file(block.features, done)}
+            files = {schema.shard_file("features", shard): self._features_file(block, done)}
             for name, values in (("mean", block.mean), ("scale", block.scale)):
                 if values is not None:
                     files[schema.shard_file(name, shard)] = self._per_layer_file(name, values, done)
@@ -222,9 +224,11 @@ class CacheWriter:
             ) from error
         self.cache.status[rows.start : rows.stop] = block.status
 
-    def _features_file(self, features: np.ndarray, done: np.ndarray) -> list:
+    def _features_file(self, block: ShardBlock, done: np.ndarray) -> list:
         L, T, D, S = self.spec.layers, self.spec.frames, self.spec.dim, self.clips_per_shard
-        chunks = np.ascontiguousarray(features).reshape(-1, T, D)
+        if block.image is not None and done.all():
+            return [block.image.finished(len(done) * L)]
+        chunks = np.ascontiguousarray(block.features).reshape(-1, T, D)
         present = np.zeros(S * L, dtype=bool)
         present[: len(chunks)] = np.repeat(done, L)
         return shards.shard_buffers(chunks, present)

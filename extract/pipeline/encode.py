@@ -67,7 +67,7 @@ def _encode_to_host(backbone: Backbone, waveforms: Tensor, dtype: str, out: Stor
         return _redo(backbone, waveforms, features, stored, dtype)
     with torch.cuda.stream(_stream(backbone.device)):
         features = _features(backbone, waveforms)
-        on_device = to_storage(features, dtype)
+        on_device = to_storage(features, dtype, out and out.on(backbone.device))
         stored = on_device.map(_pinned_like) if out is None else out
         stored.copy_(on_device, non_blocking=True)
         torch.cuda.current_stream().synchronize()
