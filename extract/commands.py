@@ -68,6 +68,8 @@ FAILURES_SHOWN = 20
 @click.option("--encoders", type=int, help="With ray, at most so many.  [default: one per GPU, else one per core]")
 @click.option("--compile", is_flag=True, help="Run torch.compile first; GPUs only, for long runs in float32.")
 @click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
+@click.option("--update", is_flag=True, help="Also redo clips whose audio file has changed since.")
+@click.option("--prune", is_flag=True, help="Drop clips from CACHE that DATASET no longer has.")
 @DEVICES
 @click.pass_context
 def extract_command(
@@ -80,6 +82,9 @@ def extract_command(
     UrbanSound8K, Speech Commands, a folder per class, a CSV or JSONL manifest, the JSON data files of AST, an HDF5 pack
     of waveforms, a Hugging Face dataset on disk. If CACHE exists, the same command continues it. A clip that cannot be
     read is reported and marked failed.
+
+    CACHE follows DATASET: new clips are added, and changed labels, folds and splits are taken over. A clip that is
+    gone, or whose audio has changed, is an error unless --prune or --update allows it.
 
     \b
         whisper-at-cli extract ESC-50 esc50.zarr --model tiny.en

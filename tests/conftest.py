@@ -98,9 +98,13 @@ def noise_folder(tmp_path) -> Path:
 
 
 def array_bytes(path: Path) -> dict[str, bytes]:
-    """Every array file of a cache: chunks and metadata, without the group's own provenance and locks."""
+    """Every array file of a cache: chunks and metadata, without the group's own provenance, locks and files' times."""
     files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    return {name: file.read_bytes() for name, file in files.items() if "/" in name and "/.locks/" not in name}
+    return {
+        name: file.read_bytes()
+        for name, file in files.items()
+        if "/" in name and "/.locks/" not in name and "digest/c" not in name
+    }
 
 
 def make_backbone(seed: int = 0, *, precision: str = "float32"):

@@ -21,9 +21,8 @@ from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 if TYPE_CHECKING:
     import zarr
 
-COLUMNS = ("id", "path", "split", "error", "fold", "labels")
 PACKED = ("zstd", "zstd crc32c")  # caches of before had no checksum on text and labels
-CODECS = {"fold": ("bytes crc32c",), "labels": tuple(f"bytes {rest}" for rest in PACKED)}
+CODECS = {**dict.fromkeys(("fold", "digest"), ("bytes crc32c",)), "labels": tuple(f"bytes {rest}" for rest in PACKED)}
 TEXT_CODECS = tuple(f"vlen-utf8 {rest}" for rest in PACKED)
 TEXT_BYTES, TEXT_RATIO = 1 << 26, 100  # a chunk of text is at most so large, or so many times what it takes on disk
 MAX_TEXT = 1 << 16  # characters of an id, a path or an error
@@ -33,7 +32,7 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 def read_column(
     store: LocalStore | BucketStore, group: zarr.Group, name: str, spec: CacheSpec, clips: int
 ) -> np.ndarray:
-    """A column of `clips` entries: text as str, fold int16, labels (clips, classes) uint8.
+    """A column of `clips` entries: text as str, fold int16, digest uint64, labels (clips, classes) uint8.
 
     Raises CacheError where it is missing, damaged or not laid out as designed.
     """
@@ -44,7 +43,7 @@ def read_column(
         if not isinstance(array, zarr.Array):
             raise TypeError("it is no array")
         _check_layout(array, name, spec, clips)
-        if name == "fold":
+        if name in ("fold", "digest"):
             return np.asarray(array[:])
         rows, checked = array.chunks[0], _codecs(array).endswith("crc32c")
         numbers = name == "labels"

@@ -112,6 +112,18 @@ class FeatureCache:
         return self._column("labels")
 
     @cached_property
+    def digests(self) -> np.ndarray | None:
+        """(N,) uint64 of each clip's file, part, size and time when the cache was made; 0 where unknown.
+
+        None in a cache of before, which has none.
+        """
+        return self._column("digest") if self.has_digests else None
+
+    @property
+    def has_digests(self) -> bool:
+        return self.attributes.get(schema.DIGESTS) is True
+
+    @cached_property
     def valid_frames(self) -> np.ndarray:
         """(N,) uint8: how many of a clip's frames are real audio rather than padding."""
         return self._bytes_per_clip("valid_frames", len(self))

@@ -9,6 +9,7 @@ valid_frames  (N,)          uint8, one chunk per S clips
 status        (N,)          uint8, one chunk per S clips, written last
 error         (N,)          why a clip failed; of one that is done, a note on it; mostly empty
 id, path, fold, split, labels   what the dataset says of each clip; written when the cache is created
+digest        (N,)          uint64, of a clip's file, part, size and time; 0 where unknown. Absent in caches of before
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ DTYPES = ("float16", "float32", "int8")
 DEFAULT_SHARD_MB = 128
 MAX_CLIPS_PER_SHARD = 256  # so that a killed run of a small model loses little
 BATCH_STEPS = (32, 16)  # that the clips of a large shard are a multiple of
+DIGESTS = "source_digests"  # the attribute of a cache that has them
 METADATA = "zarr.json"  # of the group; with it a cache begins to be one
 SHARD_SUFFIX = {"features": "/0/0/0", "mean": "/0/0", "scale": "/0/0"}
 ROWS_PER_CHUNK = 65536  # of what the dataset says of each clip
@@ -128,9 +130,13 @@ class ClipTable:
     fold: np.ndarray  # (N,) int16, 1-based, 0 where there is none
     split: np.ndarray  # (N,) str, empty where there is none
     labels: np.ndarray  # (N, C) uint8
+    digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))  # (N,) of each clip's file, or 0
 
     def __post_init__(self) -> None:
-        lengths = {len(column) for column in (self.ids, self.paths, self.fold, self.split, self.labels)}
+        if not len(self.digests):
+            object.__setattr__(self, "digests", np.zeros(len(self.ids), np.uint64))
+        columns = (self.ids, self.paths, self.fold, self.split, self.labels, self.digests)
+        lengths = {len(column) for column in columns}
         if len(lengths) != 1:
             raise ValueError(f"columns differ in length: {sorted(lengths)}")
         if len(set(self.ids)) != len(self.ids):
@@ -140,6 +146,11 @@ class ClipTable:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def take(self, rows: np.ndarray) -> ClipTable:
+        """These clips, in this order."""
+        columns = (self.ids, self.paths, self.fold, self.split, self.labels, self.digests)
+        return ClipTable(*(np.asarray(column)[rows] for column in columns))
+
 
 def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_shard: int, provenance: dict) -> None:
     """Lay out an empty cache at `path`: every array's metadata, and what the dataset says of each clip."""
@@ -147,6 +158,7 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
     attributes = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **asdict(spec), "made": provenance}
+    attributes[DIGESTS] = True
     attributes["class_names"] = list(spec.class_names)
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
     N, L, T, D, S = len(clips), spec.layers, spec.frames, spec.dim, clips_per_shard
@@ -183,6 +195,7 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
     for name, column in (("id", clips.ids), ("path", clips.paths), ("split", clips.split)):
         add_text(name, chunks=rows)[:] = np.asarray(column, dtype=object)
     add("fold", (N,), "int16", ("clip",), chunks=(rows,))[:] = clips.fold
+    add("digest", (N,), "uint64", ("clip",), chunks=(rows,))[:] = clips.digests
     if spec.class_names:
         array = group.create_array(
             "labels", shape=clips.labels.shape, dtype="uint8", chunks=(min(rows, 4096), len(spec.class_names)),
@@ -191,7 +204,7 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
         array[:] = clips.labels
 
 
-def array_shapes(spec: CacheSpec, clips: int) -> dict[str, tuple[tuple[int, ...], str]]:
+def array_shapes(spec: CacheSpec, clips: int, *, digests: bool = True) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and type of every array of a cache; no type for strings."""
     N, L, T, D = clips, spec.layers, spec.frames, spec.dim
     shapes = {
@@ -202,6 +215,8 @@ def array_shapes(spec: CacheSpec, clips: int) -> dict[str, tuple[tuple[int, ...]
         "fold": ((N,), "int16"),
     }
     shapes |= dict.fromkeys(("id", "path", "split", "error"), ((N,), ""))
+    if digests:
+        shapes["digest"] = ((N,), "uint64")
     if spec.dtype == "int8":
         shapes["scale"] = ((N, L, D), "float16")
     if spec.class_names:

@@ -7,6 +7,7 @@ write_together(files)        the same for several, {name: buffers}, with one wai
 read(name)                   all bytes of a file, None where there is none
 open(name)                   for reading parts: its `size`, and `readv` into the caller's buffers
 exists(name), sizes()        whether there is such a file; bytes of every file, by name
+sync(name)                   a file that somebody else wrote is safe when this returns
 zarr()                       what zarr-python opens
 map(function, items)         a list of results; a bucket is asked for many things side by side
 asking(name)                 a context in which a failure of the store becomes an error that a user can read
@@ -71,10 +72,14 @@ def location(address: str | Path) -> LocalStore | BucketStore:
 
 
 class LocalStore:
-    """A folder. Safe between threads and processes, with one writer per file."""
+    """A folder. Safe between threads and processes, with one writer per file.
 
-    def __init__(self, path: str | Path):
+    With `mark`, several writers may be at one file: each writes under a name of its own, and the last to finish counts.
+    """
+
+    def __init__(self, path: str | Path, mark: str = ""):
         self.address = self.path = Path(path)
+        self._ending = f"{mark and '.'}{mark}.partial"
 
     def __str__(self) -> str:
         return str(self.path)
@@ -84,7 +89,7 @@ class LocalStore:
 
     def write_together(self, files: dict[str, list]) -> None:
         paths = {name: self.path / name for name in files}
-        partial = {name: path.with_name(f".{path.name}.partial") for name, path in paths.items()}
+        partial = {name: path.with_name(f".{path.name}{self._ending}") for name, path in paths.items()}
         try:
             with contextlib.ExitStack() as opened:
                 numbers = []
@@ -98,9 +103,10 @@ class LocalStore:
                     os.fsync(number)
             for name, path in paths.items():
                 partial[name].replace(path)
+                if path.parent.name != "c":  # of shards that have a folder each
+                    _remove(path.parent.glob(f".{path.name}.*.partial"))  # what a writer that was killed left
         except OSError:
-            for temporary in partial.values():
-                temporary.unlink(missing_ok=True)
+            _remove(partial.values())
             raise
         for folder in dict.fromkeys(path.parent for path in paths.values()):
             _sync_folder(folder)
@@ -134,6 +140,12 @@ class LocalStore:
     def sizes(self) -> dict[str, int]:
         files = [entry for entry in self.path.rglob("*") if entry.is_file()]
         return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
+
+    def sync(self, name: str) -> None:
+        path = self.path / name
+        for part in (path, path.parent):
+            if part.exists():
+                _sync_folder(part)
 
     def zarr(self) -> Path:
         return self.path
@@ -241,6 +253,9 @@ class BucketStore:
         """These bytes of a file, or as many of them as it has."""
         with self.asking(name):
             return memoryview(self._obs.get_range(self._store, name, start=start, length=length))
+
+    def sync(self, name: str) -> None:
+        """Nothing: what a bucket has taken is safe."""
 
     def zarr(self) -> ObjectStore:
         from zarr.storage import ObjectStore
@@ -357,8 +372,21 @@ def _scatter(data: bytes | memoryview, buffers: list) -> int:
     return at
 
 
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def sync_tree(path: Path) -> None:
+    """Wait until a folder and all that is in it are on disk."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            _sync_folder(Path(folder) / name)
+        _sync_folder(Path(folder))
+
+
 def _sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on disk."""
+    """Wait until a file, or the names in a folder, are on disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

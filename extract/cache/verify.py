@@ -14,7 +14,7 @@ from whisper_at_cli.extract.cache.schema import Status, array_shapes
 from whisper_at_cli.extract.errors import CacheError, WhisperATError
 from whisper_at_cli.extract.progress import Progress
 
-COLUMNS = ("ids", "paths", "split", "errors", "fold", "labels")
+COLUMNS = ("ids", "paths", "split", "errors", "fold", "labels", "digests")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _metadata_damage(cache: FeatureCache) -> list[Damage]:
     import zarr
 
     found = []
-    for name, (shape, dtype) in array_shapes(cache.spec, len(cache)).items():
+    for name, (shape, dtype) in array_shapes(cache.spec, len(cache), digests=cache.has_digests).items():
         try:
             with cache.store.asking(name):
                 array = zarr.open_array(cache.store.zarr(), path=name, mode="r", zarr_format=3)

@@ -6,8 +6,7 @@ not at all, and status comes last, so a process killed anywhere leaves shards th
 
 from __future__ import annotations
 
-import contextlib
-import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import numpy as np
 from whisper_at_cli.extract.cache import schema, shards
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
-from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
+from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location, sync_tree
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.extract.folders import take_lock
 
@@ -78,7 +77,7 @@ class CacheWriter:
 
     def __init__(self, store: LocalStore | BucketStore, slot: tuple[int, int], *, lock: bool = True):
         self.store, self.path, self.slot = store, store.address, slot
-        self._lock = _lock_slot(store.path, slot) if lock and isinstance(store, LocalStore) else None
+        self._lock = lock_slot(store.path, slot) if lock and isinstance(store, LocalStore) else None
         try:
             self.cache = FeatureCache.open(self.path)
         except BaseException:
@@ -124,8 +123,14 @@ class CacheWriter:
 
     @classmethod
     def join(cls, path: str | Path) -> CacheWriter:
-        """Write shards of a cache for a process that holds its lock and hands each shard to one writer."""
-        return cls(location(path), (1, 1), lock=False)
+        """Write shards of a cache for a process that holds its lock and hands each shard to one writer.
+
+        A writer that counts as lost may still be at a shard that another was given: they write files of their own.
+        """
+        store = location(path)
+        if isinstance(store, LocalStore):
+            store = LocalStore(store.path, mark=secrets.token_hex(4))
+        return cls(store, (1, 1), lock=False)
 
     def _refuse_differences(self, spec: CacheSpec, clips: ClipTable) -> None:
         differences = self.spec.differences(spec)
@@ -198,6 +203,14 @@ class CacheWriter:
                     column = np.asarray(array[first : first + array.chunks[0]], dtype=object)
                     column[rows[here] - first] = [path for path, inside in zip(paths, here, strict=True) if inside]
                     array[first : first + array.chunks[0]] = column
+                    self.store.sync(f"path/c/{first // array.chunks[0]}")
+
+    def update_digests(self, digests: np.ndarray) -> None:
+        """Say what is known now of the files of clips that are still to be extracted, (N,) uint64 for all clips."""
+        import zarr
+
+        with self.store.asking("digest"):
+            zarr.open_array(self.store.zarr(), path="digest", mode="r+", zarr_format=3)[:] = digests
 
     def rows(self, shard: int) -> range:
         return schema.shard_rows(shard, self.clips_per_shard, len(self.cache))
@@ -223,6 +236,13 @@ class CacheWriter:
                 "the disk and run the same command again"
             ) from error
         self.cache.status[rows.start : rows.stop] = block.status
+
+    def mark(self, shard: int, valid_frames: np.ndarray, status: np.ndarray, errors: dict[int, str]) -> None:
+        """Say of a shard whose features are in place what is known of its clips."""
+        self.store.write_whole(schema.shard_file("valid_frames", shard), self._rows_file(valid_frames))
+        if errors:
+            self._write_errors(self.rows(shard), errors)
+        self._write_status(shard, status)
 
     def _features_file(self, block: ShardBlock, done: np.ndarray) -> list:
         L, T, D, S = self.spec.layers, self.spec.frames, self.spec.dim, self.clips_per_shard
@@ -256,6 +276,7 @@ class CacheWriter:
         with self.store.asking("error"):
             array = zarr.open_array(self.store.zarr(), path="error", mode="r+", zarr_format=3)
             array[rows.start : rows.stop] = text
+        self.store.sync(f"error/c/{rows.start // self.clips_per_shard}")
 
     def close(self) -> None:
         if self._lock:
@@ -276,13 +297,22 @@ def _check_slot(slot: tuple[int, int]) -> None:
 
 def _create_in_folder(path: Path, create_arrays: Callable[[Path], None]) -> None:
     """Lay out an empty cache, which appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    create_arrays(temporary)
-    with contextlib.suppress(OSError):  # another process of the same job was first: continue its cache
-        temporary.rename(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise UsageError(f"cannot make {path}: {error.strerror or error}; choose another path") from error
+    try:
+        create_arrays(temporary / "cache")
+        sync_tree(temporary)
+        (temporary / "cache").rename(path)
+    except OSError as error:
+        if not (path / schema.METADATA).exists():  # else another process of the same job was first: continue its cache
+            raise CacheError(
+                f"cannot make {path}: {error.strerror or error}; make room or choose another path"
+            ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _create_in_bucket(store: BucketStore, create_arrays: Callable[[Path], None]) -> None:
@@ -305,7 +335,7 @@ def _create_in_bucket(store: BucketStore, create_arrays: Callable[[Path], None])
             store.write_first(schema.METADATA, (here.path / schema.METADATA).read_bytes())
 
 
-def _lock_slot(path: Path, slot: tuple[int, int]) -> IO:
+def lock_slot(path: Path, slot: tuple[int, int]) -> IO:
     """Hold this process's slot. Raises CacheError if a running process holds a slot whose shards overlap."""
     index, of = slot
     folder = lock_folder(path)

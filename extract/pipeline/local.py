@@ -37,12 +37,15 @@ def extract(
     labels: str | Path | None = None, window: float | None = None, hop: float | None = None,
     clip_seconds: float | None = None, dtype: str = "float16", precision: str = "auto", device: str = "auto",
     batch_size: int | None = None, workers: int | None = None, shard_mb: float = DEFAULT_SHARD_MB,
-    shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
+    shard: tuple[int, int] = (1, 1), repair: bool = False, update: bool = False, prune: bool = False,
+    compile: bool = False,
     progress: Progress | None = None, notify: Callable[[str], None] | None = None,
 ) -> ExtractReport:  # fmt: skip
     """Run a frozen encoder over a dataset once and keep every layer, pooled to 25 frames, in a cache.
 
-    A cache that exists is continued. A clip that cannot be read is reported and marked failed; the others go on. One
+    A cache that exists is continued, and follows the dataset: new clips are added; labels, folds and splits become
+    those of the dataset. Clips that are gone are an error, or dropped with `prune`; clips whose audio has changed are
+    an error, or done again with `update`. A clip that cannot be read is reported and marked failed; the others go on. One
     whose file was missing is done as soon as the file is there. With `repair`, clips that failed or that `verify` finds
     damaged are done again. With `window`, and `hop`, in seconds, every file is cut into clips of that length. `notify`
     gets each note on how the dataset was read before encoding begins; the report has them too.
@@ -66,7 +69,11 @@ def extract(
             backbone = checked_backbone(model, "model")
         samples = clip_samples(backbone, seconds)
         size, notes = batch_size or fitting_batch_size(backbone, samples, dtype), [*dataset.notes, cost_note(backbone)]
-        with open_cache(cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard) as writer:
+        writer, dataset, changed = open_cache(
+            cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard, update=update, prune=prune
+        )
+        with writer:
+            notes.append(changed)
             if batch_size is None:
                 size, note = batch_size_of(writer.cache.attributes["made"], backbone.device, size)
                 notes.append(note)

@@ -26,6 +26,7 @@ from whisper_at_cli.extract.datasets.windows import Length
 from whisper_at_cli.extract.errors import MISSING, UsageError
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.decode_worker import DONE, measure_length
+from whisper_at_cli.extract.pipeline.follow import follow
 
 
 def check_numbers(**numbers: float | None) -> None:
@@ -78,16 +79,21 @@ def precision_of(cache: str | Path, asked: str) -> str:
 
 def open_cache(
     cache: str | Path, dataset: Dataset, backbone: EncoderFacts, clip_seconds: float, dtype: str, batch_size: int, *,
-    shard_mb: float, slot: tuple[int, int],
-) -> CacheWriter:  # fmt: skip
-    """The cache of this extraction, new or continued."""
+    shard_mb: float, slot: tuple[int, int], update: bool = False, prune: bool = False,
+) -> tuple[CacheWriter, Dataset, str | None]:  # fmt: skip
+    """The cache of this extraction, new or continued; the dataset in its order; and a note on what was changed in it.
+
+    Raises CacheError where the dataset differs from the cache in what `update` or `prune` would have to allow.
+    """
     spec = CacheSpec(
         backbone=backbone.name, weights_sha256=backbone.weights_sha256, layers=backbone.layers, dim=backbone.dim,
         clip_seconds=clip_seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
         class_names=dataset.class_names,
     )  # fmt: skip
+    followed = follow(cache, dataset, spec, slot=slot, update=update, prune=prune)
     provenance = _provenance(backbone, dataset, batch_size)
-    return CacheWriter.create(cache, spec, dataset.table(), shard_mb=shard_mb, slot=slot, provenance=provenance)
+    writer = CacheWriter.create(cache, spec, followed.table, shard_mb=shard_mb, slot=slot, provenance=provenance)
+    return writer, followed.dataset, followed.note
 
 
 def _provenance(backbone: EncoderFacts, dataset: Dataset, batch_size: int) -> dict:

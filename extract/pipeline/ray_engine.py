@@ -66,7 +66,8 @@ def extract_on_ray(
     encoders: int | None = None, format: str = "auto", labels: str | Path | None = None, window: float | None = None,
     hop: float | None = None, clip_seconds: float | None = None, dtype: str = "float16", precision: str = "auto",
     device: str = "auto", batch_size: int | None = None,
-    shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
+    shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False,
+    update: bool = False, prune: bool = False, compile: bool = False,
     decode_in_tasks: bool | None = None, progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> RayReport:  # fmt: skip
@@ -94,10 +95,12 @@ def extract_on_ray(
         fleet = _Fleet(dict(model=model, precision=precision, compile=compile, dtype=dtype), seconds, device, encoders)
         info = fleet.wait_for_one(progress)
         size = batch_size or info.batch_size
-        with prepare.open_cache(
-            cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard
-        ) as writer:  # fmt: skip
-            notes = [*dataset.notes, info.note]
+        notes = [*dataset.notes, info.note]
+        writer, dataset, changed = prepare.open_cache(
+            cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard, update=update, prune=prune
+        )
+        with writer:
+            notes.append(changed)
             if not batch_size:
                 size, note = prepare.batch_size_of(writer.cache.attributes["made"], info.device, size)
                 notes.append(note)

@@ -1,0 +1,114 @@
+"""How a dataset differs from what a cache holds of it: clip by clip, by id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from whisper_at_cli.extract.cache.reader import FeatureCache
+from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
+from whisper_at_cli.extract.errors import CacheError
+
+NAMED = 5  # clips that a message names
+NEW = -1  # in place of a row of the cache
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What has to change so that a cache follows its dataset. M clips are in both, or new."""
+
+    order: np.ndarray  # (M,) int64: rows of the dataset, in the cache's order; new clips come last
+    rows: np.ndarray  # (M,) int64: their rows in the cache as it is, NEW for new clips
+    audio: np.ndarray  # (M,) bool: clips that are done and whose audio file, or part of it, is another now
+    gone: tuple[str, ...]  # ids that the dataset no longer has
+    columns: dict[str, int]  # of how many clips which column differs: path, fold, split, labels
+    classes: bool = False  # whether the list of classes differs
+    digests: bool = False  # whether what is known of the clips' files differs
+
+    @property
+    def new(self) -> int:
+        return int((self.rows == NEW).sum())
+
+    @property
+    def any(self) -> bool:
+        """Whether the cache has to be written anew."""
+        return bool(self.gone or self.new or self.columns or self.classes or self.digests or self.audio.any())
+
+    def described(self) -> str:
+        """Such as `labels of 3 clips, 2 new clips`; empty where there is nothing that a user would care for."""
+        parts = [f"{name} of {count} clips" for name, count in self.columns.items()]
+        parts += [f"audio of {int(self.audio.sum())} clips"] if self.audio.any() else []
+        parts += ["the list of classes"] if self.classes and "labels" not in self.columns else []
+        parts += [f"{self.new} new clips"] if self.new else []
+        parts += [f"{len(self.gone)} clips dropped"] if self.gone else []
+        return ", ".join(parts)
+
+
+def changes(cache: FeatureCache, spec: CacheSpec, clips: ClipTable) -> Changes:
+    """Compare a cache with the clips of a dataset, whose classes are those of `spec`."""
+    row_of = {str(name): row for row, name in enumerate(clips.ids)}
+    found = [row_of.pop(str(name), NEW) for name in cache.ids]
+    kept = np.flatnonzero(np.array(found, dtype=np.int64) != NEW)
+    new = np.array(sorted(row_of.values()), dtype=np.int64)
+    order = np.concatenate([np.array(found, dtype=np.int64)[kept], new])
+    rows = np.concatenate([kept, np.full(len(new), NEW, dtype=np.int64)])
+    ours, known = order[: len(kept)], cache.digests
+    paths_differ = cache.paths[kept] != clips.paths[ours]
+    if known is None:
+        audio = paths_differ.copy()
+    else:
+        both = (known[kept] != 0) & (clips.digests[ours] != 0)
+        audio = both & (known[kept] != clips.digests[ours])
+    done = cache.status[kept] == Status.DONE
+    differ = {
+        "path": paths_differ & done & ~audio,  # where other files are is found out when they are read
+        "fold": cache.fold[kept] != clips.fold[ours],
+        "split": cache.split[kept] != clips.split[ours],
+        "labels": _labels_differ(cache, spec, kept, clips.labels[ours]),
+    }
+    stale = known is None or bool((known[kept] != clips.digests[ours]).any())
+    whole_audio = np.zeros(len(order), dtype=bool)
+    whole_audio[: len(kept)] = audio & done
+    return Changes(
+        order=order, rows=rows, audio=whole_audio,
+        gone=tuple(str(cache.ids[row]) for row in np.flatnonzero(np.array(found, dtype=np.int64) == NEW)),
+        columns={name: int(mask.sum()) for name, mask in differ.items() if mask.any()},
+        classes=cache.spec.class_names != spec.class_names, digests=stale,
+    )  # fmt: skip
+
+
+def _labels_differ(cache: FeatureCache, spec: CacheSpec, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(len(rows),) bool: clips whose labels, by name, are not those of the dataset."""
+    old, names = cache.labels[rows], cache.spec.class_names
+    if names == spec.class_names:
+        return (old != labels).any(axis=1)
+    index = {name: at for at, name in enumerate(spec.class_names)}
+    here = np.zeros_like(labels)
+    lost = np.zeros(len(rows), dtype=bool)
+    for at, name in enumerate(names):
+        if name in index:
+            here[:, index[name]] = old[:, at]
+        else:
+            lost |= old[:, at] != 0
+    return lost | (here != labels).any(axis=1)
+
+
+def refuse(found: Changes, cache: FeatureCache, *, update: bool, prune: bool) -> None:
+    """Raise CacheError for changes that cost what is there already, unless the user asked for them."""
+    if found.gone and not prune:
+        raise CacheError(
+            f"{_clips(found.gone)} of {cache.path} are no longer in the dataset. To drop them from the cache, add "
+            "--prune; to keep them, restore the dataset or choose another cache"
+        )
+    if found.audio.any() and not update:
+        names = tuple(str(cache.ids[row]) for row in found.rows[found.audio])
+        raise CacheError(
+            f"the audio of {_clips(names)} has changed since it was extracted to {cache.path} (another file, part, "
+            "size or time). To extract it again, add --update; to keep what is there, restore the files"
+        )
+
+
+def _clips(names: tuple[str, ...]) -> str:
+    listed = f"{', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
+    return f"{len(names)} clip{'s' if len(names) > 1 else ''} ({listed})"

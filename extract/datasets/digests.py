@@ -1,0 +1,54 @@
+"""What tells a clip's audio from what it was before, without reading it: file, part, size and time."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from whisper_at_cli.extract.audio.sources import ClipSource, FileClip, PackClip, TableClip
+from whisper_at_cli.extract.datasets.base import Dataset
+
+
+def source_digests(dataset: Dataset) -> np.ndarray:
+    """(N,) uint64, one for each clip; 0 where its file is not there.
+
+    Of a file: its path within the dataset, the part of it, its size and the time of its last change. Of a row of a pack
+    the same of the pack, with the row; of a row of a table without the time, since tables are unpacked again and again.
+    Of an object in a bucket its name and the part.
+    """
+    digests = np.zeros(len(dataset), np.uint64)
+    stats: dict[str, tuple[int, int] | None] = {}
+    for row in range(len(dataset)):
+        source, path = dataset.source(row), dataset.clips[row].path
+        what, file, timed = _described(source, path)
+        if file:
+            if file not in stats:
+                stats = {file: _stat(file)}  # parts of one file follow each other
+            found = stats[file]
+            if found is None:
+                continue
+            what += (found[0], found[1] if timed else 0)
+        digests[row] = max(1, int.from_bytes(blake2b(repr(what).encode(), digest_size=8).digest(), "little"))
+    return digests
+
+
+def _described(source: ClipSource, path: str) -> tuple[tuple, str, bool]:
+    """What is known of a clip's audio, the file whose size counts too (or none), and whether its time does."""
+    if isinstance(source, FileClip):
+        return (path, source.start, source.end), source.path, True
+    if isinstance(source, PackClip):
+        return (source.row,), source.path, True
+    if isinstance(source, TableClip):
+        return (source.row, source.column), source.table, False
+    return (path, getattr(source, "start", None), getattr(source, "end", None)), "", False
+
+
+def _stat(file: str) -> tuple[int, int] | None:
+    """Size and time of a file, if it is there."""
+    try:
+        found = Path(file).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size, found.st_mtime_ns

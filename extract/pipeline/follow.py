@@ -1,0 +1,89 @@
+"""A cache follows its dataset: what differs is found, named, and brought into the cache before anything is encoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.cache.changes import Changes, changes, refuse
+from whisper_at_cli.extract.cache.rebuild import Plan, rebuild, recover
+from whisper_at_cli.extract.cache.schema import METADATA, CacheSpec, ClipTable
+from whisper_at_cli.extract.cache.store import location
+from whisper_at_cli.extract.cache.writer import CacheWriter
+from whisper_at_cli.extract.datasets import Dataset
+from whisper_at_cli.extract.datasets.digests import source_digests
+from whisper_at_cli.extract.errors import CacheError
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A dataset in the order of its cache."""
+
+    dataset: Dataset
+    table: ClipTable
+    note: str | None = None  # what was changed in the cache
+
+
+def follow(
+    cache: str | Path, dataset: Dataset, spec: CacheSpec, *, slot: tuple[int, int] = (1, 1), update: bool = False,
+    prune: bool = False,
+) -> Followed:  # fmt: skip
+    """Have a cache that exists hold the clips, labels, folds and splits of `dataset`.
+
+    New clips are put behind the others. Clips whose audio has changed since it was extracted are marked to be extracted
+    again with `update`, clips that the dataset no longer has are dropped with `prune`; else both are refused. Raises
+    CacheError for that, where settings differ, and where other processes are at work on the cache.
+    """
+    table = replace(dataset.table(), digests=source_digests(dataset))
+    store = location(cache)
+    if "://" not in str(cache):
+        recover(Path(cache))
+    if not store.exists(METADATA):
+        return Followed(dataset, table)
+    old = FeatureCache.open(cache)
+    refuse_settings(old, spec)
+    found = changes(old, spec, table)
+    if (found.order == np.arange(len(dataset))).all():
+        ordered, columns = dataset, table
+    else:
+        ordered, columns = dataset.part(found.order.tolist()), table.take(found.order)
+    if not found.any:
+        return Followed(ordered, columns)
+    refuse(found, old, update=update, prune=prune)
+    return _changed(cache, old, spec, found, Followed(ordered, columns), slot)
+
+
+def _changed(
+    cache: str | Path, old: FeatureCache, spec: CacheSpec, found: Changes, followed: Followed, slot: tuple[int, int]
+) -> Followed:  # fmt: skip
+    """Write the changes, if this process may."""
+    said = found.described()
+    if not said and old.has_digests and not found.classes:
+        CacheWriter.join(cache).update_digests(followed.table.digests)
+        return followed
+    if "://" in str(cache) or slot != (1, 1):
+        if not said:  # nothing but what is known of files that are still to be extracted
+            return followed
+        how = (
+            "a cache in a bucket cannot follow it: choose another address"
+            if "://" in str(cache)
+            else "run once: whisper-at-cli sync DATASET CACHE, then this command again"
+        )
+        raise CacheError(f"the dataset has changed since {cache} was made ({said}); {how}")
+    made = old.attributes.get("made", {}) | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
+    rebuild(Path(cache), Plan(spec, followed.table, found.rows, found.audio), made)
+    return replace(followed, note=f"the dataset has changed; the cache now follows it: {said}" if said else None)
+
+
+def refuse_settings(cache: FeatureCache, spec: CacheSpec) -> None:
+    """Raise CacheError where a cache was made with other settings; its classes may change."""
+    differences = cache.spec.differences(replace(spec, class_names=cache.spec.class_names))
+    if differences:
+        raise CacheError(
+            f"{cache.path} was made with other settings ({'; '.join(differences)} as this run asks). "
+            "Choose another path or the settings it was made with"
+        )

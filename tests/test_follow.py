@@ -1,0 +1,267 @@
+"""A cache follows its dataset: whatever is edited, it equals one that is extracted anew, or the command is refused."""
+
+import csv
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import array_bytes, make_backbone, noise, write_wav
+from whisper_at_cli.extract import FeatureCache, extract
+from whisper_at_cli.extract.cache import rebuild
+from whisper_at_cli.extract.cache.rebuild import update_path
+from whisper_at_cli.extract.cache.verify import verify
+from whisper_at_cli.extract.datasets import open_dataset
+from whisper_at_cli.extract.datasets.digests import source_digests
+from whisper_at_cli.extract.errors import CacheError
+
+OPTIONS = {"clip_seconds": 1.0, "shard_mb": 4.2 * 3 * 25 * 64 * 2 / 1e6, "workers": 1, "batch_size": 2}
+
+
+@dataclass
+class Listed:
+    """A manifest that is edited, beside its files."""
+
+    folder: Path
+    rows: list[dict] = field(default_factory=list)
+    made: int = 0
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "clips.csv"
+
+    def write(self) -> Path:
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "path", "label", "fold", "split", "start", "end"])
+            writer.writeheader()
+            writer.writerows(self.rows)
+        return self.path
+
+    def sound(self, path: str) -> None:
+        """Write a file, and make sure that its time differs from any before."""
+        self.made += 1
+        file = write_wav(self.folder / path, noise(self.made, 1.5))
+        os.utime(file, ns=(self.made * 10**9, self.made * 10**9))
+
+    def add(self, at: int | None = None) -> None:
+        name = f"n{self.made}"
+        self.sound(f"{name}.wav")
+        row = {
+            "id": name,
+            "path": f"{name}.wav",
+            "label": "ab"[self.made % 2],
+            "fold": 1 + self.made % 3,
+            "split": "train",
+        }
+        row |= {"start": 0, "end": 1}
+        self.rows.insert(len(self.rows) if at is None else at, row)
+
+
+@pytest.fixture
+def listed(tmp_path) -> Listed:
+    made = Listed(tmp_path / "sounds")
+    for _ in range(9):
+        made.add()
+    return made
+
+
+def run(listed: Listed, cache: Path, **options):
+    return extract(listed.write(), cache, model=make_backbone(), **OPTIONS, **options)
+
+
+def held(path: Path) -> dict[str, tuple]:
+    """All that a cache says of each clip, by id."""
+    cache = FeatureCache.open(path)
+    assert cache.complete and verify(path).ok
+    names = np.array(cache.spec.class_names, dtype=object)
+    return {
+        str(name): (
+            cache.features([row]).tobytes(), cache.mean(rows=[row]).tobytes(), int(cache.valid_frames[row]), str(cache.paths[row]),
+            int(cache.fold[row]), str(cache.split[row]), tuple(names[cache.labels[row] != 0]), int(cache.digests[row]),
+        )
+        for row, name in enumerate(cache.ids)
+    }  # fmt: skip
+
+
+def edit(listed: Listed, rng: np.random.Generator) -> str:
+    """One edit, drawn at random; returns what it was."""
+    row = listed.rows[rng.integers(len(listed.rows))]
+    kind = str(rng.choice(["label", "class", "fold", "split", "span", "file", "moved", "add", "drop", "order"]))
+    if kind == "label":
+        row["label"] = "ba"["ab".find(row["label"])] if row["label"] in "ab" else "a"
+    elif kind == "class":
+        row["label"] = f"c{listed.made}"
+        listed.made += 1
+    elif kind == "fold":
+        row["fold"] = row["fold"] % 3 + 1
+    elif kind == "split":
+        row["split"] = "test" if row["split"] == "train" else "train"
+    elif kind == "span":
+        row["start"] = 0.25 if row["start"] == 0 else 0
+        row["end"] = row["start"] + 1
+    elif kind == "file":
+        listed.sound(row["path"])
+    elif kind == "moved":
+        listed.made += 1
+        row["path"] = os.path.basename((listed.folder / row["path"]).rename(listed.folder / f"m{listed.made}.wav"))
+    elif kind == "add":
+        listed.add(int(rng.integers(len(listed.rows) + 1)))
+    elif kind == "drop" and len(listed.rows) > 3:
+        listed.rows.remove(row)
+    else:
+        rng.shuffle(listed.rows)
+    return kind
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_after_any_edits_a_cache_equals_one_that_is_extracted_anew_or_is_as_it_was(tmp_path, listed, seed):
+    rng, path = np.random.default_rng(seed), tmp_path / "a.zarr"
+    run(listed, path)
+    for number in range(3):
+        kinds = {edit(listed, rng) for _ in range(rng.integers(1, 4))}
+        before = array_bytes(path)
+        try:
+            run(listed, path)
+        except CacheError as error:
+            assert kinds & {"span", "file", "moved", "drop"} and ("--update" in str(error) or "--prune" in str(error))
+            assert array_bytes(path) == before
+            run(listed, path, update=True, prune=True)
+        run(listed, tmp_path / f"anew{number}.zarr")
+        assert held(path) == held(tmp_path / f"anew{number}.zarr"), kinds
+        assert run(listed, path).written == 0
+        assert not list(tmp_path.glob(".a.zarr*"))
+
+
+def test_labels_folds_and_splits_are_taken_over_and_counted_without_encoding(tmp_path, listed):
+    run(listed, tmp_path / "a.zarr")
+    for row in listed.rows[:3]:
+        row["label"] = "new"
+    listed.rows[8]["fold"], listed.rows[8]["split"] = 3, "test"
+    report = run(listed, tmp_path / "a.zarr")
+    assert (report.written, report.skipped) == (0, 9)
+    assert [note for note in report.notes if "follows" in note] == [
+        "the dataset has changed; the cache now follows it: fold of 1 clips, split of 1 clips, labels of 3 clips"
+    ]
+
+
+def test_what_would_cost_something_is_named_and_asked_for(tmp_path, listed):
+    path = tmp_path / "a.zarr"
+    run(listed, path)
+    listed.sound("n3.wav")
+    with pytest.raises(CacheError, match=r"audio of 1 clip \(n3\) has changed .* add --update"):
+        run(listed, path)
+    assert run(listed, path, update=True).written == 1
+    for row in listed.rows[1:8]:
+        (listed.folder / row["path"]).touch()
+    with pytest.raises(CacheError, match=r"audio of 7 clips \(n1, n2, n3, n4, n5, \.\.\.\) has changed"):
+        run(listed, path)
+    run(listed, path, update=True)
+    del listed.rows[2:4]
+    with pytest.raises(CacheError, match=r"2 clips \(n2, n3\) .* no longer in the dataset.* add --prune"):
+        run(listed, path)
+    assert run(listed, path, prune=True).written == 0
+    assert len(FeatureCache.open(path)) == 7
+
+
+def test_new_clips_come_behind_the_others_and_alone_are_encoded(tmp_path, listed):
+    run(listed, tmp_path / "a.zarr")
+    listed.add(at=0)
+    report = run(listed, tmp_path / "a.zarr")
+    assert (report.written, report.skipped) == (1, 9)
+    assert FeatureCache.open(tmp_path / "a.zarr").ids.tolist()[-1] == "n9"
+
+
+def test_shards_that_stay_are_not_written_again(tmp_path, listed):
+    path = tmp_path / "a.zarr"
+    run(listed, path)
+    first = (path / "features/c/0/0/0/0").stat().st_ino
+    listed.rows[0]["label"] = "new"
+    listed.add()
+    run(listed, path)
+    assert (path / "features/c/0/0/0/0").stat().st_ino == first
+
+
+def test_one_of_several_tasks_does_not_change_the_cache_under_the_others(tmp_path, listed):
+    path = tmp_path / "a.zarr"
+    run(listed, path)
+    listed.rows[0]["label"] = "new"
+    with pytest.raises(CacheError, match=r"labels of 1 clips.*whisper-at-cli sync"):
+        run(listed, path, shard=(1, 2))
+
+
+def test_settings_that_differ_are_refused_before_anything_is_changed(tmp_path, listed):
+    path = tmp_path / "a.zarr"
+    run(listed, path)
+    listed.rows[0]["label"] = "new"
+    before = array_bytes(path)
+    with pytest.raises(CacheError, match="made with other settings .*random0, not random1"):
+        extract(listed.write(), path, model=make_backbone(1), **OPTIONS)
+    assert array_bytes(path) == before
+
+
+def test_a_system_that_cannot_exchange_names_does_it_in_two_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(rebuild.ctypes, "CDLL", lambda *_args, **_options: object())
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    rebuild.exchange(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a/b").exists() and (tmp_path / "b/a").exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_kill_between_the_two_steps_loses_nothing(tmp_path):
+    (tmp_path / ".a.zarr.before").mkdir()
+    rebuild.recover(tmp_path / "a.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def _run_in_child(listed: Listed, path: Path) -> None:
+    run(listed, path, update=True, prune=True)
+
+
+def test_a_kill_at_any_time_leaves_the_old_cache_or_the_new_one(tmp_path, listed):
+    path, context = tmp_path / "a.zarr", multiprocessing.get_context("spawn")
+    run(listed, path)
+    old = held(path)
+    del listed.rows[1]
+    listed.add(at=0)
+    listed.sound("n5.wav")
+    listed.rows[4]["label"] = "new"
+    run(listed, tmp_path / "anew.zarr")
+    new = held(tmp_path / "anew.zarr")
+    found = set()
+    for number in range(8):
+        child = context.Process(target=_run_in_child, args=(listed, path))
+        child.start()
+        wait_until_update(path, child, number * 0.012)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        cache = FeatureCache.open(path)
+        found.add(set(cache.ids.tolist()) == set(old))
+        assert set(cache.ids.tolist()) in (set(old), set(new))
+    run(listed, path, update=True, prune=True)
+    assert held(path) == new
+    assert not update_path(path).exists()
+
+
+def wait_until_update(path: Path, child, seconds: float) -> None:
+    """Until an update has begun, and a moment longer."""
+    end = time.monotonic() + 60
+    while not update_path(path).exists() and child.is_alive() and time.monotonic() < end:
+        time.sleep(0.002)
+    time.sleep(seconds)
+
+
+def test_digests_tell_files_parts_sizes_and_times_apart(listed):
+    dataset = open_dataset(listed.write())
+    first = source_digests(dataset)
+    assert len(set(first.tolist())) == 9 and first.all()
+    assert (source_digests(dataset) == first).all()
+    os.utime(listed.folder / "n0.wav", ns=(5, 5))
+    (listed.folder / "n1.wav").unlink()
+    changed = source_digests(replace(dataset, clips=(*dataset.clips[:8], replace(dataset.clips[8], start=0.5))))
+    assert np.flatnonzero(changed != first).tolist() == [0, 1, 8] and changed[1] == 0
