@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from whisper_at_cli import __version__
+from whisper_at_cli.extract import cache_commands
 from whisper_at_cli.extract import commands as extract_commands
 from whisper_at_cli.extract.completion import offer_values
 from whisper_at_cli.extract.doctor import commands as doctor_commands
@@ -108,6 +109,7 @@ def demo_command(ctx: click.Context, out: Path, as_json: bool) -> None:
 
 COMMANDS_OF = (
     extract_commands,
+    cache_commands,
     probe_commands,
     robustness_commands,
     report_commands,

@@ -22,6 +22,19 @@ if TYPE_CHECKING:
 DEVICES = click.option(
     "--device", default="auto", show_default=True, help="As cuda, mps, cpu; or several: cuda:0,cuda:1."
 )
+FORMAT = click.option(
+    "--format",
+    default="auto",
+    show_default=True,
+    help="Dataset layout: audioset, esc50, fsd50k, urbansound8k, speech-commands, vggsound, hdf5, huggingface, json, "
+    "manifest or folder; auto looks for itself.",
+)
+LABELS = click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="List of classes, as class_labels_indices.csv.  [default: the one beside the dataset]",
+)
 FAILURES_SHOWN = 20
 
 
@@ -35,19 +48,8 @@ FAILURES_SHOWN = 20
     "a Hugging Face folder of a wav2vec 2.0, HuBERT, WavLM or data2vec-audio; a name on the Hugging Face hub; or a "
     "backbone of your own, as module:function or by its entry point.",
 )
-@click.option(
-    "--format",
-    default="auto",
-    show_default=True,
-    help="Dataset layout: audioset, esc50, fsd50k, urbansound8k, speech-commands, vggsound, hdf5, huggingface, json, "
-    "manifest or folder; auto looks for itself.",
-)
-@click.option(
-    "--labels",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="List of classes, as class_labels_indices.csv.  [default: the one beside the dataset]",
-)
+@FORMAT
+@LABELS
 @click.option("--window", type=float, help="Cut every file into clips of so many seconds.")
 @click.option("--hop", type=float, help="Seconds from one window to the next.  [default: the window's length]")
 @click.option("--clip-seconds", type=float, help="Cut or pad clips to this length.  [default: the dataset's; else 10]")

@@ -18,6 +18,8 @@ from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.datasets.digests import source_digests
 from whisper_at_cli.extract.errors import CacheError
 
+FOLLOWS = "the dataset has changed; the cache now follows it: "
+
 
 @dataclass(frozen=True)
 class Followed:
@@ -76,7 +78,7 @@ def _changed(
         raise CacheError(f"the dataset has changed since {cache} was made ({said}); {how}")
     made = old.attributes.get("made", {}) | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
     rebuild(Path(cache), Plan(spec, followed.table, found.rows, found.audio), made)
-    return replace(followed, note=f"the dataset has changed; the cache now follows it: {said}" if said else None)
+    return replace(followed, note=FOLLOWS + said if said else None)
 
 
 def refuse_settings(cache: FeatureCache, spec: CacheSpec) -> None:

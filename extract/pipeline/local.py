@@ -45,10 +45,10 @@ def extract(
 
     A cache that exists is continued, and follows the dataset: new clips are added; labels, folds and splits become
     those of the dataset. Clips that are gone are an error, or dropped with `prune`; clips whose audio has changed are
-    an error, or done again with `update`. A clip that cannot be read is reported and marked failed; the others go on. One
-    whose file was missing is done as soon as the file is there. With `repair`, clips that failed or that `verify` finds
-    damaged are done again. With `window`, and `hop`, in seconds, every file is cut into clips of that length. `notify`
-    gets each note on how the dataset was read before encoding begins; the report has them too.
+    an error, or done again with `update`. A clip that cannot be read is reported and marked failed; the others go on.
+    One whose file was missing is done as soon as the file is there. With `repair`, clips that failed or that `verify`
+    finds damaged are done again. With `window`, and `hop`, in seconds, every file is cut into clips of that length.
+    `notify` gets each note on how the dataset was read before encoding begins; the report has them too.
     Raises UsageError or CacheError where nothing can be done as asked.
     """
     started = time.perf_counter()
