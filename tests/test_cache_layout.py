@@ -48,6 +48,7 @@ def test_every_array_has_the_shape_type_chunks_and_names_of_the_schema(tmp_path,
         "valid_frames": ("uint8", (7,), (3,), None, ("clip",)),
         "status": ("uint8", (7,), (3,), None, ("clip",)),
         "fold": ("int16", (7,), (7,), None, ("clip",)),
+        "digest": ("uint64", (7,), (7,), None, ("clip",)),
         "labels": ("uint8", (7, 2), (7, 2), None, ("clip", "class")),
     } | ({"scale": ("float16", *per_layer)} if dtype == "int8" else {})
     strings = {name: ((7,), (7,) if name != "error" else (3,)) for name in ("id", "path", "split", "error")}
@@ -98,7 +99,7 @@ def test_the_attributes_say_what_made_the_cache(tmp_path):
     assert attributes == {
         "format": "whisper-at-cli feature cache", "format_version": 1, "backbone": "b", "weights_sha256": "0",
         "layers": 3, "dim": 4, "clip_seconds": 5.0, "dtype": "float16", "precision": "bfloat16", "dataset": "sounds",
-        "class_names": ["x", "y"], "frames": 25, "made": {"by": "test"},
+        "class_names": ["x", "y"], "frames": 25, "made": {"by": "test"}, "source_digests": True,
     }  # fmt: skip
     found = schema.spec_from_attributes(attributes, LocalStore(tmp_path / "a.zarr"))
     assert found == spec(dataset="sounds", precision="bfloat16") and found.class_names == ("x", "y")

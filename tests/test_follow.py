@@ -141,7 +141,7 @@ def test_labels_folds_and_splits_are_taken_over_and_counted_without_encoding(tmp
     report = run(listed, tmp_path / "a.zarr")
     assert (report.written, report.skipped) == (0, 9)
     assert [note for note in report.notes if "follows" in note] == [
-        "the dataset has changed; the cache now follows it: fold of 1 clips, split of 1 clips, labels of 3 clips"
+        "the dataset has changed; the cache now follows it: fold of 1 clip, split of 1 clip, labels of 3 clips"
     ]
 
 
@@ -158,7 +158,7 @@ def test_what_would_cost_something_is_named_and_asked_for(tmp_path, listed):
         run(listed, path)
     run(listed, path, update=True)
     del listed.rows[2:4]
-    with pytest.raises(CacheError, match=r"2 clips \(n2, n3\) .* no longer in the dataset.* add --prune"):
+    with pytest.raises(CacheError, match=r"no longer has 2 clips \(n2, n3\) of .* add --prune"):
         run(listed, path)
     assert run(listed, path, prune=True).written == 0
     assert len(FeatureCache.open(path)) == 7
@@ -186,7 +186,7 @@ def test_one_of_several_tasks_does_not_change_the_cache_under_the_others(tmp_pat
     path = tmp_path / "a.zarr"
     run(listed, path)
     listed.rows[0]["label"] = "new"
-    with pytest.raises(CacheError, match=r"labels of 1 clips.*whisper-at-cli sync"):
+    with pytest.raises(CacheError, match=r"labels of 1 clip\).*whisper-at-cli sync"):
         run(listed, path, shard=(1, 2))
 
 
@@ -202,7 +202,7 @@ def test_sync_follows_without_encoding_and_says_what_is_left(tmp_path, listed):
         sync(listed.write(), path, update=True)
     report = sync(listed.write(), path, update=True, prune=True)
     assert (report.clips, report.pending) == (9, 2)
-    assert report.changed == "labels of 1 clips, audio of 1 clips, 1 new clips, 1 clips dropped"
+    assert report.changed == "labels of 1 clip, audio of 1 clip, 1 clip added, 1 clip dropped"
     assert run(listed, path, shard=(1, 2)).written + run(listed, path, shard=(2, 2)).written == 2
     run(listed, tmp_path / "anew.zarr")
     assert held(path) == held(tmp_path / "anew.zarr")

@@ -36,12 +36,12 @@ class Changes:
         return bool(self.gone or self.new or self.columns or self.classes or self.digests or self.audio.any())
 
     def described(self) -> str:
-        """Such as `labels of 3 clips, 2 new clips`; empty where there is nothing that a user would care for."""
-        parts = [f"{name} of {count} clips" for name, count in self.columns.items()]
-        parts += [f"audio of {int(self.audio.sum())} clips"] if self.audio.any() else []
+        """Such as `labels of 3 clips, 2 clips added`; empty where there is nothing that a user would care for."""
+        parts = [f"{name} of {_count(count)}" for name, count in self.columns.items()]
+        parts += [f"audio of {_count(int(self.audio.sum()))}"] if self.audio.any() else []
         parts += ["the list of classes"] if self.classes and "labels" not in self.columns else []
-        parts += [f"{self.new} new clips"] if self.new else []
-        parts += [f"{len(self.gone)} clips dropped"] if self.gone else []
+        parts += [f"{_count(self.new)} added"] if self.new else []
+        parts += [f"{_count(len(self.gone))} dropped"] if self.gone else []
         return ", ".join(parts)
 
 
@@ -98,8 +98,8 @@ def refuse(found: Changes, cache: FeatureCache, *, update: bool, prune: bool) ->
     """Raise CacheError for changes that cost what is there already, unless the user asked for them."""
     if found.gone and not prune:
         raise CacheError(
-            f"{_clips(found.gone)} of {cache.path} are no longer in the dataset. To drop them from the cache, add "
-            "--prune; to keep them, restore the dataset or choose another cache"
+            f"the dataset no longer has {_clips(found.gone)} of {cache.path}. To drop what is gone, add --prune; to keep "
+            "it, restore the dataset or choose another cache"
         )
     if found.audio.any() and not update:
         names = tuple(str(cache.ids[row]) for row in found.rows[found.audio])
@@ -111,4 +111,8 @@ def refuse(found: Changes, cache: FeatureCache, *, update: bool, prune: bool) ->
 
 def _clips(names: tuple[str, ...]) -> str:
     listed = f"{', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
-    return f"{len(names)} clip{'s' if len(names) > 1 else ''} ({listed})"
+    return f"{_count(len(names))} ({listed})"
+
+
+def _count(clips: int) -> str:
+    return f"{clips} clip{'' if clips == 1 else 's'}"
