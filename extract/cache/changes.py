@@ -98,8 +98,8 @@ def refuse(found: Changes, cache: FeatureCache, *, update: bool, prune: bool) ->
     """Raise CacheError for changes that cost what is there already, unless the user asked for them."""
     if found.gone and not prune:
         raise CacheError(
-            f"the dataset no longer has {_clips(found.gone)} of {cache.path}. To drop what is gone, add --prune; to keep "
-            "it, restore the dataset or choose another cache"
+            f"the dataset no longer has {_clips(found.gone)} of {cache.path}. To drop what is gone, add --prune; to "
+            "keep it, restore the dataset or choose another cache"
         )
     if found.audio.any() and not update:
         names = tuple(str(cache.ids[row]) for row in found.rows[found.audio])
