@@ -164,6 +164,23 @@ def test_what_would_cost_something_is_named_and_asked_for(tmp_path, listed):
     assert len(FeatureCache.open(path)) == 7
 
 
+def test_a_copy_of_all_files_is_the_same_dataset_and_is_said(tmp_path, listed):
+    path = tmp_path / "a.zarr"
+    run(listed, path)
+    for row in listed.rows:
+        (listed.folder / row["path"]).touch()
+    report = run(listed, path)
+    assert report.written == 0 and any("taken for a copy" in note for note in report.notes)
+    assert not any("copy" in note for note in run(listed, path).notes), "said once"
+    for row in listed.rows:
+        os.utime(listed.folder / row["path"], ns=(1, 1))
+    listed.sound(listed.rows[0]["path"])
+    with open(listed.folder / listed.rows[0]["path"], "ab") as file:
+        file.write(b"RIFF")
+    with pytest.raises(CacheError, match="has changed"):
+        run(listed, path)
+
+
 def test_new_clips_come_behind_the_others_and_alone_are_encoded(tmp_path, listed):
     run(listed, tmp_path / "a.zarr")
     listed.add(at=0)

@@ -12,6 +12,13 @@ from whisper_at_cli.extract.errors import CacheError
 
 NAMED = 5  # clips that a message names
 NEW = -1  # in place of a row of the cache
+TIME_BITS = 24  # of a digest, which are of a file's time
+
+
+def with_time(what: int, time: int) -> int:
+    """The digest of a file, not 0, from hashes of what it is and of its time."""
+    bits = 64 - TIME_BITS
+    return (max(1, what % (1 << bits)) << TIME_BITS) | time % (1 << TIME_BITS)
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Changes:
     columns: dict[str, int]  # of how many clips which column differs: path, fold, split, labels
     classes: bool = False  # whether the list of classes differs
     digests: bool = False  # whether what is known of the clips' files differs
+    copied: bool = False  # whether the times of all files differ and nothing else of them, as in a copy
 
     @property
     def new(self) -> int:
@@ -56,10 +64,9 @@ def changes(cache: FeatureCache, spec: CacheSpec, clips: ClipTable) -> Changes:
     ours, known = order[: len(kept)], cache.digests
     paths_differ = cache.paths[kept] != clips.paths[ours]
     if known is None:
-        audio = paths_differ.copy()
+        audio, copied = paths_differ.copy(), False
     else:
-        both = (known[kept] != 0) & (clips.digests[ours] != 0)
-        audio = both & (known[kept] != clips.digests[ours])
+        audio, copied = _audio_differs(known[kept], clips.digests[ours])
     done = cache.status[kept] == Status.DONE
     differ = {
         "path": paths_differ & done & ~audio,  # where other files are is found out when they are read
@@ -74,8 +81,16 @@ def changes(cache: FeatureCache, spec: CacheSpec, clips: ClipTable) -> Changes:
         order=order, rows=rows, audio=whole_audio,
         gone=tuple(str(cache.ids[row]) for row in np.flatnonzero(np.array(found, dtype=np.int64) == NEW)),
         columns={name: int(mask.sum()) for name, mask in differ.items() if mask.any()},
-        classes=cache.spec.class_names != spec.class_names, digests=stale,
+        classes=cache.spec.class_names != spec.class_names, digests=stale, copied=copied,
     )  # fmt: skip
+
+
+def _audio_differs(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, bool]:
+    """(n,) bool: clips whose digests differ, where both are known; and whether that is because files were copied."""
+    both = (before != 0) & (now != 0)
+    differ = both & (before != now)
+    copied = bool(differ.any() and (differ == both).all() and (before >> TIME_BITS == now >> TIME_BITS)[both].all())
+    return (np.zeros_like(differ) if copied else differ), copied
 
 
 def _labels_differ(cache: FeatureCache, spec: CacheSpec, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:

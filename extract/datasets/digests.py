@@ -8,20 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.audio.sources import ClipSource, FileClip, PackClip, TableClip
+from whisper_at_cli.extract.cache.changes import with_time
 from whisper_at_cli.extract.datasets.base import Dataset
 
 
 def source_digests(dataset: Dataset) -> np.ndarray:
     """(N,) uint64, one for each clip; 0 where its file is not there.
 
-    Of a file: its path within the dataset, the part of it, its size and the time of its last change. Of a row of a pack
-    the same of the pack, with the row; of a row of a table without the time, since tables are unpacked again and again.
-    Of an object in a bucket its name and the part.
+    The last TIME_BITS are of the file's time, the others of all else. Of a file: its path within the dataset, the part
+    of it, its size and the time of its last change. Of a row of a pack the same of the pack, with the row; of a row of a
+    table without the time, since tables are unpacked again and again. Of an object in a bucket its name and the part.
     """
     digests = np.zeros(len(dataset), np.uint64)
     stats: dict[str, tuple[int, int] | None] = {}
     for row in range(len(dataset)):
         source, path = dataset.source(row), dataset.clips[row].path
+        time = 0
         what, file, timed = _described(source, path)
         if file:
             if file not in stats:
@@ -29,9 +31,14 @@ def source_digests(dataset: Dataset) -> np.ndarray:
             found = stats[file]
             if found is None:
                 continue
-            what += (found[0], found[1] if timed else 0)
-        digests[row] = max(1, int.from_bytes(blake2b(repr(what).encode(), digest_size=8).digest(), "little"))
+            what += (found[0],)
+            time = _hash((found[1],)) if timed else 0
+        digests[row] = with_time(_hash(what), time)
     return digests
+
+
+def _hash(values: tuple) -> int:
+    return int.from_bytes(blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
 
 def _described(source: ClipSource, path: str) -> tuple[tuple, str, bool]:

@@ -18,6 +18,10 @@ from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.datasets.digests import source_digests
 from whisper_at_cli.extract.errors import CacheError
 
+COPIED = (
+    "the times of all audio files differ from when they were extracted, and nothing else does: taken for a copy of the "
+    "same files"
+)
 FOLLOWS = "the dataset has changed; the cache now follows it: "
 
 
@@ -27,7 +31,7 @@ class Followed:
 
     dataset: Dataset
     table: ClipTable
-    note: str | None = None  # what was changed in the cache
+    note: str | None = None  # what was changed in the cache, or was not taken for a change
 
 
 def follow(
@@ -64,9 +68,11 @@ def _changed(
 ) -> Followed:  # fmt: skip
     """Write the changes, if this process may."""
     said = found.described()
-    if not said and old.has_digests and not found.classes:
-        CacheWriter.join(cache).update_digests(followed.table.digests)
-        return followed
+    copied = COPIED if found.copied else None
+    if not said and old.has_digests:
+        if slot == (1, 1):
+            CacheWriter.join(cache).update_digests(followed.table.digests)
+        return replace(followed, note=copied)
     if "://" in str(cache) or slot != (1, 1):
         if not said:  # nothing but what is known of files that are still to be extracted
             return followed
@@ -78,7 +84,7 @@ def _changed(
         raise CacheError(f"the dataset has changed since {cache} was made ({said}); {how}")
     made = old.attributes.get("made", {}) | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
     rebuild(Path(cache), Plan(spec, followed.table, found.rows, found.audio), made)
-    return replace(followed, note=FOLLOWS + said if said else None)
+    return replace(followed, note=FOLLOWS + said if said else copied)
 
 
 def refuse_settings(cache: FeatureCache, spec: CacheSpec) -> None:

@@ -41,5 +41,6 @@ def sync(
     followed = follow(cache, opened, spec, update=update, prune=prune)
     now = FeatureCache.open(cache)
     said = say_notes([*opened.notes, followed.note], notify)
-    changed = (followed.note or "").removeprefix(FOLLOWS)
+    note = followed.note or ""
+    changed = note.removeprefix(FOLLOWS) if note.startswith(FOLLOWS) else ""
     return SyncReport(str(cache), len(now), int((now.status == Status.PENDING).sum()), changed, said)
