@@ -17,8 +17,8 @@ from whisper_at_cli.extract.errors import AudioError
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 STEPS = 2  # of 16 bits, between FFmpeg's program and its libraries, which may be of other versions
-PASSED = r"^(0\.\d\d s of .* are lost.*; )?\d+ packets? (was|were) passed over"
-GAP = "time stamps leave 0.46 s out"
+PASSED = r"^(0\.\d\d s of .* are lost.*; )?\d+ packets? (was|were) skipped"
+GAP = "timestamps skip 0.46 s"
 CASES = {  # what its note must be, or the reason for which it is refused
     "sox_pipe.wav": "^$", "max31.wav": "^$", "minus_header.wav": "^$", "zero_len.wav": "^$",
     "zero_len_silence.wav": "^$", "plus8.wav": "^$", "plus44.wav": "^$", "odd_lacks1.wav": "^$",

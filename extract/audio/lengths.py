@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from whisper_at_cli.extract import notes
+from whisper_at_cli.extract.audio.flac import end_of_frames
 from whisper_at_cli.extract.audio.matroska import is_whole
 from whisper_at_cli.extract.audio.mp3 import Unindexable, mp3_index, tagged_seconds
 from whisper_at_cli.extract.audio.ogg import Ogg, read_ogg
@@ -31,11 +32,13 @@ def loss_note(file: AudioFile, track: Track | None, start: float, held: float, w
     Raises AudioError where more than a tenth of what the file promises there is lost.
     """
     short = held < wanted - 1e-4
-    missing = min(_missing_at_end(file, track, start + held), wanted - held) if short else 0.0
+    end = _cut_end(file, track, start + held) if short and track and track.form == "flac" else None
+    missing = _missing_at_end(file, track, start + held, end) if short else 0.0
+    missing = min(missing, wanted - held)
     damaged, gap = _lost_on_the_way(file, track) if track else (0.0, 0.0)
     lost = max(missing, damaged)
     ogg = ogg_of(file) if short and track and track.form == "ogg" else None
-    said = []
+    said = [notes.FLAC_CUT(promised=track.declared, end=end)] if track and end is not None else []
     if lost > UNSAID_SECONDS:
         promised = held + lost
         if track and track.passed_over and not held and damaged > lost / 2:
@@ -49,7 +52,7 @@ def loss_note(file: AudioFile, track: Track | None, start: float, held: float, w
         said.append(notes.AUDIO_LOST(lost=lost, promised=promised))
     if track and track.passed_over:
         packets = "1 packet was" if track.passed_over == 1 else f"{track.passed_over} packets were"
-        said.append(notes.PACKETS_PASSED(packets=packets))
+        said.append(notes.PACKETS_SKIPPED(packets=packets))
     if gap > UNSAID_SECONDS:
         said.append(notes.AUDIO_GAP(gap=gap))
     if ogg and ogg.cut:
@@ -94,7 +97,7 @@ def _seconds_by_form(file: AudioFile, track: Track) -> tuple[float, bool]:
     if track.declared is None or (track.form == MP4 and has_gaps(track)):
         return _packet_seconds(track), False
     if track.form == "flac":
-        return track.declared - _first_time(track), True
+        return _flac_seconds(file, track)
     exact = track.form in COUNTED or (track.form == "wav" and track.codec.startswith("pcm_"))
     return (track.declared, exact) if exact or track.form in ("ogg", MP4) else (_packet_seconds(track), False)
 
@@ -109,6 +112,34 @@ def _mp3_seconds(file: AudioFile, track: Track) -> tuple[float, bool]:
     held = _packet_seconds(track) - (track.stream.start_time or 0) * track.tick  # the encoder's delay
     promised = tagged_seconds(file, track.first_byte or 0) or 0.0
     return (promised if promised > held + UNSAID_SECONDS else held), False
+
+
+def _flac_seconds(file: AudioFile, track: Track) -> tuple[float, bool]:
+    """By its header, if its last frame says the same; else by its packets, or the header of a file that was cut off."""
+    assert track.declared is not None, "lengths that are not known are counted"
+    end, promised = _flac_end(file, track), track.declared - _first_time(track)
+    if end is not None and abs(end - track.declared) < track.tick:
+        return promised, True
+    track.container.seek(0)
+    held = _packet_seconds(track)
+    return (held if end is not None or held > promised else promised), False
+
+
+def _cut_end(file: AudioFile, track: Track, reached: float) -> float | None:
+    """Where the frames of a FLAC file end, if its header promises more and the last one is whole; else None."""
+    if track.declared is None or track.declared - (track.begins or 0.0) - reached <= UNSAID_SECONDS:
+        return None
+    return _flac_end(file, track)
+
+
+def _flac_end(file: AudioFile, track: Track) -> float | None:
+    """Where the last frame of a FLAC file ends, in seconds, if it is whole."""
+    at = file.head.find(b"fLaC")
+    rate = track.stream.codec_context.sample_rate
+    if at < 0 or not rate:
+        return None
+    end = end_of_frames(file.read, file.size, int.from_bytes(file.head[at + 8 : at + 10], "big"))
+    return None if end is None else end / rate
 
 
 def _first_time(track: Track) -> float:
@@ -139,8 +170,8 @@ def _packet_seconds(track: Track) -> float:
     return length + max(0.0, end - begin)
 
 
-def _missing_at_end(file: AudioFile, track: Track | None, reached: float) -> float:
-    """Seconds that a file promises behind the `reached` ones, at which its audio ends."""
+def _missing_at_end(file: AudioFile, track: Track | None, reached: float, end: float | None) -> float:
+    """Seconds that a file promises behind the `reached` ones, at which its audio ends; those of FLAC up to `end`."""
     if file.riff:
         return file.riff.lacking
     if track is None:
@@ -152,7 +183,7 @@ def _missing_at_end(file: AudioFile, track: Track | None, reached: float) -> flo
     if track.form in ("w64", "caf"):
         data = _data_seconds(file, track)
         return data[0] - data[1] if data else 0.0
-    promised = _promised_seconds(file, track)
+    promised = _promised_seconds(file, track) if end is None else end - (track.begins or 0.0)
     return 0.0 if promised is None else promised - reached
 
 
