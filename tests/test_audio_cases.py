@@ -228,7 +228,7 @@ def test_a_wav_that_promises_a_little_too_much_is_read_without_a_word(forms, tmp
         clip = load_clip(bytes(data), 160000)
         assert (clip.note, clip.real) == ("", round(SECONDS * 16000))
     clip = load_clip(bytes(data[:-4000]), 160000)
-    assert clip.note == "0.22 s of 3.19 s are lost: the file is cut off or damaged"
+    assert clip.note == "0.22 s of 3.19 s are lost: the file is truncated or damaged"
 
 
 @pytest.mark.parametrize("codec, suffix", [("libopus", "opus"), ("libvorbis", "ogg"), ("flac", "oga")])

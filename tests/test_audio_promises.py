@@ -91,3 +91,87 @@ def test_the_checksums_of_flac_are_right():
         for at in range(value.bit_length() - 1, bits - 1, -1):
             value ^= polynomial << (at - bits) if value >> at & 1 else 0
         assert flac._remainder(data, polynomial & ((1 << bits) - 1), bits) == value
+
+
+KINDS = {"a.wma": [], "v1.wma": ["-c:a", "wmav1"], "mp3.asf": ["-c:a", "mp3"], "a.avi": ["-c:a", "mp3"]}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_wma_and_avi_promise_their_length_however_much_is_gone(tmp_path, name):
+    """FFmpeg believes a header less the more of the file is missing."""
+    whole = made(tmp_path, name, *KINDS[name]).read_bytes()
+    expected = len(loaded(tmp_path / name)) / 16000
+    assert load_clip(whole, 16000 * 9).note == ""
+    for share, said in ((0.94, r"^0\.\d\d s of \d\.\d\d s are lost"), (0.6, None)):
+        path = tmp_path / f"cut_{name}"
+        path.write_bytes(whole[: int(len(whole) * share)])
+        assert audio_seconds(path)[0] == pytest.approx(expected, abs=0.06), "so that the lost windows are missed"
+        if said is None:
+            with pytest.raises(AudioError, match=r"truncated: its header promises [45]\.\d\d s, it holds"):
+                load_clip(path, 16000 * 9)
+            continue
+        clip = load_clip(path, 16000 * 9)
+        assert_same(clip.samples[: clip.real], loaded(path))
+        assert re.search(said, clip.note), clip.note
+
+
+@pytest.mark.parametrize("name", ["a.wma", "a.avi", "a.flv", "a.ts"])
+def test_a_fifth_damaged_in_the_middle_is_a_failed_clip_and_a_pause_is_not(tmp_path, name):
+    arguments = {"a.avi": ["-c:a", "mp3"], "a.flv": ["-c:a", "mp3"], "a.ts": ["-c:a", "aac"]}.get(name, [])
+    whole = made(tmp_path, name, *arguments).read_bytes()
+    at, length = int(len(whole) * 0.4), len(whole) // 5
+    noise_ = np.random.default_rng(0).bytes(length)
+    (tmp_path / f"damaged_{name}").write_bytes(whole[:at] + noise_ + whole[at + length :])
+    with pytest.raises(AudioError, match="it is (damaged|truncated): its header promises"):
+        load_clip(tmp_path / f"damaged_{name}", 16000 * 9)
+    if name in ("a.flv", "a.ts"):
+        paused = made(
+            tmp_path, f"paused_{name}", "-c", "copy", "-bsf:a", "setts=ts=if(gt(TS*TB\\,2)\\,TS+2/TB\\,TS)",
+            source=tmp_path / name,
+        )  # fmt: skip
+        assert "timestamps skip" in load_clip(paused, 16000 * 9).note
+
+
+def changed(data, mark, offset, value):
+    """The same bytes with a number at a place behind a mark."""
+    at = data.find(mark) + offset
+    return data[:at] + value + data[at + len(value) :]
+
+
+HEADERS = {  # name of a file, how it is written, and what its header says wrongly
+    "aiff, half": ("a.aiff", [], b"COMM", 10, (110250).to_bytes(4, "big")),
+    "aiff, none": ("a.aiff", [], b"COMM", 10, bytes(4)),
+    "au, half": ("a.au", [], b".snd", 8, (441000).to_bytes(4, "big")),
+    "au, unknown": ("a.au", [], b".snd", 8, b"\xff" * 4),
+    "caf, none": ("a.caf", [], b"data", 4, (4).to_bytes(8, "big")),
+    "caf, unknown": ("a.caf", [], b"data", 4, b"\xff" * 8),
+    "m4a, half": ("a.m4a", ["-aac_pns", "0"], b"mdhd", 20, (110250).to_bytes(4, "big")),
+    "m4a, none": ("a.m4a", ["-aac_pns", "0"], b"mdhd", 20, bytes(4)),
+    "m4a, more": ("a.m4a", ["-aac_pns", "0"], b"mdhd", 20, (10**7).to_bytes(4, "big")),
+    "wma, none": ("a.wma", [], bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"), 64, bytes(8)),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_says_too_little_or_nothing_costs_no_audio_and_no_window(tmp_path, name):
+    file, arguments, *change = HEADERS[name]
+    path = tmp_path / f"wrong_{file}"
+    path.write_bytes(changed(made(tmp_path, file, *arguments).read_bytes(), *change))
+    expected = loaded(path)
+    clip = load_clip(path, 16000 * 9)
+    assert_same(clip.samples[: clip.real], expected)
+    assert clip.note == "" and len(expected) > 79000
+    assert audio_seconds(path)[0] == pytest.approx(len(expected) / 16000, abs=0.05)
+
+
+def test_packets_that_do_not_say_how_long_they_are_are_decoded_for_the_length(tmp_path):
+    """RealAudio: all of its packets begin at the same time, as FFmpeg has it."""
+    path = made(tmp_path, "a.rm", "-c:a", "real_144", "-ac", "1", "-ar", "8000")
+    assert audio_seconds(path)[0] == pytest.approx(len(loaded(path)) / 16000, abs=0.05)
+
+
+def test_what_ffmpeg_knows_of_a_stream_is_asked_for_while_it_is_open(tmp_path):
+    """Afterwards its number and its rate are whatever lies in that memory: one result of five was another."""
+    path = made(tmp_path, "a.avi", "-c:a", "mp3")
+    path.write_bytes(path.read_bytes()[:-8000])
+    assert len({load_clip(path, 16000 * 9).note for _ in range(10)}) == 1
