@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import SupportsFloat
 
@@ -41,6 +42,11 @@ def as_name(value: object, what: str, place: str, *, most: int = NAME_CHARACTERS
     return value
 
 
+def as_label(value: object, place: str, what: str = "a label") -> str:
+    """The name of a class, in one Unicode form: two that look the same are the same."""
+    return unicodedata.normalize("NFC", as_name(value, what, place))
+
+
 def as_seconds(value: object, what: str, place: str) -> float | None:
     """Seconds from 0, None where nothing was given."""
     if _is_empty(value):
@@ -57,7 +63,7 @@ def as_seconds(value: object, what: str, place: str) -> float | None:
 def as_span(start: object, end: object, place: str) -> tuple[float | None, float | None]:
     start, end = as_seconds(start, "start", place), as_seconds(end, "end", place)
     if end is not None and end <= (start or 0.0):
-        raise UsageError(f"{place}: end is {end:g} and start {start or 0:g}; a clip ends after its start")
+        raise UsageError(f"{place}: end is {end:g} and start {start or 0:g}; end must be greater than start")
     return start, end
 
 

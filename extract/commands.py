@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from whisper_at_cli.extract.errors import MISSING, UsageError
+from whisper_at_cli.extract.notes import AGAIN_IN_FLOAT32
 from whisper_at_cli.extract.options import CACHE, DATASET, command
 from whisper_at_cli.extract.output import plain, print_json, print_notes, print_table, printable
 from whisper_at_cli.extract.progress import progress_on_stderr
@@ -99,7 +100,7 @@ def extract_command(
     with progress_on_stderr("extract", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = run(dataset, cache, progress=progress, notify=lambda note: print_notes([note]), **options)
     if report.redone_in_float32:
-        print_notes([f"clips encoded again in float32, as they were not finite in less: {report.redone_in_float32}"])
+        print_notes([AGAIN_IN_FLOAT32(clips=report.redone_in_float32)])
     _print_first([f"note: {printable(noted.path)}: {noted.note}" for noted in report.clip_notes], "note", cache)
     _print_failures(
         [asdict(failure) for failure in report.failures], cache, "" if report.missing_expected else report.root

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.cache.storage import to_storage
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.machine import cores
@@ -114,10 +115,7 @@ class FittingBatches:
         most = self.most(backbone, samples)
         if most is None or most >= batch_size:
             return None
-        return (
-            f"batches of {batch_size} clips did not fit in the memory of {backbone.device} and were encoded "
-            f"{most} clips at a time; free some memory, or give --batch-size {most} for a new cache"
-        )
+        return notes.BATCHES_SPLIT(size=batch_size, device=backbone.device, most=most)
 
     @staticmethod
     def _key(backbone: Backbone, samples: int) -> tuple:

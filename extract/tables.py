@@ -11,6 +11,7 @@ import codecs
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def _odd_word(text: str) -> str:
 
 def column_name(name: str) -> str:
     """A column's name as names are compared: `File Name ` is `file_name`."""
-    return re.sub(r"[\s-]+", "_", name.strip().casefold())
+    return re.sub(r"[\s-]+", "_", name.strip(" \t\r\n\ufeff\xa0").casefold())
 
 
 class Table:
@@ -305,7 +306,7 @@ def plain_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 class JsonLines:
-    """A file with one JSON object per line; keys are compared as `column_name` gives them."""
+    """A file with one JSON object per line, or one list of objects; keys are compared as `column_name` gives them."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -314,13 +315,30 @@ class JsonLines:
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each object with its place."""
+        for place, row in self._values():
+            if not isinstance(row, dict):
+                raise UsageError(f"{place} is not a JSON object such as {{'audio': 'a.wav', 'label': 'dog'}}")
+            named = {column_name(key): value for key, value in row.items()}
+            if len(named) < len(row):
+                twice = Counter(map(column_name, row)).most_common(1)[0][0]
+                raise UsageError(f"{place} names the key {twice!r} twice; rename one of them")
+            yield place, named
+
+    def _values(self) -> Iterator[tuple[str, object]]:
         for number, line in self._file.lines():
-            if line.strip():
-                place = f"line {number} of {self.path}"
-                row = parsed(line, place)
-                if not isinstance(row, dict):
-                    raise UsageError(f"{place} is not a JSON object such as {{'audio': 'a.wav', 'label': 'dog'}}")
-                yield place, {column_name(key): value for key, value in row.items()}
+            if not line.strip():
+                continue
+            if number == 1 and self.path.suffix.lower() == ".json" and line.lstrip().startswith("["):
+                whole = parsed(self._file.text(), str(self.path))
+                yield from ((f"entry {at} of {self.path}", row) for at, row in enumerate(_as_list(whole), start=1))
+                return
+            place = f"line {number} of {self.path}"
+            yield place, parsed(line, place)
+
+
+def _as_list(value: object) -> list:
+    assert isinstance(value, list), "JSON that begins with [ is a list"
+    return value
 
 
 def is_csv(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """What people truly have on disk (../shared/cases/datasets): right labels and folds, or a line that names the fault."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,11 @@ def case(shared):
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here")
     return folder.joinpath
+
+
+def test_every_case_has_a_test_here(case):
+    here = Path(__file__).read_text()
+    assert [path.name for path in case("").iterdir() if f'"{path.name}' not in here] == []
 
 
 def counts(dataset) -> dict[str, int]:

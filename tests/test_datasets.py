@@ -48,7 +48,7 @@ def test_esc50_target_numbers_need_not_be_dense(tmp_path):
         ("filename,fold,target,category\na.wav,one,0,dog\n", "line 2"),
         ("filename,fold,target,category\na.wav,1\n", "line 2"),
         ("filename,fold,target,category\na.wav,1,0,dog\nb.wav,1,0,cat\n", "target 0 is 'cat' here and 'dog' above"),
-        ("filename,fold,target,category\n", "names no clip"),
+        ("filename,fold,target,category\n", "lists no clips"),
         ("", "lacks the column"),
     ],
 )
@@ -111,5 +111,5 @@ def test_missing_empty_and_unknown_are_usage_errors(tmp_path):
     with pytest.raises(UsageError, match=r"layout has meta/esc50.csv"):
         open_dataset(tmp_path, format="esc50")
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="no dataset that is known"):
+    with pytest.raises(UsageError, match="not a dataset in a known layout"):
         open_dataset(tmp_path / "file")

@@ -176,7 +176,7 @@ def test_two_segments_of_one_video_are_kept_apart_by_their_start(tmp_path):
         ('abcdefghijk, 20, 10.000, "/m/00000"\n', "line 4 .*end is 10 and start 20"),
         ('abcdefghijk, 0, 10.000, "/m/nothing"\n', "line 4 .*label '/m/nothing' is none of the 2 classes"),
         ('abcdefghijk, 0, 10, "/m/00000"\nabcdefghijk, 0, 10, "/m/00000"\n', "line 5 .*listed twice"),
-        ('../../etc/passwd, 0, 10, "/m/00000"\n', "is no YTID"),
+        ('../../etc/passwd, 0, 10, "/m/00000"\n', "is not a YouTube id"),
     ],
 )
 def test_a_broken_segment_list_is_refused_with_its_line(tmp_path, line, reason):

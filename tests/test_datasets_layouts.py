@@ -141,7 +141,7 @@ def test_a_list_of_classes_gives_their_order_and_refuses_others(tmp_path):
         ("audio,label\na.wav,b,c\n", "line 2 .*more fields"),
         ("audio\na\0.wav\n", "line 2 holds the control character"),
         ("audio,split\na.wav," + "x" * 65 + "\n", "line 2 .*split"),
-        ("audio\n", "names no clip"),
+        ("audio\n", "lists no clips"),
         ("audio\n" + "a" * 200_000, "field larger than field limit"),
         ("audio\n" + "a" * 2_000_000, "a line is longer than a megabyte"),
     ],
@@ -229,7 +229,7 @@ def test_random_bytes_under_any_format_are_a_usage_error(tmp_path, name):
 def test_what_is_no_dataset_is_told_which_layouts_there_are(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing of interest")
     with pytest.raises(
-        UsageError, match="no dataset that is known here.*audioset: .*esc50: .*hdf5: .*manifest: .*folder"
+        UsageError, match="not a dataset in a known layout.*audioset: .*esc50: .*hdf5: .*manifest: .*folder"
     ):
         open_dataset(tmp_path / "notes.txt")
 
@@ -292,7 +292,7 @@ def test_a_pack_of_waveforms_is_read_as_its_files_would_be(tmp_path, dtype):
 def test_a_pack_goes_into_a_cache(tmp_path, random_backbone):
     pack = make_pack(tmp_path / "pack.h5", said=False, fold=np.arange(6) % 2 + 1)
     report = extract(pack, tmp_path / "a.zarr", model=random_backbone, clip_seconds=0.5)
-    assert report.written == 6 and "32000 Hz was taken" in report.notes[0] and "named by number" in report.notes[1]
+    assert report.written == 6 and "32000 Hz was assumed" in report.notes[0] and "named by number" in report.notes[1]
     cache = FeatureCache.open(tmp_path / "a.zarr")
     assert cache.fold.tolist() == [1, 2] * 3 and cache.spec.class_names == ("class 0", "class 1", "class 2")
 
@@ -315,7 +315,7 @@ def test_values_of_a_pack_that_are_not_finite_fail_their_clip(tmp_path):
         ({"waveform": np.zeros((6, 100), np.int64)}, "must be int16"),
         ({"target": np.zeros((5, 3))}, "target is"),
         ({"audio_name": np.arange(6)}, "which is no name"),
-        ({"audio_name": np.array([b"a.wav"] * 6)}, "two clips alike"),
+        ({"audio_name": np.array([b"a.wav"] * 6)}, "the same name twice"),
         ({"fold": np.zeros((6, 2))}, "fold is"),
         ({"target": np.zeros((6, 4))}, "has 4 classes in target, .* names 3"),
     ],
@@ -398,7 +398,7 @@ def test_windows_stay_within_the_parts_that_a_manifest_names(tmp_path):
 )
 def test_windows_of_no_length_are_refused(tmp_path, window, hop):
     long_file(tmp_path / "a" / "a.wav", 0.5)
-    with pytest.raises(UsageError, match="give at least a millisecond"):
+    with pytest.raises(UsageError, match="must be at least 0.001 s"):
         windowed(open_dataset(tmp_path), window, hop)
 
 
@@ -410,7 +410,7 @@ def test_windows_that_cannot_be_are_refused_before_any_file_is_read(tmp_path, ra
     ):  # fmt: skip
         with pytest.raises(UsageError, match=reason):
             extract(tmp_path / "s", tmp_path / "a.zarr", model=random_backbone, **options)
-    with pytest.raises(UsageError, match="no dataset of files"):
+    with pytest.raises(UsageError, match="not a dataset of audio files"):
         windowed(open_dataset(make_pack(tmp_path / "p.h5")), 1.0)
 
 

@@ -366,4 +366,4 @@ def test_float32_on_a_gpu_is_true_float32_and_says_what_it_costs(monkeypatch):
 
 def test_without_triton_the_plain_path_is_taken(monkeypatch):
     monkeypatch.setitem(sys.modules, "whisper_at_cli.extract.backbones.kernels", None)
-    assert not encoder._kernels_are_right(64, torch.float16, torch.device("cpu"))
+    assert encoder._kernels_problem(64, torch.float16, torch.device("cpu")) == "Triton is not installed"

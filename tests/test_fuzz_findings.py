@@ -184,7 +184,7 @@ def test_a_heap_of_texts_that_goes_round_in_circles_is_refused(tmp_path):
     assert data[sizes[0]] == 5
     data[sizes[0]] = 0x15
     (tmp_path / "a.h5").write_bytes(data)
-    with pytest.raises(UsageError, match="a.h5 is damaged: reading it does not end, or crashes"):
+    with pytest.raises(UsageError, match="a.h5 cannot be read: the file is corrupt"):
         waveforms.read(tmp_path / "a.h5")
 
 

@@ -1,21 +1,29 @@
 """Every note that extraction can give is provoked here, and is said before encoding and by `info`."""
 
+import contextlib
 import io
 import json
+import sys
 import unicodedata
+from types import SimpleNamespace
 
 import av
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from conftest import noise, write_wav
 from whisper_at_cli.cli import main
-from whisper_at_cli.extract import FeatureCache, extract
+from whisper_at_cli.extract import FeatureCache, commands, extract
 from whisper_at_cli.extract.audio.decode import load_clip
+from whisper_at_cli.extract.backbones.encoder import _kernels_problem
+from whisper_at_cli.extract.backbones.precision import cost_note
 from whisper_at_cli.extract.datasets import open_dataset
 from whisper_at_cli.extract.datasets.look import looked_at
+from whisper_at_cli.extract.devices import FittingBatches
 from whisper_at_cli.extract.notes import NOTES
+from whisper_at_cli.extract.pipeline.prepare import batch_size_of
 
 
 def write(path, text):
@@ -38,6 +46,47 @@ def sounds(root, *paths):
     for path in paths:
         write(root / path, None)
     return open_dataset(root).notes
+
+
+def beside(root):
+    write(root / "ESC-50" / "meta" / "esc50.csv", "filename,fold,target,category\n1-1-A-0.wav,1,0,dog\n")
+    return sounds(root, "ESC-50/audio/1-1-A-0.wav", "more/a.wav")
+
+
+class OnCuda:
+    """What cost_note asks of a backbone, on a GPU that need not be there."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, precision, not_fused=""):
+        self.precision, self.encoder = precision, SimpleNamespace(not_fused=not_fused)
+
+
+def without_triton():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "whisper_at_cli.extract.backbones.kernels", None)
+        return _kernels_problem(64, torch.float16, torch.device("cpu"))
+
+
+def too_large_a_batch():
+    fitting, backbone = FittingBatches(), SimpleNamespace(
+        weights_sha256="0", precision="float16", device=torch.device("cuda", 0)
+    )  # fmt: skip
+    fitting.failed(backbone, 16000, 64)
+    return fitting.note(backbone, 16000, 64)
+
+
+def encoded_again(_root):
+    """The line that `extract` prints when its report says so."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(out):
+        report = SimpleNamespace(redone_in_float32=3, clip_notes=(), failures=(), missing=0, cache="a.zarr", written=3)
+        vars(report).update(skipped=0, failed=0, seconds=1.0, clips_per_second=3.0, encoder_busy=1.0, ok=True)
+        vars(report).update(missing_expected=False, root="")
+        patch.setattr(commands, "_engine", lambda **options: ((lambda *a, **k: report), {}))
+        with pytest.raises(SystemExit):
+            main(["--quiet", "extract", "sounds", "a.zarr", "--model", "tiny.en"])
+    return [line.removeprefix("note: ") for line in out.getvalue().splitlines()]
 
 
 def several_tables(root):
@@ -105,6 +154,8 @@ def clip_notes(data):
 SOUND = (noise(0, 5.0) * 9999).astype(np.int16)
 MP3 = encoded(SOUND, "mp3", "libmp3lame")
 OGG = encoded(SOUND, "ogg", "libopus")
+FLAC = encoded(SOUND, "flac", "flac")
+FLAC_FRAMES = FLAC[: FLAC.rfind(b"\xff\xf8", 0, len(FLAC) // 2)]  # up to a frame in its middle
 
 
 def paused():
@@ -129,6 +180,10 @@ PROVOKED = {
     "columns-taken": lambda root: table(root, "File Name,Category\na.wav,dog\n"),
     "nan-labels": lambda root: table(root, "audio,label\na.wav,nan\nb.wav,dog\n"),
     "whole-labels": lambda root: table(root, "audio,label\na.wav,1.0\nb.wav,\n"),
+    "labels-split": lambda root: table(root, "audio,labels\na.wav,dog|cat\nb.wav,dog\n"),
+    "labels-whole": lambda root: table(root, "audio,label\na.wav,dog;cat\nb.wav,dog\n"),
+    "spans-unused": lambda root: table(root, "audio,label,start_time\na.wav,dog,3\nb.wav,cat,5\n"),
+    "slice-spans": lambda root: table(root, "slice_file_name,class,start,end\na.wav,dog,3,4\nb.wav,cat,5,9\n"),
     "table-found": unlisted,
     "tables-joined": several_tables,
     "table-unread": unread,
@@ -137,6 +192,7 @@ PROVOKED = {
     "no-labels": lambda root: sounds(root, "a.wav"),
     "some-unlabelled": lambda root: table(root, "audio,label\na.wav,dog\nb.wav,\n"),
     "folder-classes": lambda root: sounds(root, "dog/a.wav", "cat/b.wav"),
+    "classes-alike": lambda root: sounds(root, "Dog/a.wav", "dog/b.wav"),
     "folder-roles": lambda root: sounds(root, "train/dog/a.wav", "test/cat/b.wav"),
     "folder-doubt": lambda root: sounds(root, "train/a.wav", "birds/b.wav"),
     "folds-from-zero": lambda root: table(root, "audio,label,fold\na.wav,dog,0\nb.wav,cat,1\n"),
@@ -145,15 +201,22 @@ PROVOKED = {
     "same-name": lambda root: kaggle(root, "1-1-A-0.wav", "16000/1-1-A-0.wav"),
     "names-adapted": lambda root: (write(root / NFD, None), table(root, "audio,label\nä.wav,dog\n"))[1],
     "missing-files": missing,
+    "beside-left-out": beside,
     "left-out-suffix": lambda root: sounds(root, "dog/a.wav", "dog/b.zip"),
     "cut": cut,
     "background-noise": speech_commands,
     "pack-rate": pack,
     "pack-classes": pack,
     "audio-lost": lambda root: clip_notes(write_wav(root / "a.wav", noise(0, 5.0)).read_bytes()[:-9999]),
-    "packets-passed-over": lambda root: clip_notes(MP3[:20000] + b"LYRICSBEGIN" + bytes(900) + MP3[20000:]),
+    "packets-skipped": lambda root: clip_notes(MP3[:20000] + b"LYRICSBEGIN" + bytes(900) + MP3[20000:]),
     "audio-gap": lambda root: clip_notes(paused()),
+    "flac-cut": lambda root: clip_notes(FLAC_FRAMES),
     "ogg-cut": lambda root: clip_notes(OGG[:-200]),
+    "float32-slow": lambda root: [cost_note(OnCuda("float32"))],
+    "kernels-unused": lambda root: [cost_note(OnCuda("float16", without_triton()))],
+    "other-device": lambda root: [batch_size_of({"device": "cuda:0", "batch_size": 256}, torch.device("cpu"), 8)[1]],
+    "batches-split": lambda root: [too_large_a_batch()],
+    "again-in-float32": encoded_again,
 }
 
 

@@ -2,6 +2,8 @@
 model of a kind that is read here is named as what it is, before a dataset is opened."""
 
 import json
+import subprocess
+import sys
 import zipfile
 from argparse import Namespace
 
@@ -15,7 +17,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperModel,
 )
-from whisper.model import ModelDimensions
+from whisper.model import AudioEncoder, ModelDimensions, TextDecoder
 from whisper.tokenizer import get_tokenizer
 from whisper_forms import random_whisper, write_form
 
@@ -23,6 +25,8 @@ from conftest import noise, write_wav
 from whisper_at_cli.extract import extract, load_backbone, load_whisper
 from whisper_at_cli.extract.audio.decode import decode
 from whisper_at_cli.extract.backbones.recognise import check_model
+from whisper_at_cli.extract.backbones.shapes import whisper_shapes
+from whisper_at_cli.extract.backbones.sizes import VOCABULARIES, WHISPER_SIZES
 from whisper_at_cli.extract.backbones.weights import read_weights
 from whisper_at_cli.extract.errors import UsageError, WeightsError
 
@@ -65,7 +69,7 @@ def test_a_padded_vocabulary_is_cut_back_to_whispers(tmp_path, variant, padded, 
 
 
 @pytest.mark.parametrize("name, right", [("mine.en.pt", 51864), ("mine.pt", 51865)])
-def test_a_padded_file_is_english_by_its_name(tmp_path, name, right):
+def test_a_padded_file_of_random_weights_is_english_by_its_name(tmp_path, name, right):
     model = random_whisper("multilingual")
     model.resize_token_embeddings(51872)
     path = write_form(model, "pt-float16", tmp_path).rename(tmp_path / name)
@@ -87,13 +91,52 @@ def test_real_weights_with_a_padded_vocabulary_give_the_same_text(shared, tiny_e
     rows = embedding.mean(0, keepdim=True).expand(8, -1)
     state = weights.state | {"decoder.token_embedding.weight": torch.cat([embedding, rows])}
     state = {name: tensor.half() for name, tensor in state.items()}
-    torch.save({"dims": weights.dims | {"n_vocab": 51872}, "model_state_dict": state}, tmp_path / "tuned.en.pt")
+    torch.save({"dims": weights.dims | {"n_vocab": 51872}, "model_state_dict": state}, tmp_path / "tuned.pt")
+    assert read_weights(tmp_path / "tuned.pt").dims["n_vocab"] == 51864, "English by its rows, whatever its name"
     audio = decode(min((shared / "data" / "speech14" / "audio").iterdir()))
     texts = [
         load_whisper(model, device="cpu").transcribe(audio, fp16=False)["text"]
-        for model in (tiny_en, tmp_path / "tuned.en.pt")
+        for model in (tiny_en, tmp_path / "tuned.pt")
     ]
     assert texts[0] == texts[1] and len(texts[0].split()) > 3
+
+
+LOADS = """
+import sys
+from whisper_at_cli.extract import load_backbone, load_whisper
+for path in sys.argv[1:]:
+    load_backbone(path, device="cpu"), load_whisper(path, device="cpu")
+print(sorted({name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))}))
+"""
+
+
+def test_loading_a_whisper_imports_no_compiler(tmp_path):
+    """Some of PyTorch's functions do, on its meta device for one, which takes 3 s of CPU time."""
+    paths = [write_form(random_whisper("en"), form, tmp_path) for form in ("pt-float16", "ct2-float16", "hf-float32")]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, *map(str, paths)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", ["tiny.en", "large-v3", "turbo"])
+def test_the_tensors_of_a_whisper_are_those_of_its_own_classes(name):
+    size = WHISPER_SIZES[name]
+    layers = 2  # of which all are alike
+    dims = ModelDimensions(
+        size.mels, 1500, size.dim, size.heads, layers, VOCABULARIES[size.mels][0], 448, size.dim, size.heads, layers
+    )
+    numbers = list(vars(dims).values())
+    with torch.device("meta"):
+        halves = {"encoder": AudioEncoder(*numbers[:5]), "decoder": TextDecoder(*numbers[5:])}
+    expected = {
+        f"{side}.{name}": tuple(tensor.shape)
+        for side, half in halves.items()
+        for name, tensor in half.state_dict().items()
+    }
+    assert whisper_shapes(vars(dims)) == expected
+    encoder = vars(dims) | {"n_text_layer": 0}
+    assert whisper_shapes(encoder) == {name: shape for name, shape in expected.items() if name.startswith("encoder.")}
 
 
 SMALL = dict(

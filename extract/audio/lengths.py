@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 
 from whisper_at_cli.extract import notes
-from whisper_at_cli.extract.audio.matroska import is_whole
+from whisper_at_cli.extract.audio import matroska, whole
+from whisper_at_cli.extract.audio.flac import end_of_frames
+from whisper_at_cli.extract.audio.headers import asf_seconds, avi_seconds, data_of
 from whisper_at_cli.extract.audio.mp3 import Unindexable, mp3_index, tagged_seconds
 from whisper_at_cli.extract.audio.ogg import Ogg, read_ogg
 from whisper_at_cli.extract.audio.opened import AudioFile
-from whisper_at_cli.extract.audio.track import FROM_HEADER, MATROSKA, MP4, WITHOUT_GAPS, Track
-from whisper_at_cli.extract.audio.wav import MOST_CHUNKS, never_written
+from whisper_at_cli.extract.audio.track import FROM_HEADER, MATROSKA, MP4, ONLY_PACKETS, WITHOUT_GAPS, Track
 from whisper_at_cli.extract.errors import AudioError
 
 UNSAID_SECONDS = 0.1  # that may be lost without a word: an encoder's delay and padding, lengths rounded to a packet
 NOTED_SHARE = 0.1  # of what is promised; where more is lost, the clip fails
 COUNTED = frozenset(("aiff", "au", "wv", "tta", "ape"))  # containers whose header counts the samples
 GAP_SECONDS = 0.01  # between packets, more than times in milliseconds are rounded by
-W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
+BY_DATA = ("w64", "caf", "voc")  # containers with a chunk of audio
+ASF, AVI = "asf", "avi"
+BY_TIME = (MATROSKA, ASF, *FROM_HEADER)  # containers that say when their audio ends, and whose packets have times
+COUNTABLE = (  # containers whose packets say how long they are
+    *BY_TIME, *ONLY_PACKETS, MP4, "ogg", "mp3", "flac", "wav", "amr", "mpegts", "mpeg", "aiff", "au", "caf", "w64",
+    "voc", "wv", "tta", "ape", "sox", "nut", "nistsphere",
+)  # fmt: skip
+IS_WHOLE = {MATROSKA: matroska.is_whole, "flv": whole.flv_is_whole, "mpegts": whole.mpegts_is_whole}
 KEPT_OGGS = 64  # files whose pages are remembered, for the parts of them
 
 
@@ -31,11 +37,13 @@ def loss_note(file: AudioFile, track: Track | None, start: float, held: float, w
     Raises AudioError where more than a tenth of what the file promises there is lost.
     """
     short = held < wanted - 1e-4
-    missing = min(_missing_at_end(file, track, start + held), wanted - held) if short else 0.0
+    end = _cut_end(file, track, start + held) if short and track and track.form == "flac" else None
+    missing = _missing_at_end(file, track, start + held, end) if short else 0.0
+    missing = min(missing, wanted - held)
     damaged, gap = _lost_on_the_way(file, track) if track else (0.0, 0.0)
     lost = max(missing, damaged)
     ogg = ogg_of(file) if short and track and track.form == "ogg" else None
-    said = []
+    said = [notes.FLAC_CUT(promised=track.declared, end=end)] if track and end is not None else []
     if lost > UNSAID_SECONDS:
         promised = held + lost
         if track and track.passed_over and not held and damaged > lost / 2:
@@ -49,7 +57,7 @@ def loss_note(file: AudioFile, track: Track | None, start: float, held: float, w
         said.append(notes.AUDIO_LOST(lost=lost, promised=promised))
     if track and track.passed_over:
         packets = "1 packet was" if track.passed_over == 1 else f"{track.passed_over} packets were"
-        said.append(notes.PACKETS_PASSED(packets=packets))
+        said.append(notes.PACKETS_SKIPPED(packets=packets))
     if gap > UNSAID_SECONDS:
         said.append(notes.AUDIO_GAP(gap=gap))
     if ogg and ogg.cut:
@@ -64,8 +72,8 @@ def _lost_on_the_way(file: AudioFile, track: Track) -> tuple[float, float]:
         return 0.0, 0.0  # its header says how long it must be; what was passed over may well be no audio
     gap = max(0.0, track.gap_seconds - lost)
     pause = track.form not in WITHOUT_GAPS
-    if gap > UNSAID_SECONDS and track.form == MATROSKA:
-        pause = is_whole(file.read, file.size)
+    if gap > UNSAID_SECONDS and track.form in IS_WHOLE:
+        pause = IS_WHOLE[track.form](file.read, file.size)
     return (lost, gap) if pause else (lost + gap, 0.0)
 
 
@@ -87,16 +95,32 @@ def seconds_of(file: AudioFile) -> tuple[float, bool]:
 def _seconds_by_form(file: AudioFile, track: Track) -> tuple[float, bool]:
     if track.form == "mp3":
         return _mp3_seconds(file, track)
-    if track.form in ("w64", "caf") and (data := _data_seconds(file, track)):
+    if track.form in BY_DATA and (data := _data_seconds(file, track)):
         return (data[0] if data[0] > data[1] + UNSAID_SECONDS else data[1]), True
-    if track.form == "ogg" and (ogg := ogg_of(file)) and ogg.links > 1:
-        return ogg.seconds, False
-    if track.declared is None or (track.form == MP4 and has_gaps(track)):
-        return _packet_seconds(track), False
-    if track.form == "flac":
-        return track.declared - _first_time(track), True
+    if track.form == "flac" and track.declared is not None:
+        return _flac_seconds(file, track)
+    if track.form in ("aiff", "au") and track.codec.startswith("pcm_") and (data := _data_seconds(file, track)):
+        promised = max(data[0], track.declared or 0.0)
+        return (promised if promised > data[1] + UNSAID_SECONDS else data[1]), True
     exact = track.form in COUNTED or (track.form == "wav" and track.codec.startswith("pcm_"))
-    return (track.declared, exact) if exact or track.form in ("ogg", MP4) else (_packet_seconds(track), False)
+    if track.declared is not None and exact:
+        return track.declared, True
+    return _seconds_by_packets(file, track), False
+
+
+def _seconds_by_packets(file: AudioFile, track: Track) -> float:
+    if track.form == "ogg":
+        ogg = ogg_of(file)
+        if ogg and (ogg.links > 1 or ogg.cut):
+            return ogg.seconds
+    told = track.form == "ogg" or (track.form == MP4 and not has_gaps(track) and not track.declared_is_short)
+    if told and track.declared is not None:
+        return track.declared
+    if track.form not in COUNTABLE:
+        return sum(frame.samples / frame.rate for frame in track.frames())
+    held, end = _packets(track)
+    lacking = (_declared(file, track) or 0.0) - end if track.form in BY_TIME else 0.0
+    return held + (lacking if lacking > UNSAID_SECONDS else 0.0)
 
 
 def _mp3_seconds(file: AudioFile, track: Track) -> tuple[float, bool]:
@@ -109,6 +133,33 @@ def _mp3_seconds(file: AudioFile, track: Track) -> tuple[float, bool]:
     held = _packet_seconds(track) - (track.stream.start_time or 0) * track.tick  # the encoder's delay
     promised = tagged_seconds(file, track.first_byte or 0) or 0.0
     return (promised if promised > held + UNSAID_SECONDS else held), False
+
+
+def _flac_seconds(file: AudioFile, track: Track) -> tuple[float, bool]:
+    """By its header, if its last frame says the same; else by its packets, or the header of a file that was cut off."""
+    assert track.declared is not None, "lengths that are not known are counted"
+    end, promised = _flac_end(file, track), track.declared - _first_time(track)
+    if end is not None and abs(end - track.declared) < track.tick:
+        return promised, True
+    track.container.seek(0)
+    held = _packet_seconds(track)
+    return (held if end is not None or held > promised else promised), False
+
+
+def _cut_end(file: AudioFile, track: Track, reached: float) -> float | None:
+    """Where the frames of a FLAC file end, if its header promises more and the last one is whole; else None."""
+    if track.declared is None or track.declared - (track.begins or 0.0) - reached <= UNSAID_SECONDS:
+        return None
+    return _flac_end(file, track)
+
+
+def _flac_end(file: AudioFile, track: Track) -> float | None:
+    """Where the last frame of a FLAC file ends, in seconds, if it is whole."""
+    at = file.head.find(b"fLaC")
+    if at < 0 or not track.rate:
+        return None
+    end = end_of_frames(file.read, file.size, int.from_bytes(file.head[at + 8 : at + 10], "big"))
+    return None if end is None else end / track.rate
 
 
 def _first_time(track: Track) -> float:
@@ -127,6 +178,11 @@ def has_gaps(track: Track) -> bool:
 
 def _packet_seconds(track: Track) -> float:
     """The length by what each packet says of itself, without the gaps between them, in which no samples are."""
+    return _packets(track)[0]
+
+
+def _packets(track: Track) -> tuple[float, float]:
+    """The length by what each packet says of itself, and the time at which the last one ends."""
     length, begin, end = 0.0, 0.0, -1e9
     for packet in track.packets():
         if packet is None or packet.pts is None:
@@ -136,23 +192,24 @@ def _packet_seconds(track: Track) -> float:
             length += max(0.0, end - begin)
             begin = end = time
         end = max(end, time + (packet.duration or 0) * track.tick)
-    return length + max(0.0, end - begin)
+    return length + max(0.0, end - begin), max(0.0, end)
 
 
-def _missing_at_end(file: AudioFile, track: Track | None, reached: float) -> float:
-    """Seconds that a file promises behind the `reached` ones, at which its audio ends."""
-    if file.riff:
+def _missing_at_end(file: AudioFile, track: Track | None, reached: float, end: float | None) -> float:
+    """Seconds that a file promises behind the `reached` ones, at which its audio ends; those of FLAC up to `end`."""
+    if file.riff and (track is None or track.form != AVI):
         return file.riff.lacking
     if track is None:
         return 0.0
-    if track.form in (MP4, MATROSKA, *FROM_HEADER):  # by its time stamps, in which there may be gaps
-        if track.declared is None or track.begins is None:
-            return track.declared or 0.0
-        return track.declared - track.last_time + (0.0 if track.form == MATROSKA else track.begins)
-    if track.form in ("w64", "caf"):
+    if track.form == MP4 or track.form in BY_TIME:  # by its time stamps, in which there may be gaps
+        declared = _declared(file, track)
+        if declared is None or track.begins is None:
+            return declared or 0.0
+        return declared - track.last_time + (0.0 if track.form in (MATROSKA, ASF) else track.begins)
+    if track.form in BY_DATA:
         data = _data_seconds(file, track)
         return data[0] - data[1] if data else 0.0
-    promised = _promised_seconds(file, track)
+    promised = _promised_seconds(file, track) if end is None else end - (track.begins or 0.0)
     return 0.0 if promised is None else promised - reached
 
 
@@ -169,36 +226,20 @@ def _promised_seconds(file: AudioFile, track: Track) -> float | None:
 
 
 def _data_seconds(file: AudioFile, track: Track) -> tuple[float, float] | None:
-    """What the data chunk of a W64 or CAF file promises and what it holds; None where the header never learned that.
-
-    FFmpeg takes what is there for the whole.
-    """
-    speed = (track.stream.codec_context.bit_rate or 0) / 8
-    for name, length, at in _w64_chunks(file) if track.form == "w64" else _caf_chunks(file):
-        if name in (W64_DATA, b"data"):
-            unknown = not speed or length < 0 or never_written(length)
-            return None if unknown else (length / speed, min(length, file.size - at) / speed)
-    return None
+    """What a W64, CAF or VOC file promises and what it holds, in seconds; None where its header never learned that."""
+    data = data_of(track.form, file.read, file.size)
+    if data is None or not data.promised:
+        return None
+    if track.codec.startswith("pcm_") and track.bytes_a_second:
+        return data.promised / track.bytes_a_second, data.held / track.bytes_a_second
+    return None if track.declared is None else (track.declared, track.declared * data.held / data.promised)
 
 
-def _w64_chunks(file: AudioFile) -> Iterator[tuple[bytes, int, int]]:
-    at = 40
-    for _ in range(MOST_CHUNKS):
-        if at >= file.size or len(head := file.read(at, 24)) < 24:
-            return
-        name, length = struct.unpack("<16sq", head)
-        yield name, length - 24, at + 24
-        at += max(24, length + -length % 8)
-
-
-def _caf_chunks(file: AudioFile) -> Iterator[tuple[bytes, int, int]]:
-    at = 8
-    for _ in range(MOST_CHUNKS):
-        if at >= file.size or len(head := file.read(at, 12)) < 12:
-            return
-        name, length = struct.unpack(">4sq", head)
-        yield name, length, at + 12
-        at += 12 + max(0, length)
+def _declared(file: AudioFile, track: Track) -> float | None:
+    """The length by the container's header, or the time at which its audio ends."""
+    if track.form == ASF:
+        return asf_seconds(file.head)
+    return avi_seconds(file.head, track.index) if track.form == AVI else track.declared
 
 
 _oggs: OrderedDict[tuple, Ogg | None] = OrderedDict()

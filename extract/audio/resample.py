@@ -42,7 +42,7 @@ class Resampler:
 
         name, channels, rate = form
         if rate not in RATES:
-            raise AudioError(f"its sample rate is {rate} Hz; {RATES[0]} to {RATES[-1]} are read")
+            raise AudioError(f"its sample rate is {rate} Hz; rates from {RATES[0]} to {RATES[-1]} Hz can be read")
         layout, mix = _mixed(layout, channels)
         self.checked = checked
         self.graph = graph = av.filter.Graph()  # kept: what it holds goes with it
@@ -146,6 +146,6 @@ def _mixed(layout: str, channels: int) -> tuple[str, list[tuple[str, str]]]:
         return av.AudioLayout(f"{channels}c").name, []  # FFmpeg's default for their number
     except ValueError:
         if channels > MAX_CHANNELS:
-            raise AudioError(f"it has {channels} channels; at most {MAX_CHANNELS} are mixed") from None
+            raise AudioError(f"it has {channels} channels; at most {MAX_CHANNELS} can be mixed") from None
     equal = "+".join(f"{1 / channels:.9f}*c{channel}" for channel in range(channels))
     return f"{channels}C", [("pan", f"mono|c0={equal}")]

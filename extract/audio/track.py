@@ -20,7 +20,8 @@ MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
 FROM_HEADER = ("avi", "flv")  # containers whose length FFmpeg never guesses
 ONLY_PACKETS = ("aac", "ac3", "eac3", "dts")  # with nothing between them; MP3 files often have something
-WITHOUT_GAPS = ("ogg", "flac")  # where every sample has its number
+WITHOUT_GAPS = ("ogg", "flac", "asf")  # where every sample has its number, or nobody pauses
+MOST_PADDING = 5  # frames of AAC that its encoder puts before and behind the sound
 RESTART_SECONDS = 0.5  # a time stamp that goes back by so much begins another link of a chained file
 MOST_RETRIES = 1000  # of a demuxer that says "try again"
 
@@ -38,6 +39,9 @@ class Track:
         self.form = container.format.name
         self.codec = self.stream.codec_context.name
         self.tick = float(self.stream.time_base or 0)  # seconds; asked for once, since FFmpeg's fraction is slow
+        # asked for while the container is open: what FFmpeg knows of a stream goes with it
+        self.index, self.rate = self.stream.index, self.stream.codec_context.sample_rate or 0
+        self.bytes_a_second = (self.stream.codec_context.bit_rate or 0) / 8
         self.declared = self._declared_seconds()
         self.first_byte: int | None = None  # of the first packet
         self.passed_over, self.passed_seconds = 0, 0.0  # packets that the decoder refused
@@ -49,6 +53,14 @@ class Track:
         self._since: float | None = None  # where the frames begin whose seconds are counted
         self._counted = 0.0
         self._skipped_bytes, self._packet_bytes, self._next_byte = 0, 0, 0
+
+    @property
+    def declared_is_short(self) -> bool:
+        """Whether an MP4 file's header gives less than its frames are, beyond an encoder's padding."""
+        codec = self.stream.codec_context
+        if not (codec.frame_size and codec.sample_rate and self.stream.frames and self.declared):
+            return False
+        return (self.stream.frames - MOST_PADDING) * codec.frame_size / codec.sample_rate > self.declared
 
     def _declared_seconds(self) -> float | None:
         """The length that FFmpeg reads in the header; for Matroska the time at which the track ends."""
@@ -86,7 +98,7 @@ class Track:
     def _look_at_first(self, packet: Packet) -> None:
         self.first_byte = packet.pos
         edited = packet.pts is not None and packet.pts < 0  # an MP4 file with a list of edits: it says where audio ends
-        if self.form == MP4 and edited and self.codec != "opus":
+        if self.form == MP4 and edited and self.codec != "opus" and not self.declared_is_short:
             self.ends = self.declared
 
     def frames(self) -> Iterator[AudioFrame]:

@@ -63,7 +63,9 @@ def read_riff(read: Read, size: int) -> Riff:
                 break
             if number == MOST_CHUNKS:
                 raise AudioError(f"it is damaged: it has more than {MOST_CHUNKS - 1} chunks")
-            raise AudioError(f"it is damaged: its chunk {name!r} says {length} bytes, and {left} are left of the file")
+            raise AudioError(
+                f"it is damaged: its chunk {name!r} says {length} bytes, but only {left} are left of the file"
+            )
         if name == b"data":
             ordinary &= data is None and bool(form)
             promised = long if length == 0xFFFFFFFF and long else length

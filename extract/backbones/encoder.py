@@ -92,6 +92,7 @@ class WhisperEncoder(nn.Module):
 
     LINEAR: ClassVar = {"stem1": True, "stem2": True}
     fused = False  # whether Triton's kernels run the blocks; `prepare` finds out
+    not_fused = ""  # and why not, where they could
 
     def __init__(self, *, mels: int, layers: int, dim: int, heads: int):
         super().__init__()
@@ -123,16 +124,19 @@ class WhisperEncoder(nn.Module):
         set_precision(self, self.LINEAR, dtype, device)
         for block in self.blocks:
             set_precision(block, block.LINEAR, dtype, device)
-        self.fused = device.type == "cuda" and dtype != torch.float32 and _kernels_are_right(self.dim, dtype, device)
+        if device.type == "cuda" and dtype != torch.float32:
+            self.not_fused = _kernels_problem(self.dim, dtype, device)
+            self.fused = not self.not_fused
         return self.requires_grad_(False).eval().to(device)
 
 
-def _kernels_are_right(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+def _kernels_problem(dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Why the fused kernels cannot be used; nothing if they can."""
     try:
         from whisper_at_cli.extract.backbones import kernels
     except ImportError:  # Triton is not there for every build of torch
-        return False
-    return kernels.is_right(dim, dtype, device)
+        return "Triton is not installed"
+    return kernels.problem(dim, dtype, device)
 
 
 def encoder_from_state(state: dict[str, Tensor], *, heads: int) -> WhisperEncoder:

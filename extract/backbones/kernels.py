@@ -2,7 +2,7 @@
 
 Measured on an H200 with large-v1, 128 clips of 10 s together, bfloat16: 792 clips/s with GELU in the product before it
 and 735 without, where plain operations reach 648 and torch.compile 688; the products alone would reach 975. Importing
-this needs Triton, which torch for CUDA brings along; `is_right` says whether the kernels can be compiled here and agree
+this needs Triton, which torch for CUDA brings along; `problem` says whether the kernels can be compiled here and agree
 with plain operations.
 
 B clips, P positions, T pooled frames (25), D channels, L layers; R = B * P rows.
@@ -151,12 +151,19 @@ def run_blocks(blocks: Sequence[EncoderBlock], x_BPD: Tensor) -> Tensor:
 
 
 @cache
-def is_right(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels can be compiled here, and agree with plain operations on rows of `dim` channels."""
+def problem(dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Why the kernels cannot be used here; nothing if they compile, and agree with plain operations on rows of `dim`
+    channels."""
     try:
-        return _agree(dim, dtype, device)
-    except Exception:  # noqa: BLE001 - no compiler, no driver, a Triton of another version: the plain path needs none
-        return False
+        return "" if _agree(dim, dtype, device) else "their results differ from those of plain operations"
+    except Exception as error:  # noqa: BLE001 - no compiler, no driver, a Triton of another version
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"they cannot be compiled: {reason[:160]}"
+
+
+def is_right(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels can be used here, without `problem`."""
+    return not problem(dim, dtype, device)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.backbones.encoder import PRECISIONS
 from whisper_at_cli.extract.backbones.routines import agrees, draw
 from whisper_at_cli.extract.errors import UsageError
@@ -54,10 +55,10 @@ def use_true_float32(device: torch.device) -> None:
 
 
 def cost_note(backbone: Backbone) -> str | None:
-    """For the user, where float32 is what makes a GPU slow."""
-    if backbone.precision != "float32" or backbone.device.type != "cuda":
+    """For the user, where something makes a GPU slower than it could be."""
+    if backbone.device.type != "cuda":
         return None
-    return (
-        "float32 is about nine times as slow as float16 on a GPU (large-v1 on an H200: 69 against 616 clips/s); "
-        "--precision auto computes in float16 in a new cache"
-    )
+    if backbone.precision == "float32":
+        return notes.FLOAT32_SLOW()
+    reason = getattr(getattr(backbone, "encoder", None), "not_fused", "")
+    return notes.KERNELS_UNUSED(reason=reason) if reason else None

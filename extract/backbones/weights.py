@@ -34,6 +34,7 @@ from whisper_at_cli.extract.backbones.huggingface import (
     read_whisper_folder,
     without_wrappers,
 )
+from whisper_at_cli.extract.backbones.shapes import whisper_shapes
 from whisper_at_cli.extract.backbones.sizes import ALIASES, MAX_POSITIONS, WHISPER_SIZES, name_by_size
 from whisper_at_cli.extract.backbones.vocabulary import without_padding
 from whisper_at_cli.extract.errors import UsageError, WeightsError
@@ -406,16 +407,16 @@ def _check_state(source: Path, dims: dict[str, int], state: dict[str, Tensor]) -
         raise WeightsError(f"{source} has {dims['n_audio_ctx']} encoder positions; Whisper has {MAX_POSITIONS}")
     if any(dims[f"n_{what}_state"] % dims[f"n_{what}_head"] for what in sides):
         raise WeightsError(f"{source} has channels that do not divide into its attention heads: {dims}")
-    expected = _empty_state(source, dims)
+    expected = whisper_shapes(dims)
     if missing := expected.keys() - state.keys():
         raise WeightsError(f"{source} lacks {len(missing)} tensors of a Whisper model, such as {min(missing)}")
     if extra := state.keys() - expected.keys():
         raise WeightsError(f"{source} has {len(extra)} tensors that no Whisper model has, such as {min(extra)[:80]!r}")
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+        if tensor.shape != expected[name] or not tensor.is_floating_point():
             raise WeightsError(
-                f"{source}: {name} is {tuple(tensor.shape)} {tensor.dtype}, and {tuple(expected[name].shape)} by the "
-                "model's other tensors"
+                f"{source}: {name} is {tuple(tensor.shape)} {tensor.dtype}, but the model's other tensors imply "
+                f"{expected[name]}"
             )
     check_finite(source, state)
 
@@ -428,18 +429,3 @@ def check_finite(source: Path, state: dict[str, Tensor]) -> None:
                 f"{source}: {name} holds NaN or infinite numbers, as after a training that diverged; use an earlier "
                 "checkpoint"
             )
-
-
-def _empty_state(source: Path, dims: dict[str, int]) -> dict[str, Tensor]:
-    """The state dict of a Whisper of these dimensions, on the meta device: names and shapes, and no memory."""
-    from whisper.model import AudioEncoder, TextDecoder
-
-    encoder, decoder = [dims[name] for name in DIMENSIONS[:5]], [dims[name] for name in DIMENSIONS[5:]]
-    try:
-        with torch.device("meta"):
-            halves: dict[str, torch.nn.Module] = {"encoder": AudioEncoder(*encoder)}
-            if any(decoder):
-                halves["decoder"] = TextDecoder(*decoder)
-    except (RuntimeError, ValueError, OverflowError, AssertionError) as error:
-        raise WeightsError(f"{source} has dimensions that no model can have: {dims}") from error
-    return {f"{side}.{name}": tensor for side, half in halves.items() for name, tensor in half.state_dict().items()}

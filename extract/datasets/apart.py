@@ -58,7 +58,7 @@ def look_apart(path: Path, names: tuple[str, ...]) -> None:
     arguments = [str(path.resolve()), " ".join(names), str(CPU_SECONDS), str(memory)]
     status, found = run_program(arguments)
     if status < 0:
-        raise UsageError(f"{path} is damaged: reading it does not end, or crashes; copy or make it again")
+        raise UsageError(f"{path} cannot be read: the file is corrupt; copy it again")
     if found:
         step, problem = json.loads(found)
         what = "is not a readable HDF5 file" if step == "open" else "cannot be read as a pack of waveforms"

@@ -81,7 +81,7 @@ def _segments(path: Path, classes: ClassList, seen: set[tuple[str, float]]) -> I
             raise UsageError(f"{place} has {len(row)} fields; a segment has YTID, start_seconds, end_seconds, labels")
         ytid = as_name(row[0], "YTID", place)
         if not ytid or "/" in ytid:
-            raise UsageError(f"{place}: {ytid!r} is no YTID")
+            raise UsageError(f"{place}: {ytid!r} is not a YouTube id")
         start, end = as_span(row[1], row[2], place)
         if start is None or end is None:
             raise UsageError(f"{place}: start and end are needed")

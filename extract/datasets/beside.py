@@ -1,8 +1,9 @@
 """The tables that lie beside a folder's audio: which of them say what its clips are, and why the others do not.
 
 `manifest.csv` is read whatever it says. AudioFolder's `metadata.csv`, at the top or in the folder of each split, and
-any other table at the top or in a folder such as `meta/`, is read if it has a column of audio files and one of labels
-and lists at least half of the audio below. A table that says no more than the folders' names is not needed.
+any other table at the top or in a folder such as `meta/` or `data/`, is read if it has a column of audio files and one
+of labels and lists at least half of the audio below. Where none does, tables that are called as splits are
+(`train.csv`), if half of what they list is there. A table that says no more than the folders' names is not needed.
 """
 
 from __future__ import annotations
@@ -12,21 +13,29 @@ import posixpath
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from whisper_at_cli.extract import notes
-from whisper_at_cli.extract.datasets.columns import AUDIO_NAMES, LABEL_NAMES
+from whisper_at_cli.extract.datasets.columns import AUDIO_NAMES, LABEL_NAMES, OTHERS
 from whisper_at_cli.extract.datasets.entries import Entry, read_entries, rebased
 from whisper_at_cli.extract.datasets.locate import located
-from whisper_at_cli.extract.datasets.scan import audio_files, first_file, is_folder
-from whisper_at_cli.extract.datasets.splits import SPLITS
+from whisper_at_cli.extract.datasets.scan import audio_files, first_file, is_folder, unwrapped
+from whisper_at_cli.extract.datasets.splits import CONTAINERS, SPLITS, TABLES, split_of
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import CSV_SUFFIXES, JSONL_SUFFIXES, TextFile, columns_of, described_columns
 
 MANIFESTS = ("manifest.csv", "manifest.jsonl", "manifest.tsv")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.tsv")
-FOLDERS = frozenset("meta metadata label labels annotation annotations csv list lists split splits info tables".split())
 MOST_TABLES = 30  # that are looked into
+CSV_OR_JSONL = CSV_SUFFIXES + JSONL_SUFFIXES
+LISTS = (".txt", ".lst", ".json")  # tables too, if half of their first lines name audio
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+SUFFIXES = CSV_OR_JSONL + LISTS + SPREADSHEETS
 LINES_LOOKED_AT = 20
+NO_LABELS = frozenset(  # columns that tables of speech have
+    "sentence transcription transcript normalized_text client_id speaker speaker_id duration sampling_rate sample_rate "
+    "gender age accent accents locale segment variant up_votes down_votes sentence_id sentence_domain language".split()
+)
 FEWEST_CHARACTERS = 8  # of a cell with which the name of an audio file may begin
 
 
@@ -51,7 +60,7 @@ class Found:
         usable, splits = self.usable, dict(self.splits)
         if len(usable) > 1:
             usable = tuple(table for table in usable if table.name in METADATA) or usable
-            splits |= {table: SPLITS[name] for table in usable if (name := table.stem.lower()) in SPLITS}
+            splits |= {table: split for table in usable if (split := split_of(table.stem))}
         if len(usable) > 1 and not all(table in splits for table in usable):
             names = ", ".join(table.relative_to(self.root).as_posix() for table in usable)
             raise UsageError(
@@ -90,15 +99,31 @@ def find_tables(root: Path) -> Found:
         return Found(root, ())
     audio = tuple(audio_files(root))
     stems = {PurePosixPath(path).stem for path in audio}
-    unread = {table: reason for table in tables if (reason := _unread(table, root, audio))}
-    usable = tuple(table for table in tables if table not in unread)
+    looks = {table: _look(table, root, audio) for table in tables}
+    usable = tuple(table for table, look in looks.items() if not look.problem)
+    if all(split_of(table.stem) for table in usable):
+        usable = tuple(
+            table for table, look in looks.items() if not look.problem or (look.mostly_there and split_of(table.stem))
+        )
+    unread = {table: look.problem for table, look in looks.items() if table not in usable}
     listing = frozenset(table for table in unread if _lists_audio(table, stems))
+    unread = {table: why for table, why in unread.items() if table in listing or table.suffix.lower() not in LISTS}
     return Found(root, usable, splits, unread, listing, audio)
+
+
+def below_wrappers(root: Path) -> Path:
+    """Where a dataset begins: below folders in which there is neither audio nor a table, and one folder alone."""
+    return unwrapped(root, *SUFFIXES)
+
+
+def tables_around(root: Path) -> Found:
+    """`find_tables` at a folder, or below its wrappers where there are none."""
+    found = find_tables(root)
+    return found if found.usable or found.unread else find_tables(below_wrappers(root))
 
 
 def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
     """Tables at the top and in folders of tables; and AudioFolder's in folders of splits, with these splits."""
-    suffixes = CSV_SUFFIXES + JSONL_SUFFIXES
     tables, splits = [], {}
     try:
         with os.scandir(root) as entries:
@@ -107,34 +132,56 @@ def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
             if folder and name.lower() in SPLITS and (table := first_file(root / name, *METADATA)):
                 tables.append(table)
                 splits[table] = SPLITS[name.lower()]
-            elif folder and name.lower() in FOLDERS:
-                tables += sorted(file for file in (root / name).iterdir() if file.suffix.lower() in suffixes)
-            elif not folder and name.lower().endswith(suffixes):
+            elif folder and name.lower() in TABLES | CONTAINERS:
+                tables += sorted(file for file in (root / name).iterdir() if file.name.lower().endswith(SUFFIXES))
+            elif not folder and name.lower().endswith(SUFFIXES):
                 tables.append(root / name)
     except OSError as error:
         raise UsageError(f"{root} cannot be searched: {error}") from error
     return tables[:MOST_TABLES], splits
 
 
-def _unread(table: Path, root: Path, audio: tuple[str, ...]) -> str:
-    """Why a table does not say what the clips are; nothing if it does."""
-    names = columns_of(table)
+class _Look(NamedTuple):
+    """Why a table does not say what the clips are, nothing if it does; and whether half of what it lists is there."""
+
+    problem: str
+    mostly_there: bool = False
+
+
+def _columns_problem(table: Path, audio: tuple[str, ...]) -> str:
+    """Why a table's columns do not say what the clips are. One without labels does where there is nothing to say:
+    none of its columns could be the labels, and no folders could."""
+    if table.suffix.lower() in SPREADSHEETS:
+        return "it is a spreadsheet; save it as CSV"
+    names = set(columns_of(table))
     columns = f"(its columns are {described_columns(table)})"
-    if set(AUDIO_NAMES).isdisjoint(names):
+    if names.isdisjoint(AUDIO_NAMES):
         return f"it has no column of audio files {columns}"
-    if set(LABEL_NAMES).isdisjoint(names):
+    if names.isdisjoint(LABEL_NAMES) and (names - NO_LABELS.union(AUDIO_NAMES, OTHERS) or _may_be_classes(audio)):
         return f"it has no column of labels {columns}"
+    return ""
+
+
+def _may_be_classes(audio: tuple[str, ...]) -> bool:
+    """Whether audio lies in folders of several names that are not those of splits or containers."""
+    names = {PurePosixPath(path).parent.name.lower() for path in audio}
+    return len(names - CONTAINERS - SPLITS.keys()) > 1
+
+
+def _look(table: Path, root: Path, audio: tuple[str, ...]) -> _Look:
+    if problem := _columns_problem(table, audio):
+        return _Look(problem)
     try:
         _, entries = rebased(read_entries(table, []), table, root, may_move=False)
     except UsageError as error:
-        return str(error)
+        return _Look(str(error))
     paths, _ = located(root, [entry.audio for entry in entries])
     there = set(audio).intersection(map(posixpath.normpath, paths))
     if 2 * len(there) < len(audio) and not (table.name in METADATA and there):
-        return f"it lists {len(there)} of {len(audio)} audio files"
+        return _Look(f"it lists {len(there)} of {len(audio)} audio files", 2 * len(there) >= len(entries))
     if _says_what_folders_say(entries, paths):
-        return "its labels are the names of the folders"
-    return ""
+        return _Look("its labels are the names of the folders")
+    return _Look("")
 
 
 def _says_what_folders_say(entries: list[Entry], paths: list[str]) -> bool:
@@ -146,12 +193,18 @@ def _says_what_folders_say(entries: list[Entry], paths: list[str]) -> bool:
 
 
 def _lists_audio(table: Path, stems: set[str]) -> bool:
-    """Whether the first lines of a table hold the name of an audio file, or what such a name begins with."""
+    """Whether the first lines of a table hold the name of an audio file, or what such a name begins with; of a text
+    file at least every second line."""
     try:
         lines = [line for _, (_, line) in zip(range(LINES_LOOKED_AT), TextFile(table, "CSV").lines(), strict=False)]
     except UsageError:
         return False
-    texts = re.split(r"[,;\t\r\n]", "\n".join(lines))
+    naming = [_names_audio(line, stems) for line in lines if line.strip(" \t\r\n[]{}")]
+    return any(naming) if table.suffix.lower() not in LISTS else 2 * sum(naming) > len(naming)
+
+
+def _names_audio(line: str, stems: set[str]) -> bool:
+    texts = re.split(r"[,;|\t\r\n\[\]{}\"]|: ", line) + line.split()
     cells = {PurePosixPath(text.strip().strip("\"'").replace("\\", "/")) for text in texts}
     names = {cell.stem for cell in cells} | {cell.name for cell in cells}
     long = tuple(name for name in names if len(name) >= FEWEST_CHARACTERS)

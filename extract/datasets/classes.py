@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from whisper_at_cli.extract.cells import as_name, as_whole
+from whisper_at_cli.extract.cells import as_label, as_name, as_whole
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import Table, columns_of, text_lines
 
@@ -37,7 +37,7 @@ def read_classes(path: Path, said: list[str] | None = None) -> ClassList:
     if not path.is_file():
         raise UsageError(f"{path} does not exist; give a class_labels_indices.csv or a file with one class per line")
     if not set(COLUMNS) <= set(columns_of(path)):
-        names = [as_name(line, "a class", str(path)) for line in text_lines(path, said)]
+        names = [as_label(line, str(path), "a class") for line in text_lines(path, said)]
         return _class_list(path, [("", name) for name in names])
     table = Table(path)
     table.need(*COLUMNS)
@@ -46,14 +46,15 @@ def read_classes(path: Path, said: list[str] | None = None) -> ClassList:
         number = as_whole(row["index"], "index", place)
         if number in numbered:
             raise UsageError(f"{place}: index {number} is there twice")
-        name = as_name(row["display_name"], "display_name", place)
+        name = as_label(row["display_name"], place, "display_name")
         numbered[number] = (as_name(row.get("mid", ""), "mid", place), name)
     said += table.notes
     if not numbered:
         raise UsageError(f"{path} names no class")
     if sorted(numbered) != list(range(len(numbered))):
         raise UsageError(
-            f"{path} numbers its {len(numbered)} classes from {min(numbered)} to {max(numbered)} with gaps"
+            f"{path} lists {len(numbered)} classes with indices from {min(numbered)} to {max(numbered)}; they must run "
+            f"from 0 to {len(numbered) - 1}"
         )
     return _class_list(path, [numbered[number] for number in range(len(numbered))])
 
@@ -65,7 +66,7 @@ def numbered_classes(rows: list[tuple[str, int, str]], what: str) -> tuple[list[
     """
     names: dict[int, str] = {}
     for place, number, name in rows:
-        if names.setdefault(number, as_name(name, "a class", place)) != name:
+        if names.setdefault(number, as_label(name, place, "a class")) != name:
             raise UsageError(f"{place}: {what} {number} is {name!r} here and {names[number]!r} above")
     at = {number: index for index, number in enumerate(sorted(names))}
     return [at[number] for _, number, _ in rows], tuple(names[number] for number in sorted(names))

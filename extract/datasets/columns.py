@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from whisper_at_cli.extract import notes
@@ -17,8 +18,12 @@ LABEL_NAMES = (  # best first
 )  # fmt: skip
 WANTED_AUDIO, WANTED_LABELS = AUDIO_NAMES[:5], LABEL_NAMES[:5]
 OTHERS = ("start", "end", "fold", "split", "id", "text")
+LIKE_SPANS = (  # what others call start and end
+    "start_time", "start_seconds", "start_sec", "start_s", "begin", "begin_time", "onset", "offset",
+    "end_time", "end_seconds", "end_sec", "end_s", "stop", "stop_time",
+)  # fmt: skip
+SLICES = "slice_file_name"  # of UrbanSound8K, whose start and end are those of the recordings
 FLAGS = frozenset(("0", "1", "0.0", "1.0", "true", "false", ""))
-FLAG_ROWS = 200  # that are looked at to tell columns of 0 and 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,7 @@ class Columns:
 
     audio: str
     label: str = ""
+    spans: bool = True  # whether start and end are places in the file
 
 
 def taken_columns(table: Table | JsonLines, said: list[str]) -> Columns:
@@ -51,9 +57,20 @@ def taken_columns(table: Table | JsonLines, said: list[str]) -> Columns:
     ):
         said.append(notes.COLUMNS_TAKEN(table=table.path.name, taken=taken_text(taken)))
     if label is None:
-        _refuse_one_hot(table, audio)
+        _refuse_one_hot(table, [name for name in table.names if name and name not in (audio, *OTHERS)])
         said.append(_no_label_column(table.path.name, table.described()))
-    return Columns(audio, label or "")
+    return Columns(audio, label or "", _spans(table.path.name, table.names, audio, said))
+
+
+def _spans(table: str, names: Collection[str], audio: str, said: list[str]) -> bool:
+    """Whether start and end are to be used; a note where they are not, or where others are called much the same."""
+    given = not {"start", "end"}.isdisjoint(names)
+    if given and audio == SLICES:
+        said.append(notes.SLICE_SPANS(table=table))
+    like = [name for name in LIKE_SPANS if name in names]
+    if like and not given:
+        said.append(notes.SPANS_UNUSED(table=table, columns=", ".join(like)))
+    return audio != SLICES
 
 
 def taken_text(taken: list[tuple[str, str]]) -> str:
@@ -80,18 +97,23 @@ def _of_json(table: JsonLines, said: list[str]) -> Columns:
         taken = [("audio", audio or "audio")] + ([("labels", label)] if label else [])
         said.append(notes.COLUMNS_TAKEN(table=table.path.name, taken=taken_text(taken)))
     if label is None and keys:
+        _refuse_one_hot(table, [name for name in keys if name not in (audio, *OTHERS)])
         said.append(_no_label_column(table.path.name, described))
-    return Columns(audio or "audio", label or "")
+    return Columns(audio or "audio", label or "", _spans(table.path.name, keys, audio or "audio", said))
 
 
-def _refuse_one_hot(table: Table, audio: str) -> None:
+def _refuse_one_hot(table: Table | JsonLines, columns: list[str]) -> None:
     """Raise UsageError where several columns hold nothing but 0 and 1: they are labels, most likely."""
-    columns = [name for name in table.names if name and name not in (audio, *OTHERS)]
     seen: dict[str, set[str]] = {name: set() for name in columns}
-    for _, (_, row) in zip(range(FLAG_ROWS), table.rows(), strict=False):
-        for name in columns:
-            seen[name].add(row[name].lower())
-    flags = [name for name in columns if seen[name] <= FLAGS and len(seen[name] - {""}) == 2]
+    for _, row in table.rows():
+        for name, values in list(seen.items()):
+            value = row.get(name)
+            values.add("" if value is None else str(value).strip().lower())
+            if not values <= FLAGS:
+                del seen[name]
+        if not seen:
+            return
+    flags = [name for name, values in seen.items() if len({value[:1] for value in values} - {""}) == 2]
     if len(flags) > 1:
         raise UsageError(
             f"{table.path} has no column of labels, and its columns {notes.listed(flags)} hold 0 and 1 only. Write the "

@@ -8,13 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from whisper_at_cli.extract import notes
-from whisper_at_cli.extract.cells import NAME_CHARACTERS, PATH_CHARACTERS, as_fold, as_name, as_span, is_nan
+from whisper_at_cli.extract.cells import (
+    NAME_CHARACTERS,
+    PATH_CHARACTERS,
+    as_fold,
+    as_label,
+    as_name,
+    as_span,
+    is_nan,
+)  # fmt: skip
 from whisper_at_cli.extract.datasets.columns import LABEL_NAMES, Columns, taken_columns
 from whisper_at_cli.extract.datasets.locate import evenly, exists
+from whisper_at_cli.extract.datasets.splits import TABLES
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import JsonLines, Table, is_csv
 
 SEPARATOR = ";"  # between labels
+OTHER_SEPARATORS = (SEPARATOR, "|", ",")
 TEXT_CHARACTERS = 100_000
 LIST_CHARACTERS = 10_000  # of a list of labels that is written as Python writes it
 BASES_CHECKED = 50
@@ -40,12 +50,42 @@ def read_entries(path: Path, said: list[str]) -> list[Entry]:
     """The rows of a table; notes are appended to `said`. Raises UsageError with the place of what is wrong."""
     table = Table(path) if is_csv(path) else JsonLines(path)
     columns = taken_columns(table, said)
-    entries = [entry_of(row, place, columns) for place, row in table.rows()]
+    entries, lists = [], False
+    for place, row in table.rows():
+        entries.append(entry_of(row, place, columns))
+        lists = lists or _is_list(row.get(columns.label))
     said += table.notes
     if columns.label and (without := sum(1 for entry in entries if entry.labels == NAN_LABEL)):
         said.append(notes.NAN_LABELS(clips=without, table=path.name))
         entries = [replace(entry, labels=()) if entry.labels == NAN_LABEL else entry for entry in entries]
+    if not lists and all(len(entry.labels) < 2 for entry in entries):
+        entries = _separated(entries, columns.label, path, said)
     return _whole_labels(entries, path, said)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and value.startswith("["))
+
+
+def _separated(entries: list[Entry], column: str, path: Path, said: list[str]) -> list[Entry]:
+    """Entries whose several labels stand in one cell without a ; between them, split where the column is `labels`."""
+    names = list(dict.fromkeys(name for entry in entries for name in entry.labels))
+    for separator in OTHER_SEPARATORS:
+        example = next((name for name in names if separator in name.strip(separator)), "")
+        if not example or (separator == "," and column != "labels"):  # many names of classes hold commas
+            continue
+        if column != "labels" or any(f"{separator} " in name for name in names if separator == ","):
+            said.append(notes.LABELS_WHOLE(table=path.name, separator=separator, example=example))
+            return entries
+        split = {name: tuple(dict.fromkeys(_stripped(name.split(separator)))) for name in names}
+        count = len(split[example])
+        said.append(notes.LABELS_SPLIT(table=path.name, separator=separator, example=example, count=count))
+        return [replace(entry, labels=split[entry.labels[0]] if entry.labels else ()) for entry in entries]
+    return entries
+
+
+def _stripped(parts: list[str]) -> list[str]:
+    return [name for part in parts if (name := part.strip()) and not is_nan(name)]
 
 
 def _whole_labels(entries: list[Entry], path: Path, said: list[str]) -> list[Entry]:
@@ -62,14 +102,16 @@ def _whole_labels(entries: list[Entry], path: Path, said: list[str]) -> list[Ent
 
 
 def rebased(entries: list[Entry], table: Path, root: Path, *, may_move: bool) -> tuple[Path, list[Entry]]:
-    """Paths relative to a root: from the table's own folder, else from the root of the dataset, where more files are.
+    """Paths relative to a root: from the table's own folder, or from the root of the dataset, if more files are there
+    or none are in either, so that they are looked for below the root.
 
     Of a table that was given as a file, the folder above its own may be the root.
     """
     rows = evenly(len(entries), BASES_CHECKED)
     bases = [table.parent, table.parent.parent if may_move else root]
     there = [sum(exists(base, entries[row].audio) for row in rows) for base in bases]
-    if there[1] > there[0]:
+    by_name = there == [0, 0] and (not may_move or table.parent.name.lower() in TABLES)
+    if there[1] > there[0] or by_name:
         return (bases[1] if may_move else root), entries
     if table.parent == root:
         return root, entries
@@ -86,7 +128,7 @@ def entry_of(row: dict, place: str, columns: Columns) -> Entry:
     audio = row.get(columns.audio)
     if audio in (None, "") or is_nan(audio):
         raise UsageError(f"{place} names no audio file")
-    start, end = as_span(row.get("start"), row.get("end"), place)
+    start, end = as_span(row.get("start"), row.get("end"), place) if columns.spans else (None, None)
     return Entry(
         place, as_name(audio, "audio", place, most=PATH_CHARACTERS), start, end,
         _labels(row, place, columns), as_fold(row.get("fold"), place), _text(row, "split", place, most=64),
@@ -117,7 +159,7 @@ def _labels(row: dict, place: str, columns: Columns) -> tuple[str, ...]:
         value = value.split(SEPARATOR)
     if not isinstance(value, list):
         value = [value]
-    names = [as_name(name, "a label", place) for name in value if not is_nan(name)]
+    names = [as_label(name, place) for name in value if not is_nan(name)]
     return tuple(dict.fromkeys(name for name in names if name))
 
 

@@ -16,7 +16,9 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import Table
 
 TABLE = "esc50.csv"
-PLACES = (f"meta/{TABLE}", TABLE, f"metadata/{TABLE}")
+NAMES = (TABLE, "ESC50.csv", "ESC-50.csv", "esc-50.csv")
+FOLDERS = ("meta", "metadata")
+PLACES = tuple(f"{folder}{name}" for name in NAMES for folder in ("meta/", "", "metadata/"))
 LAYOUT = "meta/esc50.csv (filename, fold, target, category) beside audio/"
 COLUMNS = ("filename", "fold", "target", "category")
 
@@ -30,7 +32,7 @@ def read(path: Path) -> Dataset:
     file = _table_of(path)
     if file is None:
         raise UsageError(f"{path / PLACES[0]} does not exist; an ESC-50 layout has {LAYOUT}")
-    root = path if path.is_dir() else path.parent.parent if path.parent.name == "meta" else path.parent
+    root = path if path.is_dir() else path.parent.parent if path.parent.name in FOLDERS else path.parent
     table = Table(file)
     table.need(*COLUMNS)
     files, folds, targets = [], [], []
@@ -61,4 +63,4 @@ def _name(text: str, place: str) -> str:
 def _table_of(path: Path) -> Path | None:
     if path.is_dir():
         return first_file(path, *PLACES)
-    return path if path.name == TABLE and path.is_file() else None
+    return path if path.name in NAMES and path.is_file() else None

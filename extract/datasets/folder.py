@@ -8,22 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unicodedata import normalize
 
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.decode import SUFFIXES
 from whisper_at_cli.extract.cells import from_one
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, unique_ids
-from whisper_at_cli.extract.datasets.beside import Found, find_tables
+from whisper_at_cli.extract.datasets.beside import Found, tables_around
 from whisper_at_cli.extract.datasets.scan import all_files, is_audio, left_out
-from whisper_at_cli.extract.datasets.splits import SPLITS
+from whisper_at_cli.extract.datasets.splits import CONTAINERS, SPLITS
 from whisper_at_cli.extract.errors import UsageError
 
 LAYOUT = "a folder per class with audio files in it"
-CONTAINERS = frozenset(
-    "audio audios audio_files audiofiles data dataset wav wavs flac flacs mp3 mp3s ogg clips sounds recordings files "
-    "video videos".split()
-)
-
 FOLD_FOLDER = re.compile(r"fold[-_ ]?([0-9]{1,4})", re.IGNORECASE)
 
 
@@ -42,7 +38,7 @@ def read(root: Path) -> Dataset:
         more = f" ({said[0]})" if said else ""
         raise UsageError(f"{root} holds no audio files ({', '.join(sorted(SUFFIXES)[:6])}, ...); give {LAYOUT}{more}")
     folders = _Folders([list(Path(path).parts[:-1]) for path in paths])
-    classes = [as_text("/".join(parts)) for parts in folders.classes]
+    classes = [normalize("NFC", as_text("/".join(parts))) for parts in folders.classes]
     if any(classes) and not all(classes):
         stray = paths[classes.index("")]
         raise UsageError(
@@ -55,7 +51,7 @@ def read(root: Path) -> Dataset:
         Clip(id=name, path=path, labels=(index[label],) if label else (), fold=fold, split=split)
         for name, path, fold, split, label in zip(unique_ids(paths), paths, folds, folders.splits, classes, strict=True)
     )
-    said = [*folders.said(names), *folds_said, *said, *find_tables(root).unread_notes(by_request=True)]
+    said = [*folders.said(names), *folds_said, *said, *tables_around(root).unread_notes(by_request=True)]
     return Dataset(root.resolve().name, root, clips, tuple(names), notes=tuple(said))
 
 
@@ -75,11 +71,11 @@ def read_as_last_resort(root: Path) -> Dataset:
 
 
 def _refuse_unread_table(root: Path) -> None:
-    found: Found = find_tables(root)
+    found: Found = tables_around(root)
     unread = next((table for table in found.unread if table in found.listing), None)
     if unread is not None:
         raise UsageError(
-            f"{unread} lists the audio of {root} and was not read: {found.unread[unread]}. Mend it, or use --format "
+            f"{unread} lists the audio of {root} and was not read: {found.unread[unread]}. Correct it, or use --format "
             "folder to extract without it"
         )
 
@@ -136,7 +132,8 @@ class _Folders:
 
 
 def _looks_like_no_class(name: str) -> bool:
-    return name.lower() in SPLITS or name.lower() in CONTAINERS or fold_of_folder(name) is not None
+    known = name.lower() in SPLITS or name.lower() in CONTAINERS or name.startswith("_")
+    return known or fold_of_folder(name) is not None
 
 
 def fold_of_folder(name: str) -> int | None:

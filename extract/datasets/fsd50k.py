@@ -21,16 +21,20 @@ LAYOUT = (
 
 
 def recognise(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".csv" and path.stem in AUDIO and _truth(path.parent.parent) == path.parent
     return _truth(path) is not None
 
 
 def read(path: Path) -> Dataset:
-    """All clips of dev.csv and eval.csv that are there; 200 classes as vocabulary.csv numbers them."""
+    """All clips of dev.csv and eval.csv that are there, or of the one that is given; 200 classes as vocabulary.csv
+    numbers them."""
+    path, parts = (path, tuple(AUDIO)) if not path.is_file() else (path.parent.parent, (path.stem,))
     truth = _truth(path)
     if truth is None:
         raise UsageError(f"{path / TRUTHS[0]} holds neither dev.csv nor eval.csv; FSD50K's layout is {LAYOUT}")
     files, named, splits, said = [], [], [], []
-    for part in AUDIO:
+    for part in parts:
         if not (truth / f"{part}.csv").is_file():
             continue
         table = Table(truth / f"{part}.csv")
@@ -85,7 +89,7 @@ def _vocabulary(truth: Path) -> tuple[str, ...]:
     names = {}
     for place, row in plain_rows(file):
         if len(row) < 2 or not (row[0].isascii() and row[0].isdecimal() and len(row[0]) < 8) or int(row[0]) in names:
-            raise UsageError(f"{place} is not: a number of its own, a class name, a machine id")
+            raise UsageError(f"{place}: expected a number that no other line has, a class name and a machine id")
         names[int(row[0])] = row[1].strip()
     if len(set(names.values())) != len(names):
         raise UsageError(f"{file} names a class twice")

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.audio.sources import TableClip, arrow_rows
-from whisper_at_cli.extract.cells import as_fold, as_name, from_one, is_nan
+from whisper_at_cli.extract.cells import as_fold, as_label, from_one, is_nan
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, as_text, refuse_too_many_classes
 from whisper_at_cli.extract.datasets.columns import LABEL_NAMES, WANTED_LABELS, taken_text
+from whisper_at_cli.extract.datasets.scan import folders_of
 from whisper_at_cli.extract.datasets.splits import SPLITS
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import column_name
@@ -62,13 +63,33 @@ def recognise(path: Path) -> bool:
 
 
 def _parquet_files(path: Path) -> dict[str, list[str]]:
-    """Parquet files in a folder or in its `data/`, by split."""
+    """Parquet files by split: one file, those in a folder or in its `data/`, or those in folders of splits, as
+    `default/train/0000.parquet`."""
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        return {_split_of_file(path): [str(path)]}
     found: dict[str, list[str]] = {}
     for folder in (path, path / "data"):
         for file in sorted(folder.glob("*.parquet")) if not found else ():
-            match = PARQUET.fullmatch(file.name)
-            name = match[1].lower() if match and match[1].lower() in SPLITS else "train"
-            found.setdefault(name, []).append(str(file))
+            found.setdefault(_split_of_file(file), []).append(str(file))
+    return found or _of_split_folders(path)
+
+
+def _split_of_file(file: Path) -> str:
+    match = PARQUET.fullmatch(file.name)
+    return match[1].lower() if match and match[1].lower() in SPLITS else "train"
+
+
+def _of_split_folders(path: Path) -> dict[str, list[str]]:
+    """Raises UsageError where several configurations of a dataset lie side by side."""
+    found: dict[str, list[str]] = {}
+    configurations = []
+    for folder in (path, *folders_of(path)):
+        files = {name: sorted((folder / name).glob("*.parquet")) for name in SPLITS if (folder / name).is_dir()}
+        if any(files.values()):
+            configurations.append(folder.name)
+            found |= {name: list(map(str, each)) for name, each in files.items() if each}
+    if len(configurations) > 1:
+        raise UsageError(f"{path} holds several datasets: {', '.join(configurations)}; give one of these folders")
     return found
 
 
@@ -113,7 +134,7 @@ def _unpacked(files: dict[str, list[str]]) -> datasets.DatasetDict:
 def _dataset(path: Path, splits: dict) -> TableDataset:
     import datasets
 
-    first = next(iter(splits.values()))
+    first, root = next(iter(splits.values())), path.parent if path.is_file() else path
     column = next((name for name, feature in first.features.items() if isinstance(feature, datasets.Audio)), None)
     if column is None:
         raise UsageError(f"{path} has no Audio column; its columns are {', '.join(first.features)}")
@@ -136,14 +157,15 @@ def _dataset(path: Path, splits: dict) -> TableDataset:
     if len({clip.id for clip in clips}) != len(clips):
         clips = [replace(clip, id=f"{clip.split}/{clip.id}") for clip in clips]
     if len({clip.id for clip in clips}) != len(clips):
-        raise UsageError(f"{path} names two clips alike in its column id")
+        raise UsageError(f"{path} has the same value twice in its column id")
     taken = [("audio", column)] + ([("labels", label)] if label else [])
     said.append(notes.COLUMNS_TAKEN(table=path.name, taken=taken_text(taken)))
     if not label:
         wanted = ", ".join(WANTED_LABELS)
         said.append(notes.NO_LABEL_COLUMN(table=path.name, wanted=wanted, columns=", ".join(first.features)[:300]))
+    name = path.stem if path.is_file() else path.resolve().name
     return TableDataset(
-        path.resolve().name, path, tuple(clips), labels.names, tables=tuple(tables), ends=tuple(accumulate(rows)),
+        name, root, tuple(clips), labels.names, tables=tuple(tables), ends=tuple(accumulate(rows)),
         column=column, notes=tuple(said),
     )  # fmt: skip
 
@@ -178,7 +200,7 @@ class _Labels:
         values = {value for table in splits.values() if column for row in table[column][:] for value in _each(row)}
         numbers = all(isinstance(value, int) for value in values)
         ordered = sorted(values) if numbers else sorted(values, key=str)
-        self.names = tuple(dict.fromkeys(as_name(value, "a label", str(path)) for value in ordered))
+        self.names = tuple(dict.fromkeys(as_label(value, str(path)) for value in ordered))
         refuse_too_many_classes(self.names, path)
         self.index = {name: at for at, name in enumerate(self.names)}
 
@@ -188,7 +210,7 @@ class _Labels:
             if any(number >= len(self.names) for number in numbers):
                 raise UsageError(f"{place} has label {max(numbers)} of {len(self.names)} classes")
             return tuple(sorted(numbers))
-        return tuple(sorted({self.index[as_name(each, "a label", place)] for each in _each(value)}))
+        return tuple(sorted({self.index[as_label(each, place)] for each in _each(value)}))
 
 
 def _each(value: object) -> list:

@@ -17,7 +17,7 @@ from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.datasets.scan import all_files, is_audio
 
 CHECKED = 2000  # files of a table that are looked for where it says; if all are there, so are the others
-FORM, SLASHES, CASE, SUFFIX, FOLDER = "Unicode form", "backslashes", "upper and lower case", "another suffix", "folder"
+FORM, SLASHES, CASE, SUFFIX, FOLDER = "Unicode form", "backslashes", "upper and lower case", "their suffix", "folder"
 
 
 def located(root: Path, listed: Sequence[str], *, published: bool = False) -> tuple[list[str], list[str]]:

@@ -19,7 +19,7 @@ from whisper_at_cli.extract.datasets.base import (
     refuse_too_many_classes,
     segment_ids,
 )  # fmt: skip
-from whisper_at_cli.extract.datasets.beside import Found, find_tables
+from whisper_at_cli.extract.datasets.beside import SPREADSHEETS, Found, find_tables
 from whisper_at_cli.extract.datasets.classes import ClassList, read_classes
 from whisper_at_cli.extract.datasets.columns import AUDIO_NAMES
 from whisper_at_cli.extract.datasets.entries import Entry, read_entries, rebased
@@ -36,6 +36,8 @@ LAYOUT = (
 def recognise(path: Path) -> bool:
     if path.is_dir():
         return bool(find_tables(path).usable)
+    if path.suffix.lower() in SPREADSHEETS:
+        raise UsageError(f"{path} is a spreadsheet; save it as CSV")
     return path.suffix.lower() in CSV_SUFFIXES + JSONL_SUFFIXES or not set(AUDIO_NAMES).isdisjoint(columns_of(path))
 
 
@@ -101,6 +103,6 @@ def _refuse_twice(ids: Iterable[str], entries: list[Entry]) -> None:
         if name in seen:
             raise UsageError(
                 f"{entry.place}: clip {name!r} was already named by {seen[name].place.split(' of ')[0]}; ids must be "
-                "unique (a column id can tell clips apart)"
+                "unique (columns start and end, or a column id, tell clips of one file apart)"
             )
         seen[name] = entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from whisper_at_cli.extract.datasets import (
     waveforms,
 )  # fmt: skip
 from whisper_at_cli.extract.datasets.base import Dataset
+from whisper_at_cli.extract.datasets.beside import below_wrappers
+from whisper_at_cli.extract.datasets.scan import audio_files, folders_of, is_audio
 from whisper_at_cli.extract.errors import UsageError
 
 
@@ -82,6 +85,7 @@ def open_dataset(path: str | Path, *, format: str = "auto", labels: str | Path |
         raise UsageError(f"{path} does not exist; give the dataset's folder or file")
     if format != "auto" and format not in FORMATS:
         raise UsageError(f"dataset format {format!r} is not known; choose from {', '.join(FORMATS)}")
+    given = path
     name, path = _recognised(path) if format == "auto" else (format, _inside(path, format))
     chosen = FORMATS[name]
     if labels is not None and not chosen.takes_labels:
@@ -91,12 +95,36 @@ def open_dataset(path: str | Path, *, format: str = "auto", labels: str | Path |
     )
     dataset = read(path, labels=Path(labels)) if labels is not None else read(path)
     if not dataset.clips:
-        raise UsageError(f"{path} was read as {name} and names no clip")
-    return with_label_notes(dataset)
+        raise UsageError(f"{path} was read as {name} and lists no clips")
+    said = dict.fromkeys((*dataset.notes, *_left_beside(given, path)))
+    return with_label_notes(replace(dataset, notes=tuple(said)))
+
+
+def _left_beside(given: Path, taken: Path) -> list[str]:
+    """A note on audio that lies in the folder that was given, and outside of the one that is read."""
+    outside: list[str] = []
+    folder = taken
+    while folder != given and given in folder.parents:
+        for entry in sorted(folder.parent.iterdir()):
+            inside = entry.relative_to(given).as_posix()
+            if entry != folder and entry.name[:1] != ".":
+                found = audio_files(entry) if entry.is_dir() else [""] if is_audio(entry.name) else []
+                outside += [f"{inside}/{path}".rstrip("/") for path in found]
+        folder = folder.parent
+    if not outside:
+        return []
+    place = taken.relative_to(given).as_posix()
+    return [notes.BESIDE_LEFT_OUT(folder=place, files=len(outside), names=notes.listed(outside))]
 
 
 def with_label_notes(dataset: Dataset) -> Dataset:
     """The dataset with a note where it has no labels, or some of its clips have none."""
+    alike: dict[str, list[str]] = {}
+    for name in dataset.class_names:
+        alike.setdefault(re.sub(r"[\s_-]+", "", name.casefold()), []).append(name)
+    if several := [name for names in alike.values() if len(names) > 1 for name in names]:
+        said = notes.CLASSES_ALIKE(names=notes.listed(several))
+        dataset = replace(dataset, notes=(*dataset.notes, said))
     if not dataset.class_names:
         return replace(dataset, notes=(*dataset.notes, notes.NO_LABELS(name=dataset.name)))
     without = sum(not clip.labels for clip in dataset.clips)
@@ -111,14 +139,20 @@ def _recognised(path: Path) -> tuple[str, Path]:
     found = next((name for name, format in FORMATS.items() if format.recognise(path)), None)
     if found is None:
         known = "; ".join(f"{name}: {format.layout}" for name, format in FORMATS.items())
-        raise UsageError(f"{path} is no dataset that is known here. Known are {known}")
+        raise UsageError(f"{path} is not a dataset in a known layout. Known layouts are {known}")
     if found != LAST_RESORT:
         return found, path
-    inside = [(name, folder) for folder in _folders(path) if (name := _published(folder))]
-    if len(inside) > 1:
-        listed = ", ".join(f"{folder.name} ({name})" for name, folder in inside)
-        raise UsageError(f"{path} holds several datasets: {listed}; give one of these folders")
-    return inside[0] if inside else (found, path)
+    below = below_wrappers(path)
+    if below != path and (name := _published(below)):
+        return name, below
+    for place in dict.fromkeys((path, below)):
+        inside = [(name, folder) for folder in folders_of(place) if (name := _published(folder))]
+        if len(inside) > 1:
+            listed = ", ".join(f"{folder.name} ({name})" for name, folder in inside)
+            raise UsageError(f"{place} holds several datasets: {listed}; give one of these folders")
+        if inside:
+            return inside[0]
+    return ("manifest", below) if below != path and manifest.recognise(below) else (found, path)
 
 
 def _published(folder: Path) -> str | None:
@@ -128,14 +162,11 @@ def _published(folder: Path) -> str | None:
 
 def _inside(path: Path, format: str) -> Path:
     """Where a layout begins that was asked for: at the path, or else in its only folder that has that layout."""
-    if format not in PUBLISHED or FORMATS[format].recognise(path):
+    if format not in (*PUBLISHED, "manifest") or not path.is_dir() or FORMATS[format].recognise(path):
         return path
-    inside = [folder for folder in _folders(path) if FORMATS[format].recognise(folder)]
+    below = below_wrappers(path)
+    inside = [below] if FORMATS[format].recognise(below) else []
+    if format in PUBLISHED:
+        inside = inside or [folder for folder in folders_of(path) if FORMATS[format].recognise(folder)]
+        inside = inside or [folder for folder in folders_of(below) if FORMATS[format].recognise(folder)]
     return inside[0] if len(inside) == 1 else path
-
-
-def _folders(path: Path) -> list[Path]:
-    try:
-        return sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[:1] not in "._")
-    except OSError:  # a file, or what may not be read: its reader says so
-        return []

@@ -20,6 +20,10 @@ OTHER_SUFFIXES = frozenset(
 )
 
 
+MOST_WRAPPERS = 5  # folders in folders
+ABOUT = ("readme", "license", "licence", "copying", "changelog", "citation", "attribution")  # files about a dataset
+
+
 def audio_files(root: Path) -> Iterator[str]:
     """Paths relative to `root`, in the order of their folders and names. Hidden files and folders are left out.
 
@@ -78,6 +82,35 @@ def left_out(paths: list[str]) -> list[str]:
         return []
     suffixes = [suffix for suffix, _ in found.most_common()]
     return [notes.LEFT_OUT(files=sum(found.values()), suffixes=notes.listed(suffixes, most=20))]
+
+
+def folders_of(path: Path) -> list[Path]:
+    """The folders in a folder, sorted; none where it cannot be read."""
+    try:
+        return sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[:1] not in "._")
+    except OSError:  # a file, or what may not be read: its reader says so
+        return []
+
+
+def unwrapped(root: Path, *others: str) -> Path:
+    """Where the files of a folder begin: below folders that hold nothing but one folder, and no file with a suffix of
+    audio or one of these others."""
+    for _ in range(MOST_WRAPPERS):
+        try:
+            with os.scandir(root) as entries:
+                listed = [entry for entry in entries if entry.name[:1] not in "._"]
+        except OSError:
+            return root
+        folders = [entry.name for entry in listed if is_folder(entry)]
+        files = [entry.name.lower() for entry in listed if entry.name not in folders]
+        if len(folders) != 1 or any(is_audio(name) or _is_other(name, others) for name in files):
+            return root
+        root = root / folders[0]
+    return root
+
+
+def _is_other(name: str, suffixes: tuple[str, ...]) -> bool:
+    return name.endswith(suffixes) and not name.startswith(ABOUT)
 
 
 def first_file(root: Path, *names: str) -> Path | None:

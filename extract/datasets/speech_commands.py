@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from pathlib import Path
 
 from whisper_at_cli.extract import notes
@@ -29,7 +30,7 @@ def read(path: Path) -> Dataset:
     split_of: dict[str, str] = {}
     for name, split in LISTS.items():
         for line in text_lines(path / name, said):
-            file = as_name(line, "a line", str(path / name)).replace("\\", "/")
+            file = posixpath.normpath(as_name(line, "a line", str(path / name)).replace("\\", "/"))
             if "/" not in file:
                 raise UsageError(f"{path / name} names {file[:60]!r}; a line is WORD/FILE")
             if split_of.setdefault(file, split) != split:

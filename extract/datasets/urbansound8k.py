@@ -13,7 +13,9 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import Table
 
 TABLE = "UrbanSound8K.csv"
-PLACES = (f"metadata/{TABLE}", TABLE, f"meta/{TABLE}")
+NAMES = (TABLE, "UrbanSound8k.csv", "urbansound8k.csv", "urbansound8K.csv")
+FOLDERS = ("metadata", "meta")
+PLACES = tuple(f"{folder}{name}" for name in NAMES for folder in ("metadata/", "", "meta/"))
 LAYOUT = f"{PLACES[0]} (slice_file_name, fold, classID, class) beside audio/fold1 to audio/fold10"
 COLUMNS = ("slice_file_name", "fold", "classID", "class")
 
@@ -27,7 +29,7 @@ def read(path: Path) -> Dataset:
     file = _table_of(path)
     if file is None:
         raise UsageError(f"{path / PLACES[0]} does not exist; UrbanSound8K's layout is {LAYOUT}")
-    root = path if path.is_dir() else path.parent.parent if path.parent.name == "metadata" else path.parent
+    root = path if path.is_dir() else path.parent.parent if path.parent.name in FOLDERS else path.parent
     table = Table(file)
     table.need(*COLUMNS)
     files, folds, numbers = [], [], []
@@ -51,4 +53,4 @@ def read(path: Path) -> Dataset:
 def _table_of(path: Path) -> Path | None:
     if path.is_dir():
         return first_file(path, *PLACES)
-    return path if path.name == TABLE and path.is_file() else None
+    return path if path.name in NAMES and path.is_file() else None

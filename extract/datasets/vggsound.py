@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from whisper_at_cli.extract.cells import as_name, as_whole
+from whisper_at_cli.extract.cells import as_label, as_name, as_whole
 from whisper_at_cli.extract.datasets.base import Clip, Dataset, labels_as_rows, refuse_too_many_classes
 from whisper_at_cli.extract.datasets.scan import audio_files
 from whisper_at_cli.extract.datasets.splits import SPLITS
@@ -31,7 +31,7 @@ def read(path: Path) -> Dataset:
     seen: dict[str, str] = {}
     for place, row in plain_rows(table):
         if len(row) != 4 or row[3].lower() not in SPLITS:
-            raise UsageError(f"{place} is not: a YouTube id, a start in seconds, a label, train or test")
+            raise UsageError(f"{place}: expected a YouTube id, a start in seconds, a label, and train or test")
         start = as_whole(row[1], "start", place)
         name = f"{as_name(row[0], 'the YouTube id', place)}_{start:06d}"
         if name in seen:
@@ -39,7 +39,7 @@ def read(path: Path) -> Dataset:
         seen[name] = place.split(" of ")[0]
         names.append(name)
         paths.append(next((files[stem] for stem in (name, row[0], f"{row[0]}_{start}") if stem in files), name))
-        labels.append((as_name(row[2], "a label", place),))
+        labels.append((as_label(row[2], place),))
         splits.append(SPLITS[row[3].lower()])
     classes = tuple(sorted({label for each in labels for label in each}))
     refuse_too_many_classes(classes, table)

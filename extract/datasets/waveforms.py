@@ -80,7 +80,7 @@ def read(path: Path, *, labels: Path | None = None) -> WaveformPack:
         for name, file, row, number in zip(unique_ids(names), names, target, folds, strict=True)
     )
     if len({clip.id for clip in clips}) != len(clips):
-        raise UsageError(f"{path} names two clips alike in audio_name")
+        raise UsageError(f"{path} has the same name twice in audio_name")
     return WaveformPack(path.stem, path, clips, class_names, notes=(*said, *more, *renumbered), rate=rate)
 
 

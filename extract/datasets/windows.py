@@ -44,9 +44,9 @@ def windowed(
     hop = window if hop is None else hop
     for name, value in (("window", window), ("hop", hop)):
         if not (0.001 <= value < math.inf):
-            raise UsageError(f"{name} is {value:g} seconds; give at least a millisecond")
+            raise UsageError(f"--{name} must be at least 0.001 s (got {value:g})")
     if not dataset.of_files:
-        raise UsageError(f"{dataset.name} is no dataset of files; its clips cannot be cut into windows")
+        raise UsageError(f"{dataset.name} is not a dataset of audio files, so --window cannot cut it")
     paths = list(dict.fromkeys(str(dataset.audio_path(clip)) for clip in dataset.clips))
     length = dict(zip(paths, lengths(paths), strict=True))
     counts = [_window_count(clip, length[str(dataset.audio_path(clip))], window, hop) for clip in dataset.clips]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from whisper_at_cli import __version__
+from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.backbones.encoder import PRECISIONS
 from whisper_at_cli.extract.backbones.load import Backbone, EncoderFacts
 from whisper_at_cli.extract.backbones.precision import AUTO
@@ -119,15 +120,12 @@ def batch_size_of(made: dict, device: object, fitting: int) -> tuple[int, str | 
     kinds = [str(name).partition(":")[0] for name in (begun_with, device)]
     if kinds[0] == kinds[1] or size == fitting:
         return size, None
-    return fitting, (
-        f"the cache was begun on {begun_with} with --batch-size {size}; this run, on {device}, uses {fitting}. "
-        "Features from the two devices differ in their last bits"
-    )
+    return fitting, notes.OTHER_DEVICE(begun=begun_with, size=size, device=device, fitting=fitting)
 
 
-def say_notes(notes: Iterable[str | None], notify: Callable[[str], None] | None) -> tuple[str, ...]:
+def say_notes(given: Iterable[str | None], notify: Callable[[str], None] | None) -> tuple[str, ...]:
     """Tell the user these notes, those that are there, each once; and give them back."""
-    said = tuple(dict.fromkeys(note for note in notes if note))
+    said = tuple(dict.fromkeys(note for note in given if note))
     if notify:
         for note in said:
             notify(note)
