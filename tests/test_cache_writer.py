@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -182,15 +183,46 @@ def test_what_is_no_cache_gets_no_lock_and_nothing_else(tmp_path):
 
 
 def test_a_cache_appears_whole_and_what_a_killed_run_left_is_cleared(tmp_path):
-    left = tmp_path / "deep" / f".a.zarr.{os.getpid()}.partial"
-    (left / "features").mkdir(parents=True)
-    (left / "features" / "junk").touch()
+    left, at_work = (tmp_path / "deep" / f".a.zarr.{name}.partial" for name in ("1", "2"))
+    (left / "cache" / "features").mkdir(parents=True)
+    at_work.mkdir()
+    yesterday = time.time() - 25 * 3600
+    os.utime(left, (yesterday, yesterday))
     created(tmp_path / "deep" / "a.zarr", provenance={"by": "us"}).close()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.zarr"]
-    cache = FeatureCache.open(tmp_path / "deep" / "a.zarr")
-    assert cache.attributes["made"] == {"by": "us"} and not (cache.path / "features" / "junk").exists()
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [at_work.name, "a.zarr"]
+    assert FeatureCache.open(tmp_path / "deep" / "a.zarr").attributes["made"] == {"by": "us"}
     created(tmp_path / "deep" / "b.zarr").close()
     assert FeatureCache.open(tmp_path / "deep" / "b.zarr").attributes["made"] == {}
+
+
+def test_processes_of_one_number_in_two_containers_lay_out_their_own(tmp_path, monkeypatch):
+    create_arrays, places = writer.schema.create_arrays, []
+
+    def remember(path, *args, **options):
+        places.append(path)
+        create_arrays(path, *args, **options)
+        if len(places) == 1:
+            created(tmp_path / "a.zarr", provenance={"by": "second"}).close()
+
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(writer.schema, "create_arrays", remember)
+    created(tmp_path / "a.zarr", provenance={"by": "first"}).close()
+    assert len(set(places)) == 2
+    assert FeatureCache.open(tmp_path / "a.zarr").attributes["made"] == {"by": "second"}
+
+
+def test_why_a_cache_cannot_be_made_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"cannot make .*/file/a\.zarr: Not a directory; choose another path"):
+        created(tmp_path / "file" / "a.zarr")
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.schema, "create_arrays", full)
+    with pytest.raises(CacheError, match=r"cannot make .*a\.zarr: No space left on device; make room"):
+        created(tmp_path / "a.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_cache_of_who_came_first_is_continued(tmp_path, monkeypatch):

@@ -6,9 +6,11 @@ not at all, and status comes last, so a process killed anywhere leaves shards th
 
 from __future__ import annotations
 
+import glob
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,8 @@ from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location, sync_tree
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.extract.folders import take_lock
+
+LEFT_SECONDS = 24 * 3600  # laying out a cache takes seconds
 
 
 @dataclass
@@ -296,9 +300,12 @@ def _check_slot(slot: tuple[int, int]) -> None:
 
 
 def _create_in_folder(path: Path, create_arrays: Callable[[Path], None]) -> None:
-    """Lay out an empty cache, which appears whole."""
+    """Lay out an empty cache, which appears whole. What a process left that was killed over a day ago is removed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            if left.stat().st_mtime < time.time() - LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     except OSError as error:
         raise UsageError(f"cannot make {path}: {error.strerror or error}; choose another path") from error
