@@ -213,7 +213,7 @@ def test_processes_of_one_number_in_two_containers_lay_out_their_own(tmp_path, m
 
 def test_why_a_cache_cannot_be_made_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"cannot make .*/file/a\.zarr: Not a directory; choose another path"):
+    with pytest.raises(UsageError, match=r"cannot make .*/file/a\.zarr: File exists; choose another path"):
         created(tmp_path / "file" / "a.zarr")
 
     def full(*_args, **_options):
