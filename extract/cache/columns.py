@@ -33,7 +33,7 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 def read_column(
     store: LocalStore | BucketStore, group: zarr.Group, name: str, spec: CacheSpec, clips: int
 ) -> np.ndarray:
-    """A column of `clips` entries: text as str, fold int16, labels (clips, classes) uint8.
+    """A column of `clips` entries: text as Python strings, fold int16, labels (clips, classes) uint8.
 
     Raises CacheError where it is missing, damaged or not laid out as designed.
     """
@@ -49,6 +49,7 @@ def read_column(
         rows, checked = array.chunks[0], _codecs(array).endswith("crc32c")
         numbers = name == "labels"
         out = np.zeros(array.shape, dtype=np.uint8) if numbers else np.full(clips, "", dtype=object)
+        known: dict[str, str] = {}  # of a column with few different texts, each once
 
         def read(number: int) -> None:
             data = store.read(f"{name}/c/{number}{'/0' if numbers else ''}")
@@ -57,10 +58,12 @@ def read_column(
             if data is not None:
                 packed = _without_checksum(data) if checked else data
                 part = _labels(packed, array.chunks) if numbers else _texts(packed, rows)
+                if name == "split":
+                    part = np.array([known.setdefault(text, text) for text in part], dtype=object)
                 out[number * rows : (number + 1) * rows] = part[: clips - number * rows]
 
         store.map(read, range(math.ceil(clips / rows)))
-        return out if numbers else out.astype(str)
+        return out
 
 
 def _codecs(array: zarr.Array) -> str:
@@ -103,7 +106,7 @@ def _texts(packed: bytes, count: int) -> np.ndarray:
         raise ValueError(f"a chunk is not of {count} texts")
     texts = VLenUTF8().decode(data)
     longest = max(map(len, texts), default=0)
-    if longest > MAX_TEXT:  # as an array, every text takes the room of the longest
+    if longest > MAX_TEXT:
         raise ValueError(f"it holds a text of {longest} characters")
     return texts
 

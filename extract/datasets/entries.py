@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import posixpath
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.cells import NAME_CHARACTERS, PATH_CHARACTERS, as_fold, as_name, as_span, is_nan
 from whisper_at_cli.extract.datasets.columns import LABEL_NAMES, Columns, taken_columns
 from whisper_at_cli.extract.datasets.locate import evenly, exists
+from whisper_at_cli.extract.datasets.rows import NAN_LABEL, Entry, Rows, RowsBuilder
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import JsonLines, Table, is_csv
 
@@ -18,63 +18,59 @@ SEPARATOR = ";"  # between labels
 TEXT_CHARACTERS = 100_000
 LIST_CHARACTERS = 10_000  # of a list of labels that is written as Python writes it
 BASES_CHECKED = 50
-NAN_LABEL = ("nan",)  # as pandas writes an empty cell
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a manifest says of one clip."""
+def read_rows(path: Path, said: list[str], *, one_by_one: bool = False) -> Rows:
+    """The rows of a table; notes are appended to `said`. Raises UsageError with the place of what is wrong.
 
-    place: str
-    audio: str
-    start: float | None
-    end: float | None
-    labels: tuple[str, ...]
-    fold: int | None
-    split: str
-    id: str
-    text: str
+    A table whose rows are plain is read many rows at a time; any other, and all of them with `one_by_one`, row by row.
+    """
+    from whisper_at_cli.extract.datasets.plain import plain_builder
 
-
-def read_entries(path: Path, said: list[str]) -> list[Entry]:
-    """The rows of a table; notes are appended to `said`. Raises UsageError with the place of what is wrong."""
     table = Table(path) if is_csv(path) else JsonLines(path)
-    columns = taken_columns(table, said)
-    entries = [entry_of(row, place, columns) for place, row in table.rows()]
+    columns = taken_columns(table, said) if isinstance(table, Table) else None
+    found = None if one_by_one else plain_builder(table, columns)
+    if found is not None:
+        builder, columns, taken = found
+        said += taken
+    else:
+        columns = columns or taken_columns(table, said)
+        builder = RowsBuilder()
+        for place, row in table.rows():
+            builder.add(entry_of(row, place, columns))
     said += table.notes
-    if columns.label and (without := sum(1 for entry in entries if entry.labels == NAN_LABEL)):
-        said.append(notes.NAN_LABELS(clips=without, table=path.name))
-        entries = [replace(entry, labels=()) if entry.labels == NAN_LABEL else entry for entry in entries]
-    return _whole_labels(entries, path, said)
+    rows = builder.rows(path)
+    if columns.label and builder.without:
+        said.append(notes.NAN_LABELS(clips=builder.without, table=path.name))
+    return _whole_labels(rows, path, said)
 
 
-def _whole_labels(entries: list[Entry], path: Path, said: list[str]) -> list[Entry]:
+def _whole_labels(rows: Rows, path: Path, said: list[str]) -> Rows:
     """Labels such as 1.0 as 1, where all are whole numbers."""
-    names = {name for entry in entries for name in entry.labels}
-    if not any(name.endswith(".0") for name in names):
-        return entries
-    whole = {name: name.removesuffix(".0") for name in names}
+    if not any(name.endswith(".0") for name in rows.names):
+        return rows
+    whole = {name: name.removesuffix(".0") for name in rows.names}
     if not all(name.isascii() and name.isdecimal() for name in whole.values()):
-        return entries
-    old = min(name for name in names if name.endswith(".0"))
+        return rows
+    old = min(name for name in rows.names if name.endswith(".0"))
     said.append(notes.WHOLE_LABELS(table=path.name, old=old, new=whole[old]))
-    return [replace(entry, labels=tuple(dict.fromkeys(whole[name] for name in entry.labels))) for entry in entries]
+    return rows.with_labels(whole)
 
 
-def rebased(entries: list[Entry], table: Path, root: Path, *, may_move: bool) -> tuple[Path, list[Entry]]:
+def rebased(rows: Rows, table: Path, root: Path, *, may_move: bool) -> tuple[Path, Rows]:
     """Paths relative to a root: from the table's own folder, else from the root of the dataset, where more files are.
 
     Of a table that was given as a file, the folder above its own may be the root.
     """
-    rows = evenly(len(entries), BASES_CHECKED)
+    some = evenly(len(rows), BASES_CHECKED)
     bases = [table.parent, table.parent.parent if may_move else root]
-    there = [sum(exists(base, entries[row].audio) for row in rows) for base in bases]
+    there = [sum(exists(base, rows.audio[row]) for row in some) for base in bases]
     if there[1] > there[0]:
-        return (bases[1] if may_move else root), entries
+        return (bases[1] if may_move else root), rows
     if table.parent == root:
-        return root, entries
+        return root, rows
     inside = table.parent.relative_to(root).as_posix()
-    return root, [replace(entry, audio=_joined(inside, entry.audio)) for entry in entries]
+    return root, rows.with_audio(lambda path: _joined(inside, path))
 
 
 def _joined(folder: str, path: str) -> str:
@@ -89,7 +85,7 @@ def entry_of(row: dict, place: str, columns: Columns) -> Entry:
     start, end = as_span(row.get("start"), row.get("end"), place)
     return Entry(
         place, as_name(audio, "audio", place, most=PATH_CHARACTERS), start, end,
-        _labels(row, place, columns), as_fold(row.get("fold"), place), _text(row, "split", place, most=64),
+        labels_of(row, place, columns), as_fold(row.get("fold"), place), _text(row, "split", place, most=64),
         _text(row, "id", place), _text(row, "text", place, most=TEXT_CHARACTERS),
     )  # fmt: skip
 
@@ -99,8 +95,11 @@ def _text(row: dict, column: str, place: str, *, most: int = NAME_CHARACTERS) ->
     return "" if value is None or is_nan(value) else as_name(value, column, place, most=most)
 
 
-def _labels(row: dict, place: str, columns: Columns) -> tuple[str, ...]:
-    """A list, or text with ; between labels in a column `labels`; in any other column one label."""
+def labels_of(row: dict, place: str, columns: Columns) -> tuple[str, ...]:
+    """The labels of a row, `NAN_LABEL` for pandas' nan.
+
+    They are a list, or text with ; between labels in a column `labels`; in any other column it is one label.
+    """
     several, one = row.get("labels"), row.get("label")
     if several not in (None, "", []) and one not in (None, ""):
         raise UsageError(f"{place} has both label and labels; give one of them")
