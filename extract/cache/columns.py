@@ -57,7 +57,10 @@ def read_column(
                 raise ValueError(f"c/{number} is missing")
             if data is not None:
                 packed = _without_checksum(data) if checked else data
-                part = _labels(packed, array.chunks) if numbers else _texts(packed, rows)
+                if numbers:
+                    _unpack_labels(packed, out, number * rows, array.chunks)
+                    return
+                part = _texts(packed, rows)
                 if name == "split":
                     part = np.array([known.setdefault(text, text) for text in part], dtype=object)
                 out[number * rows : (number + 1) * rows] = part[: clips - number * rows]
@@ -89,11 +92,16 @@ def _without_checksum(data: bytes) -> bytes:
     return data[:-CRC_BYTES]
 
 
-def _labels(packed: bytes, chunk: tuple[int, ...]) -> np.ndarray:
+def _unpack_labels(packed: bytes, out: np.ndarray, first: int, chunk: tuple[int, ...]) -> None:
+    """Put the labels of a chunk into `out` from row `first` on; only of a last chunk is there a copy."""
     size = math.prod(chunk)
     if _unpacked_bytes(packed) != size:
         raise ValueError(f"a chunk is {_unpacked_bytes(packed)} bytes unpacked, not {size}")
-    return np.frombuffer(zstd.decompress(packed), dtype=np.uint8).reshape(chunk)
+    there = out[first : first + chunk[0]]
+    if there.nbytes == size:
+        zstd.decompress(packed, there)
+    else:
+        there[:] = np.frombuffer(zstd.decompress(packed), dtype=np.uint8).reshape(chunk)[: len(there)]
 
 
 def _texts(packed: bytes, count: int) -> np.ndarray:
