@@ -78,6 +78,7 @@ PLAN = (
     ),
     Step("probe-esc10-tiny.en-cpu", f"probe.py --cache {CACHE}", "--one-blas-thread --rounds 1", 0.6),
     Step("probe-large-cpu", "probe.py --large", "--clips 200 --rounds 1", 0.9),
+    Step("rows-cpu", "rows.py", "--rows 2000", 1.6),
     Step("metrics-cpu", "metrics.py", "--clips 300 --classes 8", 0.5, threads=1),
     Step(
         "transcribe-time-tiny.en", f"{TRANSCRIBE} --parts time --cases greedy fallback",

@@ -22,8 +22,8 @@ from record import Bound, Figure, Number, Result, Row, number, row_from_json
 FOLDER = Path(__file__).resolve().parent
 RESULTS, README, OPEN = FOLDER / "results", FOLDER / "README.md", FOLDER / "open.json"
 GROUPS = (
-    "extraction", "host", "encoder", "precision and storage", "cache", "chunks", "memory", "engines", "heads", "probes",
-    "metrics", "text and tags",
+    "extraction", "host", "encoder", "precision and storage", "datasets", "cache", "chunks", "memory", "engines",
+    "heads", "probes", "metrics", "text and tags",
 )  # fmt: skip
 NO_RATIO = {
     "robustness-tiny.en-speech14-esc10.json": "word error rates of a recogniser in noise, which have no baseline and "

@@ -12,8 +12,12 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.errors import UsageError
@@ -22,15 +26,29 @@ CSV_SUFFIXES, JSONL_SUFFIXES = (".csv", ".tsv"), (".jsonl", ".ndjson")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 LINE_CHARACTERS = 1 << 20  # at most; a longer one is no line of a table
 CHUNK_BYTES = 1 << 20
+BLOCK_CHARACTERS = 1 << 18  # read at once; fewer than a line may have
+BLOCK_CELLS = 1 << 22  # at most, of what is read at once
 COLUMNS_CHARACTERS = 300  # of a table's columns that a message shows
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 FALLBACK = "cp1252"  # what Windows calls Latin-1
+SCAN = json.JSONDecoder().raw_decode  # a value and where it ends
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
 EXCEL_HINT = re.compile(r'"?sep=(.)"?\s*')  # Excel's first line that names the separator
 USUAL_COLUMNS = frozenset("audio path file file_name filename id label labels category fold split text start".split())
+
+
+class NotPlainError(Exception):
+    """A table that cannot be read many rows at a time: read it row by row, which says what is wrong if anything is."""
+
+
+class Block(NamedTuple):
+    """Some rows of a table: their line numbers, (rows,) int64, and columns of cells under the names of columns."""
+
+    numbers: np.ndarray
+    columns: dict[str, list]
 
 
 class TextFile:
@@ -50,6 +68,23 @@ class TextFile:
             for number, line in enumerate(iter(lambda: file.readline(LINE_CHARACTERS), ""), start=1):
                 self._check(number, line)
                 yield number, line
+
+    def plain_blocks(self) -> Iterator[tuple[int, list[str]]]:
+        """Many lines at a time, without their ends, and the number of the first from 1.
+
+        Raises NotPlainError where `lines` would refuse one, or ends it elsewhere.
+        """
+        number = 1
+        with open(self.path, newline="", encoding=self.encoding) as file:
+            while text := file.read(BLOCK_CHARACTERS):
+                if text[-1] != "\n":
+                    text += file.readline(LINE_CHARACTERS)
+                text = text.replace("\r\n", "\n")
+                lines = text.removesuffix("\n").split("\n")
+                if "\r" in text or CONTROL.search(text) or len(lines[-1]) > LINE_CHARACTERS - BLOCK_CHARACTERS:
+                    raise NotPlainError(f"line {number} or one that follows")
+                yield number, lines
+                number += len(lines)
 
     def text(self) -> str:
         """All of it, whatever the length of its lines."""
@@ -209,9 +244,53 @@ class Table:
                 short, first = short + 1, first or line
                 cells += [""] * (len(self.names) - len(cells))
             yield f"line {line} of {self.path}", dict(zip(self.names, cells, strict=False))
+        self._say_short(short, first)
+
+    def _say_short(self, short: int, first: int) -> None:
         said = notes.SHORT_ROWS(rows=short, table=self.path.name, line=first)
         if short and said not in self.notes:  # it may be read twice
             self.notes.append(said)
+
+    def plain_blocks(self, names: Iterable[str]) -> Iterator[Block]:
+        """The rows that `rows` gives, many at a time and of these columns only.
+
+        Raises NotPlainError where it cannot be told so fast that they are the same.
+        """
+        kept = {name: at for at, name in enumerate(self.names) if name in set(names)}  # of a name twice, the last
+        short, first = 0, 0
+        for number, lines in self._file.plain_blocks():
+            skipped = min(len(lines), max(0, self._skipped + 2 - number))  # up to the header and with it
+            if skipped and number + skipped == self._skipped + 2:
+                self._split_plain(lines[skipped - 1 : skipped])
+            rows = self._split_plain(lines[skipped:])
+            numbers = np.arange(number + skipped, number + len(lines))
+            lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+            if len(rows) * len(self.names) > BLOCK_CELLS:
+                raise NotPlainError("more cells than text")
+            if (lengths != len(self.names)).any() or not all(map(any, rows)):
+                there = [index for index, row in enumerate(rows) if any(map(str.strip, row))]
+                rows, numbers, lengths = [rows[index] for index in there], numbers[there], lengths[there]
+                if any(cell.strip() for row in rows for cell in row[len(self.names) :]):
+                    raise NotPlainError("more fields than the header")
+                lacking = np.flatnonzero(lengths < len(self.names))
+                short, first = short + len(lacking), first or (int(numbers[lacking[0]]) if len(lacking) else 0)
+                rows = [row + [""] * (len(self.names) - len(row)) for row in rows]
+            cells = list(zip(*rows, strict=False))
+            if cells:
+                yield Block(numbers, {name: list(map(str.strip, cells[at])) for name, at in kept.items()})
+        self._say_short(short, first)
+
+    def _split_plain(self, lines: list[str]) -> list[list[str]]:
+        """The fields of lines of which each is a record."""
+        if self._literal:
+            return [line.split("\t") for line in lines]
+        try:
+            rows = list(csv.reader(lines, delimiter=self.separator, skipinitialspace=True, strict=True))
+        except csv.Error as error:
+            raise NotPlainError(str(error)) from error
+        if len(rows) != len(lines):
+            raise NotPlainError("a record of several lines")
+        return rows
 
     def _records(self) -> Iterator[tuple[int, list[str]]]:
         """The fields of each row, the header first, and the line on which it begins."""
@@ -334,6 +413,28 @@ class JsonLines:
                 return
             place = f"line {number} of {self.path}"
             yield place, parsed(line, place)
+
+    def plain_blocks(self) -> Iterator[Block]:
+        """The rows that `rows` gives, many at a time, with all keys of a block in their order; None for one that a row
+        lacks. Raises NotPlainError where it cannot be told so fast that they are the same.
+        """
+        for number, lines in self._file.plain_blocks():
+            there = [index for index, line in enumerate(lines) if line.strip()]
+            try:
+                found = [SCAN(lines[index], 0) for index in there]
+            except (ValueError, RecursionError) as error:
+                raise NotPlainError(str(error)) from error
+            if any(lines[index][end:].strip(" \t") for index, (_, end) in zip(there, found, strict=True)):
+                raise NotPlainError("text behind an object")
+            rows = [row for row, _ in found]
+            if not set(map(type, rows)) <= {dict}:
+                raise NotPlainError("not an object")
+            keys = list(dict.fromkeys(chain.from_iterable(rows)))
+            if len(set(map(column_name, keys))) < len(keys) or len(keys) * len(rows) > BLOCK_CELLS:
+                raise NotPlainError("two keys of one name, or more cells than text")
+            if rows:
+                columns = {column_name(key): [row.get(key) for row in rows] for key in keys}
+                yield Block(np.arange(number, number + len(lines))[there], columns)
 
 
 def _as_list(value: object) -> list:

@@ -220,7 +220,9 @@ class ListedClips:
         table = dataset.table()
         done = np.ones(len(table), dtype=bool)
         split = np.asarray(table.split, dtype=str)
-        return cls(dataset.root, table.ids, table.paths, table.fold, split, table.labels, done, dataset.name)
+        return cls(
+            dataset.root, table.ids, table.paths, table.fold, split, np.asarray(table.labels), done, dataset.name
+        )
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -154,7 +154,7 @@ def test_the_plan_makes_every_result_that_two_cores_can(plan):
     assert sum(step.minutes for step in plan.PLAN) < 30
 
 
-@pytest.mark.parametrize("name", ["cache-cpu", "cache-chunk-shapes", "metrics-cpu"])
+@pytest.mark.parametrize("name", ["cache-cpu", "cache-chunk-shapes", "metrics-cpu", "rows-cpu"])
 def test_a_program_runs_and_its_result_makes_a_table(plan, table, tmp_path, name):
     """As `make bench` runs it, but tiny."""
     (step,) = [step for step in plan.PLAN if step.name == name]

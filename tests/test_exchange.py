@@ -157,8 +157,9 @@ def test_bad_files_fail_with_a_reason_and_the_others_go_on(tmp_path):
     report = import_npz(folder, tmp_path / "a.zarr", backbone="b", clip_seconds=5)
     assert (report.clips, report.written, report.failed) == (10, 2, 8)
     errors = {failure["id"]: failure["error"] for failure in report.failures}
-    for name in "abch":
+    for name in "abc":
         assert "not a whole npz file" in errors[name]
+    assert errors["h"].startswith("arr_0 is (1,) object, not (layers, 25, channels)")
     assert errors["d"] == "its shape is (3, 25, 4), most others' (2, 25, 4)"
     assert errors["e"] == "layer 2 holds a value that is not finite"
     assert errors["f"] == "layer 1 holds a value too large for float16; use float32"

@@ -13,6 +13,7 @@ from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache import FeatureCache, export, import_npz
 from whisper_at_cli.extract.cache.export import ExportReport, export_hdf5, export_npz
 from whisper_at_cli.extract.cache.import_npz import ImportReport
+from whisper_at_cli.extract.cache.npz import read_features
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
 N, L, T, D = 7, 2, 25, 4
@@ -273,9 +274,9 @@ def test_the_shape_that_most_files_have_decides(tmp_path):
 
 def test_few_of_many_files_decide_which_shape_a_folder_has(tmp_path, monkeypatch):
     files = sorted(npz_folder(tmp_path / "npz", "abcdefghij").iterdir())
-    read, whole = [], import_npz._read_npz
+    read, whole = [], import_npz.features_file
     monkeypatch.setattr(import_npz, "SHAPE_SAMPLES", 4)
-    monkeypatch.setattr(import_npz, "_read_npz", lambda path: read.append(path.stem) or whole(path))
+    monkeypatch.setattr(import_npz, "features_file", lambda path: read.append(path.stem) or whole(path))
     assert import_npz._common_shape(files) == (2, T, 4) and read == ["a", "d", "g", "j"]
 
 
@@ -299,17 +300,17 @@ def test_a_folder_of_nothing_but_bad_files_says_what_is_wrong_with_the_first(tmp
 def test_arrays_that_are_no_features_are_refused(tmp_path, array, said):
     np.savez(tmp_path / "a.npz", array)
     with pytest.raises(CacheError, match=said):
-        import_npz._read_npz(tmp_path / "a.npz")
+        read_features(tmp_path / "a.npz", (2, T, 4))
 
 
 def test_an_archive_without_the_array_names_what_it_holds(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.zeros(1), y=np.zeros(1))
     with pytest.raises(CacheError, match="it holds x.npy, y.npy, not an array arr_0"):
-        import_npz._read_npz(tmp_path / "a.npz")
+        read_features(tmp_path / "a.npz", (2, T, 4))
     with zipfile.ZipFile(tmp_path / "b.npz", "w"):
         pass
     with pytest.raises(CacheError, match="it holds nothing, not an array arr_0"):
-        import_npz._read_npz(tmp_path / "b.npz")
+        read_features(tmp_path / "b.npz", (2, T, 4))
 
 
 def test_a_value_that_cannot_be_stored_names_its_layer(tmp_path):

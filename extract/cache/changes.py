@@ -9,8 +9,10 @@ import numpy as np
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
 from whisper_at_cli.extract.errors import CacheError
+from whisper_at_cli.extract.sparse import SparseLabels
 
 NAMED = 5  # clips that a message names
+ROWS_COMPARED = 1 << 15
 NEW = -1  # in place of a row of the cache
 TIME_BITS = 24  # of a digest, which are of a file's time
 
@@ -55,11 +57,9 @@ class Changes:
 
 def changes(cache: FeatureCache, spec: CacheSpec, clips: ClipTable) -> Changes:
     """Compare a cache with the clips of a dataset, whose classes are those of `spec`."""
-    row_of = {str(name): row for row, name in enumerate(clips.ids)}
-    found = [row_of.pop(str(name), NEW) for name in cache.ids]
-    kept = np.flatnonzero(np.array(found, dtype=np.int64) != NEW)
-    new = np.array(sorted(row_of.values()), dtype=np.int64)
-    order = np.concatenate([np.array(found, dtype=np.int64)[kept], new])
+    found, new = _matched(cache.ids, clips.ids)
+    kept = np.flatnonzero(found != NEW)
+    order = np.concatenate([found[kept], new])
     rows = np.concatenate([kept, np.full(len(new), NEW, dtype=np.int64)])
     ours, known = order[: len(kept)], cache.digests
     paths_differ = cache.paths[kept] != clips.paths[ours]
@@ -72,17 +72,26 @@ def changes(cache: FeatureCache, spec: CacheSpec, clips: ClipTable) -> Changes:
         "path": paths_differ & done & ~audio,  # where other files are is found out when they are read
         "fold": cache.fold[kept] != clips.fold[ours],
         "split": cache.split[kept] != clips.split[ours],
-        "labels": _labels_differ(cache, spec, kept, clips.labels[ours]),
+        "labels": _labels_differ(cache, spec, kept, clips.labels, ours),
     }
     stale = known is None or bool((known[kept] != clips.digests[ours]).any())
     whole_audio = np.zeros(len(order), dtype=bool)
     whole_audio[: len(kept)] = audio & done
     return Changes(
         order=order, rows=rows, audio=whole_audio,
-        gone=tuple(str(cache.ids[row]) for row in np.flatnonzero(np.array(found, dtype=np.int64) == NEW)),
+        gone=tuple(str(cache.ids[row]) for row in np.flatnonzero(found == NEW)),
         columns={name: int(mask.sum()) for name, mask in differ.items() if mask.any()},
         classes=cache.spec.class_names != spec.class_names, digests=stale, copied=copied,
     )  # fmt: skip
+
+
+def _matched(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(len(before),) int64: where each id is now, NEW for one that is gone; and where ids are that were not before."""
+    if len(before) == len(now) and (before == now).all():
+        return np.arange(len(now)), np.zeros(0, dtype=np.int64)
+    row_of = {str(name): row for row, name in enumerate(now)}
+    found = np.fromiter((row_of.pop(str(name), NEW) for name in before), dtype=np.int64, count=len(before))
+    return found, np.array(sorted(row_of.values()), dtype=np.int64)
 
 
 def _audio_differs(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -93,14 +102,26 @@ def _audio_differs(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, boo
     return (np.zeros_like(differ) if copied else differ), copied
 
 
-def _labels_differ(cache: FeatureCache, spec: CacheSpec, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(len(rows),) bool: clips whose labels, by name, are not those of the dataset."""
-    old, names = cache.labels[rows], cache.spec.class_names
+def _labels_differ(
+    cache: FeatureCache, spec: CacheSpec, rows: np.ndarray, labels: np.ndarray | SparseLabels, ours: np.ndarray
+) -> np.ndarray:
+    """(len(rows),) bool: clips whose labels, by name, are not those of the dataset, which are rows `ours` of `labels`.
+
+    Many rows at a time, since labels may be sparse.
+    """
+    differ = np.zeros(len(rows), dtype=bool)
+    for first in range(0, len(rows), ROWS_COMPARED):
+        some = slice(first, first + ROWS_COMPARED)
+        differ[some] = _rows_differ(cache.labels[rows[some]], cache.spec.class_names, labels[ours[some]], spec)
+    return differ
+
+
+def _rows_differ(old: np.ndarray, names: tuple[str, ...], labels: np.ndarray, spec: CacheSpec) -> np.ndarray:
     if names == spec.class_names:
         return (old != labels).any(axis=1)
     index = {name: at for at, name in enumerate(spec.class_names)}
     here = np.zeros_like(labels)
-    lost = np.zeros(len(rows), dtype=bool)
+    lost = np.zeros(len(labels), dtype=bool)
     for at, name in enumerate(names):
         if name in index:
             here[:, index[name]] = old[:, at]

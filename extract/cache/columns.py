@@ -32,7 +32,7 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 def read_column(
     store: LocalStore | BucketStore, group: zarr.Group, name: str, spec: CacheSpec, clips: int
 ) -> np.ndarray:
-    """A column of `clips` entries: text as str, fold int16, digest uint64, labels (clips, classes) uint8.
+    """A column of `clips` entries: text as Python strings, fold int16, digest uint64, labels (clips, classes) uint8.
 
     Raises CacheError where it is missing, damaged or not laid out as designed.
     """
@@ -48,6 +48,7 @@ def read_column(
         rows, checked = array.chunks[0], _codecs(array).endswith("crc32c")
         numbers = name == "labels"
         out = np.zeros(array.shape, dtype=np.uint8) if numbers else np.full(clips, "", dtype=object)
+        known: dict[str, str] = {}  # of a column with few different texts, each once
 
         def read(number: int) -> None:
             data = store.read(f"{name}/c/{number}{'/0' if numbers else ''}")
@@ -55,11 +56,16 @@ def read_column(
                 raise ValueError(f"c/{number} is missing")
             if data is not None:
                 packed = _without_checksum(data) if checked else data
-                part = _labels(packed, array.chunks) if numbers else _texts(packed, rows)
+                if numbers:
+                    _unpack_labels(packed, out, number * rows, array.chunks)
+                    return
+                part = _texts(packed, rows)
+                if name == "split":
+                    part = np.array([known.setdefault(text, text) for text in part], dtype=object)
                 out[number * rows : (number + 1) * rows] = part[: clips - number * rows]
 
         store.map(read, range(math.ceil(clips / rows)))
-        return out if numbers else out.astype(str)
+        return out
 
 
 def _codecs(array: zarr.Array) -> str:
@@ -85,11 +91,16 @@ def _without_checksum(data: bytes) -> bytes:
     return data[:-CRC_BYTES]
 
 
-def _labels(packed: bytes, chunk: tuple[int, ...]) -> np.ndarray:
+def _unpack_labels(packed: bytes, out: np.ndarray, first: int, chunk: tuple[int, ...]) -> None:
+    """Put the labels of a chunk into `out` from row `first` on; only of a last chunk is there a copy."""
     size = math.prod(chunk)
     if _unpacked_bytes(packed) != size:
         raise ValueError(f"a chunk is {_unpacked_bytes(packed)} bytes unpacked, not {size}")
-    return np.frombuffer(zstd.decompress(packed), dtype=np.uint8).reshape(chunk)
+    there = out[first : first + chunk[0]]
+    if there.nbytes == size:
+        zstd.decompress(packed, there)
+    else:
+        there[:] = np.frombuffer(zstd.decompress(packed), dtype=np.uint8).reshape(chunk)[: len(there)]
 
 
 def _texts(packed: bytes, count: int) -> np.ndarray:
@@ -102,7 +113,7 @@ def _texts(packed: bytes, count: int) -> np.ndarray:
         raise ValueError(f"a chunk is not of {count} texts")
     texts = VLenUTF8().decode(data)
     longest = max(map(len, texts), default=0)
-    if longest > MAX_TEXT:  # as an array, every text takes the room of the longest
+    if longest > MAX_TEXT:
         raise ValueError(f"it holds a text of {longest} characters")
     return texts
 

@@ -5,12 +5,9 @@ What the folder's `labels.csv` and `cache.json` say is taken over; none but the 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import sys
-import zipfile
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,16 +18,21 @@ import numpy as np
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract import notes
-from whisper_at_cli.extract.cache.export import KEY, LABELS_CSV, SEPARATOR, SETTINGS_JSON
+from whisper_at_cli.extract.ahead import in_order
+from whisper_at_cli.extract.cache.export import LABELS_CSV, SEPARATOR, SETTINGS_JSON
+from whisper_at_cli.extract.cache.npz import features_file, read_features
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, FRAMES, CacheSpec, ClipTable, Status
 from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
 from whisper_at_cli.extract.cells import as_fold, as_whole, from_one, is_nan
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.extract.progress import Progress
+from whisper_at_cli.extract.sparse import SparseLabels
 from whisper_at_cli.extract.tables import Table
+from whisper_at_cli.extract.texts import as_objects, text_column
 
 SHAPE_SAMPLES = 32  # files that decide which shape a folder has
+READ_BYTES = 1 << 20
 NAMED = 3  # clips that a warning names
 LABEL_COLUMNS = ("labels", "label", "category", "class", "target")  # best first
 NAN_LABEL = ("nan",)  # as pandas writes an empty cell
@@ -212,16 +214,14 @@ def _listed_clip(row: dict[str, str], place: str, fold: int) -> _ListedClip:
 
 def _clip_table(listed: list[_ListedClip], names: tuple[str, ...]) -> ClipTable:
     index = {name: at for at, name in enumerate(names)}
-    labels = np.zeros((len(listed), len(names)), dtype=np.uint8)
-    for row, clip in enumerate(listed):
-        for label in clip.labels:
-            if label not in index:
-                raise UsageError(f"clip {clip.id!r} has the label {label!r}, which is none of the {len(names)} classes")
-            labels[row, index[label]] = 1
+    for clip in listed:
+        if unknown := next((label for label in clip.labels if label not in index), None):
+            raise UsageError(f"clip {clip.id!r} has the label {unknown!r}, which is none of the {len(names)} classes")
+    labels = SparseLabels.of([sorted({index[label] for label in clip.labels}) for clip in listed], len(names))
     return ClipTable(
-        ids=np.array([clip.id for clip in listed]), paths=np.array([clip.path for clip in listed]),
-        fold=np.array([clip.fold for clip in listed], dtype=np.int16),
-        split=np.array([clip.split for clip in listed]), labels=labels,
+        ids=text_column([clip.id for clip in listed]), paths=text_column([clip.path for clip in listed]),
+        fold=np.array([clip.fold for clip in listed], dtype=np.int16), split=as_objects(clip.split for clip in listed),
+        labels=labels,
     )  # fmt: skip
 
 
@@ -231,28 +231,15 @@ def _common_shape(paths: list[Path]) -> tuple[int, int, int]:
     problem = ""
     for at in np.unique(np.linspace(0, len(paths) - 1, SHAPE_SAMPLES).astype(int)).tolist():
         try:
-            shapes[_read_npz(paths[at]).shape] += 1
+            with features_file(paths[at]) as (file, shape, *_):
+                while file.read(READ_BYTES):  # to its end, where its checksum is compared
+                    pass
+                shapes[shape] += 1
         except CacheError as error:
             problem = problem or f"{paths[at].name}: {error}"
     if not shapes:
         raise UsageError(f"{paths[0].parent} holds no npz file that can be imported; {problem}")
     return shapes.most_common(1)[0][0]
-
-
-def _read_npz(path: Path) -> np.ndarray:
-    """Features (L, T, D) of one npz file. Raises CacheError with what is wrong with it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if f"{KEY}.npy" not in archive.namelist():
-                raise CacheError(f"it holds {', '.join(archive.namelist()) or 'nothing'}, not an array {KEY}")
-            data = archive.read(f"{KEY}.npy")  # all of it, so that its checksum is compared
-        features = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError, MemoryError) as error:
-        raise CacheError(f"not a whole npz file: {error}") from error
-    shape, dtype = features.shape, features.dtype
-    if len(shape) != 3 or shape[1] != FRAMES or not features.size or dtype.kind != "f":
-        raise CacheError(f"{KEY} is {shape} {dtype}, not (layers, {FRAMES}, channels) of floating-point numbers")
-    return features
 
 
 def _fill_shards(
@@ -268,11 +255,11 @@ def _fill_shards(
         for shard in writer.shards_of(redo):
             rows, block = writer.rows(shard), writer.block(shard, redo)
             todo = [(slot, listed[row]) for slot, row in enumerate(rows) if redo[row]]
-            all_read = pool.map(_try_to_read, [files[clip.file] for _, clip in todo])
+            paths = [files[clip.file] for _, clip in todo]
+            all_read = in_order(pool, lambda path: _try_to_read(path, shape), paths, ahead=cores())
             for (slot, clip), features in zip(todo, all_read, strict=True):
                 block.valid_frames[slot] = clip.valid_frames
-                problem = _fill(block, slot, features, shape, writer.spec.dtype)
-                if problem:
+                if problem := _fill(block, slot, features, writer.spec.dtype):
                     block.errors[slot] = problem
             writer.write(shard, block)
             failed += len(block.errors)
@@ -280,15 +267,15 @@ def _fill_shards(
                 progress(rows.stop, len(listed), f"{failed} failed" if failed else "")
 
 
-def _try_to_read(path: Path) -> np.ndarray | str:
+def _try_to_read(path: Path, shape: tuple[int, ...]) -> np.ndarray | str:
     """The features of a file, or what is wrong with it."""
     try:
-        return _read_npz(path)
+        return read_features(path, shape)
     except CacheError as error:
         return str(error)
 
 
-def _fill(block: ShardBlock, slot: int, features: np.ndarray | str, shape: tuple[int, ...], dtype: str) -> str:
+def _fill(block: ShardBlock, slot: int, features: np.ndarray | str, dtype: str) -> str:
     """Put one clip into its shard; returns what is wrong with it, or nothing."""
     import torch
 
@@ -296,12 +283,10 @@ def _fill(block: ShardBlock, slot: int, features: np.ndarray | str, shape: tuple
 
     if isinstance(features, str):
         return features
-    if features.shape != shape:
-        return f"its shape is {features.shape}, most others' {shape}"
-    finite = np.isfinite(features).all(axis=(1, 2))
+    finite = np.array([np.isfinite(layer).all() for layer in features])
     if not finite.all():
         return f"layer {int(finite.argmin()) + 1} holds a value that is not finite"
-    stored = to_storage(torch.from_numpy(features.astype(np.float32))[None], dtype)
+    stored = to_storage(torch.from_numpy(features.astype(np.float32, copy=False))[None], dtype)
     if not stored.finite.all():
         return f"layer {int(stored.finite[0].int().argmin()) + 1} holds a value too large for {dtype}; use float32"
     block.features[slot], block.mean[slot] = stored.features[0].numpy(), stored.mean[0].numpy()

@@ -81,22 +81,22 @@ class FeatureCache:
 
     @cached_property
     def ids(self) -> np.ndarray:
-        """(N,) str, unique."""
+        """(N,) of Python strings, unique."""
         return self._column("id")
 
     @cached_property
     def paths(self) -> np.ndarray:
-        """(N,) str, relative to the dataset."""
+        """(N,) of Python strings, relative to the dataset."""
         return self._column("path")
 
     @cached_property
     def split(self) -> np.ndarray:
-        """(N,) str, empty where the dataset names none."""
+        """(N,) of Python strings, empty where the dataset names none."""
         return self._column("split")
 
     @cached_property
     def errors(self) -> np.ndarray:
-        """(N,) str: why a clip failed; of one that is done, a note on it. Mostly empty."""
+        """(N,) of Python strings: why a clip failed; of one that is done, a note on it. Mostly empty."""
         return self._column("error")
 
     @cached_property

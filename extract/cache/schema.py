@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
@@ -29,6 +28,8 @@ import numpy as np
 from whisper_at_cli.extract.cache.shards import ZSTD_LEVEL
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
+from whisper_at_cli.extract.sparse import SparseLabels
+from whisper_at_cli.extract.texts import first_repeated, text_column
 
 if TYPE_CHECKING:
     import zarr
@@ -123,33 +124,35 @@ def brief(value: object) -> str:
 
 @dataclass(frozen=True)
 class ClipTable:
-    """What the dataset says of each clip, as columns of one length."""
+    """What the dataset says of each clip, as columns of one length. Text may be given in any array of strings."""
 
-    ids: np.ndarray  # (N,) str, unique
-    paths: np.ndarray  # (N,) str, relative to the dataset
+    ids: np.ndarray  # (N,) TEXT, unique
+    paths: np.ndarray  # (N,) TEXT, relative to the dataset
     fold: np.ndarray  # (N,) int16, 1-based, 0 where there is none
     split: np.ndarray  # (N,) str, empty where there is none
-    labels: np.ndarray  # (N, C) uint8
+    labels: np.ndarray | SparseLabels  # (N, C) uint8, of which rows are indexed alike
     digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))  # (N,) of each clip's file, or 0
 
     def __post_init__(self) -> None:
+        for name in ("ids", "paths"):
+            object.__setattr__(self, name, text_column(getattr(self, name)))
         if not len(self.digests):
             object.__setattr__(self, "digests", np.zeros(len(self.ids), np.uint64))
         columns = (self.ids, self.paths, self.fold, self.split, self.labels, self.digests)
         lengths = {len(column) for column in columns}
         if len(lengths) != 1:
             raise ValueError(f"columns differ in length: {sorted(lengths)}")
-        if len(set(self.ids)) != len(self.ids):
-            twice = next(name for name, count in Counter(self.ids).items() if count > 1)
-            raise UsageError(f"the dataset names two clips {str(twice)!r}; ids must be unique")
+        if twice := first_repeated(self.ids):
+            raise UsageError(f"the dataset names two clips {self.ids[twice[1]]!r}; ids must be unique")
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, rows: np.ndarray) -> ClipTable:
         """These clips, in this order."""
-        columns = (self.ids, self.paths, self.fold, self.split, self.labels, self.digests)
-        return ClipTable(*(np.asarray(column)[rows] for column in columns))
+        labels = self.labels.take(rows) if isinstance(self.labels, SparseLabels) else self.labels[rows]
+        ids, paths, fold, split = (column[rows] for column in (self.ids, self.paths, self.fold, self.split))
+        return ClipTable(ids, paths, fold, split, labels, self.digests[rows])
 
 
 def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_shard: int, provenance: dict) -> None:
@@ -201,7 +204,9 @@ def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_sh
             "labels", shape=clips.labels.shape, dtype="uint8", chunks=(min(rows, 4096), len(spec.class_names)),
             dimension_names=("clip", "class"), compressors=packed,
         )  # fmt: skip
-        array[:] = clips.labels
+        step = 16 * array.chunks[0]
+        for first in range(0, N, step):
+            array[first : first + step] = clips.labels[first : first + step]
 
 
 def array_shapes(spec: CacheSpec, clips: int, *, digests: bool = True) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -42,7 +42,7 @@ def source_recordings(ids: np.ndarray, paths: np.ndarray, dataset: str = "") -> 
             or (f"file {path}" if path and times[str(path)] > 1 else f"clip {name}")
             for name, path in zip(ids, paths, strict=True)
         ],
-        dtype=str,
+        dtype=object,
     )
 
 

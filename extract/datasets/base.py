@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,37 +11,39 @@ import numpy as np
 from whisper_at_cli.extract.audio.decode import as_float
 from whisper_at_cli.extract.audio.sources import ClipSource, FileClip
 from whisper_at_cli.extract.cache.schema import ClipTable
+from whisper_at_cli.extract.datasets.clips import Clip, Clips
 from whisper_at_cli.extract.errors import UsageError
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """One row of a dataset."""
-
-    id: str  # unique
-    path: str  # relative to the dataset's root, or absolute
-    labels: tuple[int, ...] = ()  # indices into the dataset's class names
-    fold: int = 0  # official fold from 1, 0 where there is none
-    split: str = ""  # train, valid, test, eval, or empty
-    start: float | None = None  # seconds into the file; None is its beginning
-    end: float | None = None  # None is the clip's length after the start, or the file's end
+from whisper_at_cli.extract.texts import TEXT, as_objects, text_column
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named list of clips under one root folder. What a subclass reads its audio from need not be files."""
+    """A named list of clips under one root folder. What a subclass reads its audio from need not be files.
+
+    Clips may be given as any sequence; they are held as columns.
+    """
 
     name: str
     root: Path
-    clips: tuple[Clip, ...]
+    clips: Sequence[Clip]
     class_names: tuple[str, ...] = ()
     clip_seconds: float = 10.0  # the length its clips are cut or padded to, unless the user asks for another
     notes: tuple[str, ...] = field(default=())  # what a user should know of how it was read
-    texts: tuple[str, ...] = ()  # what is said in each clip, where a manifest tells
+    texts: Sequence[str] = ()  # what is said in each clip, where a manifest tells
     missing_expected: bool = False  # a dataset of which nobody has every file
     source_rows: tuple[int, ...] = ()  # of a part: which rows of the whole it holds
 
     of_files = True  # each clip is a file, or a part of one
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.clips, Clips):
+            object.__setattr__(self, "clips", Clips.of(self.clips, len(self.class_names)))
+
+    @property
+    def columns(self) -> Clips:
+        """The clips, with their columns."""
+        assert isinstance(self.clips, Clips)
+        return self.clips
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -85,7 +86,7 @@ class Dataset:
         """These clips alone, to be sent to another process."""
         return replace(
             self,
-            clips=tuple(self.clips[row] for row in rows),
+            clips=self.columns.take(np.asarray(rows, dtype=np.int64)),
             texts=tuple(self.texts[row] for row in rows) if self.texts else (),
             source_rows=tuple(self.source_row(row) for row in rows),
         )
@@ -94,18 +95,12 @@ class Dataset:
         """Where a clip lies in what the dataset was read from."""
         return self.source_rows[row] if self.source_rows else row
 
-    def table(self) -> ClipTable:
-        """The clips as columns, for the cache."""
-        labels = np.zeros((len(self), len(self.class_names)), dtype=np.uint8)
-        for row, clip in enumerate(self.clips):
-            labels[row, list(clip.labels)] = 1
-        return ClipTable(
-            ids=np.array([clip.id for clip in self.clips], dtype=object),
-            paths=np.array([as_text(clip.path) for clip in self.clips], dtype=object),
-            fold=np.array([clip.fold for clip in self.clips], dtype=np.int16),
-            split=np.array([clip.split for clip in self.clips], dtype=object),
-            labels=labels,
-        )
+    def table(self, *, sparse: bool = False) -> ClipTable:
+        """The clips as columns, for the cache. With `sparse` labels are SparseLabels, which take a hundredth."""
+        clips = self.columns
+        paths = clips.paths if clips.paths.dtype == TEXT else text_column([as_text(path) for path in clips.paths])
+        labels = clips.labels if sparse else clips.labels[:]
+        return ClipTable(clips.ids, paths, clips.fold.astype(np.int16), as_objects(clips.split), labels)
 
 
 def as_text(path: str) -> str:
@@ -115,32 +110,11 @@ def as_text(path: str) -> str:
 
 def unique_ids(paths: list[str]) -> list[str]:
     """An id per relative path: the stem where all stems differ, else the path without its suffix, else the path."""
-    for shorten in (_stem, _without_suffix):
+    for shorten in (stem_of, without_suffix):
         ids = [as_text(shorten(path)) for path in paths]
-        if max(Counter(ids).values(), default=0) <= 1:
+        if len(set(ids)) == len(ids):
             return ids
     return [as_text(path) for path in paths]
-
-
-def segment_ids(paths: list[str], spans: list[tuple[float | None, float | None]]) -> list[str]:
-    """An id per part of a file: as `unique_ids`, with the start (and end) where several lie in one file.
-
-    The same part of the same file twice gets the same id twice.
-    """
-    parts = Counter(paths)
-    distinct = list(parts)
-    ids_of = (unique_ids(distinct), [as_text(_without_suffix(path)) for path in distinct], distinct)
-    ids: list[str] = []
-    for names in ids_of:
-        name_of = dict(zip(distinct, names, strict=True))
-        for with_end in (False, True):
-            ids = [
-                name_of[path] + (seconds_suffix(*span, with_end=with_end) if parts[path] > 1 else "")
-                for path, span in zip(paths, spans, strict=True)
-            ]
-            if len(set(ids)) == len(ids):
-                return ids
-    return ids
 
 
 def seconds_suffix(start: float | None, end: float | None = None, *, with_end: bool = False) -> str:
@@ -163,12 +137,23 @@ def refuse_too_many_classes(class_names: Sized, place: object) -> None:
 
 
 MAX_CLASSES = 20_000
+UNUSUAL_NAMES = frozenset(("", ".", ".."))  # behind the last slash of a path
 
 
-def _stem(path: str) -> str:
-    return Path(path).stem
+def stem_of(path: str) -> str:
+    """`Path(path).stem`."""
+    name = path[path.rfind("/") + 1 :]
+    dot = name.rfind(".")
+    if name in UNUSUAL_NAMES or dot == len(name) - 1:
+        return Path(path).stem
+    return name[:dot] if dot > 0 else name
 
 
-def _without_suffix(text: str) -> str:
-    path = Path(text)
-    return path.with_suffix("").as_posix() if path.name else path.as_posix()
+def without_suffix(path: str) -> str:
+    """A path without its suffix, and in one form: with single slashes and no `.` between them."""
+    name = path[path.rfind("/") + 1 :]
+    dot = name.rfind(".")
+    if name.startswith("..") or name in UNUSUAL_NAMES or dot == len(name) - 1 or "//" in path or "./" in path:
+        there = Path(path)
+        return there.with_suffix("").as_posix() if there.name else there.as_posix()
+    return path[: len(path) - len(name) + dot] if dot > 0 else path

@@ -11,14 +11,18 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
+
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.datasets.columns import AUDIO_NAMES, LABEL_NAMES, OTHERS
-from whisper_at_cli.extract.datasets.entries import Entry, read_entries, rebased
+from whisper_at_cli.extract.datasets.entries import read_rows, rebased
 from whisper_at_cli.extract.datasets.locate import located
+from whisper_at_cli.extract.datasets.rows import Rows
 from whisper_at_cli.extract.datasets.scan import audio_files, first_file, is_folder, unwrapped
 from whisper_at_cli.extract.datasets.splits import CONTAINERS, SPLITS, TABLES, split_of
 from whisper_at_cli.extract.errors import UsageError
@@ -68,10 +72,11 @@ class Found:
             )
         return replace(self, usable=usable, splits=splits)
 
-    def said(self, clips: set[str]) -> list[str]:
-        """Notes on a dataset of these clips that was read from the tables."""
+    def said(self, paths: Iterable[str]) -> list[str]:
+        """Notes on a dataset of clips with these paths that was read from the tables."""
         if not self.searched:
             return []
+        clips = set(map(posixpath.normpath, paths))
         names = notes.listed([table.relative_to(self.root).as_posix() for table in self.usable])
         said = [notes.TABLE_FOUND(table=names)]
         if len(self.usable) > 1:
@@ -172,23 +177,25 @@ def _look(table: Path, root: Path, audio: tuple[str, ...]) -> _Look:
     if problem := _columns_problem(table, audio):
         return _Look(problem)
     try:
-        _, entries = rebased(read_entries(table, []), table, root, may_move=False)
+        _, rows = rebased(read_rows(table, []), table, root, may_move=False)
     except UsageError as error:
         return _Look(str(error))
-    paths, _ = located(root, [entry.audio for entry in entries])
+    paths, _ = located(root, rows.audio)
     there = set(audio).intersection(map(posixpath.normpath, paths))
     if 2 * len(there) < len(audio) and not (table.name in METADATA and there):
-        return _Look(f"it lists {len(there)} of {len(audio)} audio files", 2 * len(there) >= len(entries))
-    if _says_what_folders_say(entries, paths):
+        return _Look(f"it lists {len(there)} of {len(audio)} audio files", 2 * len(there) >= len(rows))
+    if _says_what_folders_say(rows, paths):
         return _Look("its labels are the names of the folders")
     return _Look("")
 
 
-def _says_what_folders_say(entries: list[Entry], paths: list[str]) -> bool:
+def _says_what_folders_say(rows: Rows, paths: np.ndarray) -> bool:
+    if any((column != "").any() for column in (rows.split, rows.id, rows.text)) or (rows.fold >= 0).any():
+        return False
+    if (np.nan_to_num(rows.start) > 0).any() or (np.nan_to_num(rows.end) > 0).any() or (rows.counts != 1).any():
+        return False
     return all(
-        entry.labels == (PurePosixPath(path).parent.name,)
-        and not (entry.split or entry.id or entry.text or entry.fold is not None or entry.start or entry.end)
-        for entry, path in zip(entries, paths, strict=True)
+        rows.names[label] == PurePosixPath(path).parent.name for label, path in zip(rows.labels, paths, strict=True)
     )
 
 

@@ -84,7 +84,11 @@ def _no_label_column(table: str, columns: str) -> str:
 
 def _of_json(table: JsonLines, said: list[str]) -> Columns:
     """By the keys of all objects, which need not be the same."""
-    keys = dict.fromkeys(key for _, row in table.rows() for key in row)
+    return columns_of_keys(table, dict.fromkeys(key for _, row in table.rows() for key in row), said)
+
+
+def columns_of_keys(table: JsonLines, keys: dict[str, None], said: list[str]) -> Columns:
+    """By all keys of a table, in the order in which they appear."""
     audio = next((name for name in AUDIO_NAMES if name in keys), None)
     label = next((name for name in LABEL_NAMES if name in keys), None)
     described = ", ".join(keys)[:300] or "none: it is empty"

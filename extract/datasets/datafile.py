@@ -7,8 +7,9 @@ from pathlib import Path
 from whisper_at_cli.extract.datasets.base import Dataset
 from whisper_at_cli.extract.datasets.classes import classes_beside
 from whisper_at_cli.extract.datasets.columns import Columns
-from whisper_at_cli.extract.datasets.entries import Entry, entry_of
+from whisper_at_cli.extract.datasets.entries import entry_of
 from whisper_at_cli.extract.datasets.manifest import dataset_of
+from whisper_at_cli.extract.datasets.rows import Entry, RowsBuilder
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.tables import whole_json
 
@@ -37,12 +38,15 @@ def read(path: Path, *, labels: Path | None = None) -> Dataset:
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, list):
         raise UsageError(f"{path} has no list 'data'; a data file looks like {EXAMPLE}")
-    entries = [_entry(row, f"entry {number} of {path}") for number, row in enumerate(data, start=1)]
+    builder = RowsBuilder()
+    for number, row in enumerate(data, start=1):
+        builder.add(_entry(row, f"entry {number} of {path}"))
+    rows = builder.rows(path)
     said: list[str] = []
     classes = classes_beside(path, labels, said)
-    if classes is None and any(entry.labels for entry in entries):
+    if classes is None and len(rows.labels):
         raise UsageError(f"no class_labels_indices.csv lies beside {path}; name it with --labels")
-    return dataset_of(entries, path, classes, path.parent, tuple(said))
+    return dataset_of(rows, path, classes, path.parent, tuple(said))
 
 
 def _entry(row: object, place: str) -> Entry:

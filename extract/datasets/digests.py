@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 from hashlib import blake2b
-from pathlib import Path
+from itertools import repeat
 
 import numpy as np
 
@@ -19,10 +21,12 @@ def source_digests(dataset: Dataset) -> np.ndarray:
     of it, its size and the time of its last change. Of a row of a pack the same of the pack, with the row; of one of a
     table without the time, since tables are unpacked again and again. Of an object in a bucket its name and the part.
     """
+    if type(dataset).source is Dataset.source:
+        return _of_files(dataset)
     digests = np.zeros(len(dataset), np.uint64)
     stats: dict[str, tuple[int, int] | None] = {}
     for row in range(len(dataset)):
-        source, path = dataset.source(row), dataset.clips[row].path
+        source, path = dataset.source(row), dataset.columns.paths[row]
         time = 0
         what, file, timed = _described(source, path)
         if file:
@@ -34,6 +38,20 @@ def source_digests(dataset: Dataset) -> np.ndarray:
             what += (found[0],)
             time = _hash((found[1],)) if timed else 0
         digests[row] = with_time(_hash(what), time)
+    return digests
+
+
+def _of_files(dataset: Dataset) -> np.ndarray:
+    """`source_digests` of clips that are files or parts of them, from columns."""
+    clips, digests = dataset.columns, np.zeros(len(dataset), np.uint64)
+    starts, ends = (repeat(math.nan) if column is None else column.tolist() for column in (clips.start, clips.end))
+    root, before, found = str(dataset.root), None, None
+    for row, path, start, end in zip(range(len(clips)), clips.paths, starts, ends, strict=False):
+        if path != before:  # parts of one file follow each other
+            before, found = path, _stat(os.path.join(root, path))  # noqa: PTH118 - of millions of files
+        if found is not None:
+            part = (None if math.isnan(start) else start, None if math.isnan(end) else end)
+            digests[row] = with_time(_hash((path, *part, found[0])), _hash((found[1],)))
     return digests
 
 
@@ -55,7 +73,7 @@ def _described(source: ClipSource, path: str) -> tuple[tuple, str, bool]:
 def _stat(file: str) -> tuple[int, int] | None:
     """Size and time of a file, if it is there."""
     try:
-        found = Path(file).stat()
+        found = os.stat(file)  # noqa: PTH116 - of millions of files
     except (OSError, ValueError):
         return None
     return found.st_size, found.st_mtime_ns

@@ -9,42 +9,60 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import numpy as np
 
 from whisper_at_cli.extract import notes
 from whisper_at_cli.extract.datasets.scan import all_files, is_audio
 
 CHECKED = 2000  # files of a table that are looked for where it says; if all are there, so are the others
+ROWS_AT_ONCE = 1 << 15
+NAMES_SEARCHED, FOLDERS_SEARCHED = 100, 2000  # with more, files are looked for one by one
+UNUSUAL = ("\\", " \n", "\n ", "/\n", "/.\n", "/..\n", *"\t\r\x0b\x0c\x1c\x1d\x1e\x1f")  # in lines of paths
 FORM, SLASHES, CASE, SUFFIX, FOLDER = "Unicode form", "backslashes", "upper and lower case", "their suffix", "folder"
 
 
-def located(root: Path, listed: Sequence[str], *, published: bool = False) -> tuple[list[str], list[str]]:
-    """Paths relative to `root` of listed files, and notes.
+Listed = TypeVar("Listed", list[str], np.ndarray)
+
+
+def located(root: Path, listed: Listed, *, published: bool = False) -> tuple[Listed, list[str]]:
+    """Paths relative to `root` of listed files, a list or a column of text, and notes.
 
     Of a `published` dataset all names are unique, so that the folder and the suffix may differ from those listed; of
     any other table one path must end as the other does.
     """
     if all(exists(root, listed[row]) for row in evenly(len(listed), CHECKED)):
-        return list(listed), []
+        return listed, []
     files = _Files(root, published=published)
-    found = [files.find(path) for path in listed]
-    pairs = {(path, match.path) for path, match in zip(listed, found, strict=True) if match}
+    found: dict[int, _Match] = {}  # of rows whose file is not where the table says
+    for first in range(0, len(listed), ROWS_AT_ONCE):
+        paths = list(listed[first : first + ROWS_AT_ONCE])
+        for row, path in enumerate(paths if not files.are_plainly_missing(paths) else ()):
+            match = files.find(path)
+            if match and match.path != path:
+                found[first + row] = match
+    if not found:
+        return listed, []
+    places = {match.path for match in found.values()}
+    pairs = {(listed[row], match.path) for row, match in found.items()} | {
+        (path, path) for path in listed if path in places
+    }
     claimed = Counter(place for _, place in pairs)  # by how many listed names
-    paths: list[str] = []
+    located = listed.copy()
     how: dict[str, list[tuple[str, str]]] = defaultdict(list)
     twice = []
-    for path, match in zip(listed, found, strict=True):
-        if match is None or (claimed[match.path] > 1 and match.how):
-            paths.append(path)
+    for row, match in found.items():
+        if claimed[match.path] > 1 and match.how:
             continue
-        paths.append(match.path)
+        located[row] = match.path
         for change in match.how:
-            how[change].append((path, match.path))
+            how[change].append((listed[row], match.path))
         if match.others:
-            twice.append(path)
-    return paths, _notes(how, twice)
+            twice.append(listed[row])
+    return located, _notes(how, twice)
 
 
 def exists(root: Path, path: str) -> bool:
@@ -76,14 +94,18 @@ class _Files:
     published: bool
     paths: set[str] = field(default_factory=set)
     by_name: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    names: set[str] = field(default_factory=set)  # in lower case, with and without what follows the last dot
 
     def __post_init__(self) -> None:
         for path in all_files(self.root):
             self.paths.add(path)
-            for key in _keys(path):
+            keys = _keys(path)
+            for key in keys:
                 self.by_name[key].append(path)
+            self.names.update(_with_and_without_suffix(keys[1].removeprefix("lower ")))
 
     def find(self, listed: str) -> _Match | None:
+        """The file that is meant, which may be just where the table says; None where there is none."""
         if listed in self.paths or (listed and exists(self.root, listed)):
             return _Match(listed)
         plain = listed.strip()
@@ -102,6 +124,16 @@ class _Files:
             if match:
                 return _Match(match.path, how + match.how, match.others)
         return None
+
+    def are_plainly_missing(self, listed: list[str]) -> bool:
+        """Whether `find` would give None for all of these, where that is soon told: no such folder or name is there."""
+        together = "\n" + "\n".join(listed).lower() + "\n"
+        if not together.isascii() or any(part in together for part in UNUSUAL) or len(self.names) > NAMES_SEARCHED:
+            return False
+        if any(f"/{name}{end}" in together for name in self.names for end in ".\n"):
+            return False
+        folders = {path.rpartition("/")[0] for path in listed}
+        return len(folders) <= FOLDERS_SEARCHED and not any(exists(self.root, folder) for folder in folders)
 
     def _best(self, listed: str, candidates: list[str], change: str) -> _Match | None:
         """The one candidate that lies where the listed path says, or least deep; None where several could be meant."""
@@ -131,8 +163,13 @@ def _keys(path: str) -> tuple[str, str, str]:
     """Names by which a file is known: in one Unicode form, in lower case, and without a suffix."""
     name = unicodedata.normalize("NFC", _name(path))
     lower = name.casefold()
-    stem = PurePosixPath(lower).stem if is_audio(name) else lower
+    stem = lower[: lower.rfind(".")] if is_audio(name) else lower
     return f"name {name}", f"lower {lower}", f"stem {stem}"
+
+
+def _with_and_without_suffix(name: str) -> tuple[str, str]:
+    dot = name.rfind(".")
+    return name, name[:dot] if dot > 0 else name
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def open_dataset(path: str | Path, *, format: str = "auto", labels: str | Path |
         folder.read_as_last_resort if name == LAST_RESORT and format == "auto" else chosen.read
     )
     dataset = read(path, labels=Path(labels)) if labels is not None else read(path)
-    if not dataset.clips:
+    if not len(dataset):
         raise UsageError(f"{path} was read as {name} and lists no clips")
     said = dict.fromkeys((*dataset.notes, *_left_beside(given, path)))
     return with_label_notes(replace(dataset, notes=tuple(said)))
@@ -127,7 +127,7 @@ def with_label_notes(dataset: Dataset) -> Dataset:
         dataset = replace(dataset, notes=(*dataset.notes, said))
     if not dataset.class_names:
         return replace(dataset, notes=(*dataset.notes, notes.NO_LABELS(name=dataset.name)))
-    without = sum(not clip.labels for clip in dataset.clips)
+    without = int((dataset.columns.labels.counts == 0).sum())
     if not without:
         return dataset
     said = notes.SOME_UNLABELLED(unlabelled=without, clips=len(dataset))

@@ -44,7 +44,7 @@ def follow(
     again with `update`, clips that the dataset no longer has are dropped with `prune`; else both are refused. Raises
     CacheError for that, where settings differ, and where other processes are at work on the cache.
     """
-    table = replace(dataset.table(), digests=source_digests(dataset))
+    table = replace(dataset.table(sparse=True), digests=source_digests(dataset))
     store = location(cache)
     if "://" not in str(cache):
         recover(Path(cache))

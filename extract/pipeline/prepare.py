@@ -140,7 +140,9 @@ def clips_to_do(writer: CacheWriter, dataset: Dataset, repair: bool) -> np.ndarr
     todo = writer.cache.status == Status.PENDING
     if repair:
         damaged = {name for damage in verify(writer.path, rows=writer.mine()).damaged for name in damage.clips}
-        todo |= (writer.cache.status == Status.FAILED) | np.isin(writer.cache.ids, list(damaged))
+        todo |= writer.cache.status == Status.FAILED
+        if damaged:
+            todo |= np.fromiter((name in damaged for name in writer.cache.ids), dtype=bool, count=len(todo))
     else:
         todo |= _clips_found(writer, dataset)
     _say_where(writer, dataset, todo)

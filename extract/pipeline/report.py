@@ -70,12 +70,12 @@ def report_of(
     writer: CacheWriter, dataset: Dataset, written: int, seconds: float, encoder_busy: float, disk_wait_seconds: float
 ) -> ExtractReport:
     """What a run over this slot's clips did, from what the cache says now."""
-    mine, status, clips = writer.mine(), writer.cache.status, dataset.clips
+    mine, status, clips = writer.mine(), writer.cache.status, dataset.columns
     failed_rows = np.flatnonzero(mine & (status == Status.FAILED))
     errors = writer.cache.errors
     noted_rows = np.flatnonzero(mine & (status == Status.DONE) & (errors != ""))
-    notes = tuple(ClipNote(clips[row].id, clips[row].path, str(errors[row])) for row in noted_rows)
-    failures = tuple(Failure(clips[row].id, clips[row].path, str(errors[row])) for row in failed_rows)
+    notes = tuple(ClipNote(clips[row].id, clips[row].path, str(errors[row])) for row in noted_rows.tolist())
+    failures = tuple(Failure(clips[row].id, clips[row].path, str(errors[row])) for row in failed_rows.tolist())
     missing, clips_here = sum(failure.error.startswith(MISSING) for failure in failures), int(mine.sum())
     return ExtractReport(
         cache=str(writer.path), clips=clips_here, written=written,
