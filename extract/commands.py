@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from whisper_at_cli.extract.pipeline.local import ExtractReport
 
 DEVICES = click.option(
-    "--device", default="auto", show_default=True, help="As cuda, mps, cpu; or several: cuda:0,cuda:1."
+    "--device", default="auto", show_default=True, help="cuda, mps or cpu, or several: cuda:0,cuda:1."
 )
 FORMAT = click.option(
     "--format",
     default="auto",
     show_default=True,
     help="Dataset layout: audioset, esc50, fsd50k, urbansound8k, speech-commands, vggsound, hdf5, huggingface, json, "
-    "manifest or folder; auto looks for itself.",
+    "manifest or folder; auto detects it.",
 )
 LABELS = click.option(
     "--labels",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="List of classes, as class_labels_indices.csv.  [default: the one beside the dataset]",
+    help="File that lists the classes, such as class_labels_indices.csv.  [default: the one beside the dataset]",
 )
 FAILURES_SHOWN = 20
 
@@ -51,7 +51,7 @@ FAILURES_SHOWN = 20
 )
 @FORMAT
 @LABELS
-@click.option("--window", type=float, help="Cut every file into clips of so many seconds.")
+@click.option("--window", type=float, help="Cut every file into clips of this many seconds.")
 @click.option("--hop", type=float, help="Seconds from one window to the next.  [default: the window's length]")
 @click.option("--clip-seconds", type=float, help="Cut or pad clips to this length.  [default: the dataset's; else 10]")
 @click.option("--dtype", default="float16", show_default=True, help="Storage type: float16, float32 or int8.")
@@ -61,14 +61,16 @@ FAILURES_SHOWN = 20
 )  # fmt: skip
 @click.option("--batch-size", default="auto", show_default=True, help="Clips encoded together; auto finds what fits.")
 @click.option("--workers", type=int, help="Processes that decode audio.  [default: cores divided by devices]")
-@click.option("--shard-mb", type=float, default=128, show_default=True, help="Size of a shard file of a new cache.")
+@click.option("--shard-mb", type=float, default=128, show_default=True, help="Size of each shard file in a new cache.")
 @click.option(
     "--shard", default="1/1", show_default=True, metavar="I/N",
     help="Do every N-th shard, the I-th of each N; auto reads the task number of a SLURM array.",
 )  # fmt: skip
 @click.option("--engine", default="local", show_default=True, help="local: this machine; ray: a Ray cluster.")
 @click.option("--address", help="Ray cluster: auto, HOST:PORT or ray://...  [default: RAY_ADDRESS, else this machine]")
-@click.option("--encoders", type=int, help="With ray, at most so many.  [default: one per GPU, else one per core]")
+@click.option(
+    "--encoders", type=int, help="With ray: the largest number of encoders.  [default: one per GPU, else one per core]"
+)
 @click.option("--compile", is_flag=True, help="Run torch.compile first; GPUs only, for long runs in float32.")
 @click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
 @click.option("--update", is_flag=True, help="Also redo clips whose audio file has changed since.")
@@ -151,7 +153,7 @@ def info_command(cache: Path | str, as_json: bool) -> None:
 
 @command("notes")
 def notes_command(as_json: bool) -> None:
-    """List every note that `extract` can give on how a dataset was read, and what each means.
+    """List every note that `extract` can give, and what each means.
 
     \b
         whisper-at-cli notes

@@ -1,4 +1,4 @@
-"""Every note that extraction can give: what a user should know of how data was read, before it is encoded.
+"""Every note that extraction can give: of how data was read, and of what makes a run slower than it could be.
 
 A note is one line here. Whoever gives it calls it with its values, `notes.NO_LABELS(name="clips.csv")`, and gets the
 text; `whisper-at-cli notes` prints the list, and tests/test_notes.py provokes each of them.

@@ -297,6 +297,17 @@ def test_parquet_files_of_the_hub_are_read(tmp_path, monkeypatch):
         (["dog"], 3, "test"),
     ]
     assert dataset.waveform(1, 8000)[1] == 8000 and any("folds 0 to 2" in note for note in dataset.notes)
+    one = open_dataset(tmp_path / "hub" / "data" / "test-00000-of-00001-abc.parquet")
+    assert described(one) == described(dataset) and one.waveform(1, 8000)[1] == 8000
+    (tmp_path / "converted" / "default" / "train").mkdir(parents=True)  # as the hub converts what others uploaded
+    table.to_parquet(tmp_path / "converted" / "default" / "train" / "0000.parquet")
+    for path in (tmp_path / "converted", tmp_path / "converted" / "default"):
+        found = open_dataset(path)
+        assert found.name in ("converted", "default") and [clip.split for clip in found.clips] == ["train"] * 3
+    (tmp_path / "converted" / "small" / "train").mkdir(parents=True)
+    table.to_parquet(tmp_path / "converted" / "small" / "train" / "0000.parquet")
+    with pytest.raises(UsageError, match="holds several datasets: default, small; give one of these folders"):
+        open_dataset(tmp_path / "converted")
 
 
 def test_the_order_and_ids_of_what_was_read_before_are_as_they_were(esc10):
