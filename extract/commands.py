@@ -40,7 +40,7 @@ FAILURES_SHOWN = 20
     default="auto",
     show_default=True,
     help="Dataset layout: audioset, esc50, fsd50k, urbansound8k, speech-commands, vggsound, hdf5, huggingface, json, "
-    "manifest, tar or folder; auto looks for itself.",
+    "lhotse, manifest, tar or folder; auto looks for itself.",
 )
 @click.option(
     "--labels",
@@ -78,15 +78,15 @@ def extract_command(
 
     DATASET is a folder or file in one of the layouts that docs/datasets.md describes: AudioSet, ESC-50, FSD50K,
     UrbanSound8K, Speech Commands, a folder per class, a CSV or JSONL manifest, the JSON data files of AST, an HDF5 pack
-    of waveforms, a Hugging Face dataset on disk, tar shards. If CACHE exists, the same command continues it. A clip
-    that cannot be read is reported and marked failed.
+    of waveforms, a Hugging Face dataset on disk, tar shards, lhotse cuts. If CACHE exists, the same command continues
+    it. A clip that cannot be read is reported and marked failed.
 
     \b
         whisper-at-cli extract ESC-50 esc50.zarr --model tiny.en
         whisper-at-cli extract my-sounds sounds.zarr --model large-v1 --clip-seconds 5 --device cuda
         whisper-at-cli extract ESC-50 hubert.zarr --model facebook/hubert-xlarge-ll60k
         whisper-at-cli extract field-recordings.csv field.zarr --model tiny.en --window 10 --hop 5
-        whisper-at-cli extract 'shards-{000..010}.tar' shards.zarr --model tiny.en
+        whisper-at-cli extract 'shards/train-{000..001}.tar' shards.zarr --model tiny.en
     """
     options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
     run, options = _engine(**options)

@@ -131,6 +131,8 @@ SHARD_AUDIO = _note(
 SHARD_KEYS = _note(
     "shard-keys", "{keys} keys of the shards have no audio and were left out: {names}",
     "Members of a key must stand one after another.")
+CUTS_READ = _note(
+    "cuts-read", "{cuts} cuts were read, with their {what}", "Labels come from custom fields, text from supervisions.")
 # Single files: with the clip's path, in the report, the cache and `info`
 AUDIO_LOST = _note(
     "audio-lost", "{lost:.2f} s of {promised:.2f} s are lost: the file is cut off or damaged",
