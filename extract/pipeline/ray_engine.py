@@ -67,7 +67,7 @@ def extract_on_ray(
     hop: float | None = None, clip_seconds: float | None = None, dtype: str = "float16", precision: str = "auto",
     device: str = "auto", batch_size: int | None = None,
     shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False, compile: bool = False,
-    decode_in_tasks: bool | None = None, progress: Progress | None = None,
+    limit: int | None = None, decode_in_tasks: bool | None = None, progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> RayReport:  # fmt: skip
     """`extract` on the Ray cluster at `address`; by default the one that Ray knows of, else one on this machine.
@@ -78,12 +78,19 @@ def extract_on_ray(
     """
     if not isinstance(model, str | Path):
         raise UsageError("--engine ray needs the model by name or path, so that each worker can load it")
-    prepare.check_numbers(encoders=encoders, batch_size=batch_size, shard_mb=shard_mb)
+    prepare.check_numbers(encoders=encoders, batch_size=batch_size, shard_mb=shard_mb, limit=limit)
     check_model(model)
     started = time.perf_counter()
     with DecodePool(cores()) as pool:
         dataset = prepare.open_clips(
-            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
+            dataset,
+            pool,
+            format=format,
+            labels=labels,
+            window=window,
+            hop=hop,
+            clip_seconds=clip_seconds,
+            limit=limit,
         )
     dataset = dataset.absolute()
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
@@ -95,7 +102,7 @@ def extract_on_ray(
         info = fleet.wait_for_one(progress)
         size = batch_size or info.batch_size
         with prepare.open_cache(
-            cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard
+            cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard, limit=limit
         ) as writer:  # fmt: skip
             notes = [*dataset.notes, info.note]
             if not batch_size:
