@@ -85,8 +85,15 @@ def test_a_pattern_stands_for_its_shards_and_names_those_that_are_missing(tmp_pa
     for pattern in ("{3..1}", "{0..99999999}", "{0..99999}{0..99999}"):
         with pytest.raises(UsageError, match="shards"):
             tar.expanded(pattern)
+
+
+def test_shards_in_a_bucket_are_refused(monkeypatch):
     with pytest.raises(UsageError, match="read from a disk only"):
         open_dataset("s3://bucket/a-{000..002}.tar")
+    store = type("Store", (), {"__init__": lambda self, address: None, "sizes": lambda self: {"a-000.tar": 9}})
+    monkeypatch.setattr("whisper_at_cli.extract.datasets.bucket.BucketStore", store)
+    with pytest.raises(UsageError, match="s3://bucket/shards holds tar shards, which are read from a disk only"):
+        open_dataset("s3://bucket/shards")
 
 
 @pytest.mark.parametrize(
