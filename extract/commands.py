@@ -28,7 +28,7 @@ FORMAT = click.option(
     default="auto",
     show_default=True,
     help="Dataset layout: audioset, esc50, fsd50k, urbansound8k, speech-commands, vggsound, hdf5, huggingface, json, "
-    "manifest or folder; auto detects it.",
+    "lhotse, manifest, tar or folder; auto detects it.",
 )
 LABELS = click.option(
     "--labels",
@@ -53,6 +53,11 @@ FAILURES_SHOWN = 20
 @LABELS
 @click.option("--window", type=float, help="Cut every file into clips of this many seconds.")
 @click.option("--hop", type=float, help="Seconds from one window to the next.  [default: the window's length]")
+@click.option("--limit", type=int, help="Take the dataset's first so many clips only.")
+@click.option(
+    "--dry-run", is_flag=True,
+    help="Make no cache: print how many clips and hours there are, the cache's size, and the time that encoding takes.",
+)  # fmt: skip
 @click.option("--clip-seconds", type=float, help="Cut or pad clips to this length.  [default: the dataset's; else 10]")
 @click.option("--dtype", default="float16", show_default=True, help="Storage type: float16, float32 or int8.")
 @click.option(
@@ -79,14 +84,14 @@ FAILURES_SHOWN = 20
 @click.pass_context
 def extract_command(
     ctx: click.Context, /, dataset: Path | str, cache: Path | str, as_json: bool, shard: str, batch_size: str,
-    **options: Any,
+    dry_run: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Run a frozen encoder over DATASET once; store every layer, pooled to 25 frames, in CACHE.
 
     DATASET is a folder or file in one of the layouts that docs/datasets.md describes: AudioSet, ESC-50, FSD50K,
     UrbanSound8K, Speech Commands, a folder per class, a CSV or JSONL manifest, the JSON data files of AST, an HDF5 pack
-    of waveforms, a Hugging Face dataset on disk. If CACHE exists, the same command continues it. A clip that cannot be
-    read is reported and marked failed.
+    of waveforms, a Hugging Face dataset on disk, tar shards, lhotse cuts. If CACHE exists, the same command continues
+    it. A clip that cannot be read is reported and marked failed.
 
     CACHE follows DATASET: new clips are added, and changed labels, folds and splits are taken over. A clip that is
     gone, or whose audio has changed, is an error unless --prune or --update allows it.
@@ -96,8 +101,12 @@ def extract_command(
         whisper-at-cli extract my-sounds sounds.zarr --model large-v1 --clip-seconds 5 --device cuda
         whisper-at-cli extract ESC-50 hubert.zarr --model facebook/hubert-xlarge-ll60k
         whisper-at-cli extract field-recordings.csv field.zarr --model tiny.en --window 10 --hop 5
+        whisper-at-cli extract 'shards/train-{000..001}.tar' shards.zarr --model tiny.en
     """
     options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
+    if dry_run:
+        _print_plan(dataset, cache, as_json, **options)
+        return
     run, options = _engine(**options)
     with progress_on_stderr("extract", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = run(dataset, cache, progress=progress, notify=lambda note: print_notes([note]), **options)
@@ -120,6 +129,24 @@ def extract_command(
         )
     if not report.ok:
         ctx.exit(1)
+
+
+def _print_plan(dataset: Path | str, cache: Path | str, as_json: bool, **options: Any) -> None:
+    """What `extract` would do with these options."""
+    from whisper_at_cli.extract.pipeline.plan import plan_extraction
+
+    if options["engine"] != "local" or "," in options["device"]:
+        raise UsageError("--dry-run is for --engine local and one device")
+    for name in ("engine", "address", "encoders", "shard", "repair", "compile"):  # which change nothing of it
+        del options[name]
+    plan = plan_extraction(dataset, cache, **options)
+    if as_json:
+        print_json(plan)
+        return
+    print_notes(plan.notes)
+    known = asdict(plan)
+    del known["notes"]
+    print_table([(name.replace("_", " "), plain(value)) for name, value in known.items()], ("what", "value"))
 
 
 @command("info")

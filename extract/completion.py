@@ -18,7 +18,7 @@ Completion = Callable[[click.Context, str], list[CompletionItem]]  # of what is 
 
 DATASETS = (
     "auto", "audioset", "esc50", "fsd50k", "urbansound8k", "speech-commands", "vggsound", "hdf5", "huggingface", "json",
-    "manifest", "folder",
+    "lhotse", "manifest", "tar", "folder",
 )  # fmt: skip
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 VALUES = {  # of the parameters of this name, in whichever command

@@ -140,6 +140,17 @@ PACK_RATE = _note(
 PACK_CLASSES = _note(
     "pack-classes", "no list of classes lies beside {pack}: they are named by number (see --labels)",
     "An HDF5 pack has no class names of its own.")
+SHARDS_READ = _note(
+    "shards-read", "{shards} tar shards were read: audio from {audio}, labels from {labels}",
+    "Members of one key are a clip; what else it holds was left out.")
+SHARD_AUDIO = _note(
+    "shard-audio", "{clips} keys of the shards hold several audio files, of which the first was taken",
+    "A clip is one audio file.")
+SHARD_KEYS = _note(
+    "shard-keys", "{keys} keys of the shards have no audio and were left out: {names}",
+    "Members of a key must stand one after another.")
+CUTS_READ = _note(
+    "cuts-read", "{cuts} cuts were read, with their {what}", "Labels come from custom fields, text from supervisions.")
 # Single files: with the clip's path, in the report, the cache and `info`
 AUDIO_LOST = _note(
     "audio-lost", "{lost:.2f} s of {promised:.2f} s are lost: the file is truncated or damaged",

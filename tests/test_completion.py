@@ -22,7 +22,8 @@ FREE_TEXT = {  # parameters for which there is nothing to suggest
     "average_to_epoch", "patience",
 }  # fmt: skip
 OPTIONS_OF_EXTRACT = (
-    "--model --format --labels --window --hop --clip-seconds --dtype --precision --batch-size --workers"
+    "--model --format --labels --window --hop --limit --dry-run --clip-seconds --dtype --precision "
+    "--batch-size --workers"
 )
 
 

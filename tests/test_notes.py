@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import sys
+import tarfile
 import unicodedata
 from types import SimpleNamespace
 
@@ -172,6 +173,21 @@ def paused():
     return held.getvalue()
 
 
+def cuts(root):
+    recording = {"sources": [{"type": "file", "channels": [0], "source": "a.wav"}], "duration": 3}
+    write(root / "cuts.jsonl", json.dumps({"type": "MonoCut", "id": "a", "duration": 1, "recording": recording}))
+    return open_dataset(root / "cuts.jsonl").notes
+
+
+def shard(root, *members):
+    with tarfile.open(root / "a.tar", "w") as archive:
+        for name in members:
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"1"))
+    return open_dataset(root / "a.tar").notes
+
+
 NFD = unicodedata.normalize("NFD", "ä.wav")
 PROVOKED = {
     "table-form": lambda root: table(root, "audio;label\na.wav;dog\n".encode("utf-16")),
@@ -207,6 +223,10 @@ PROVOKED = {
     "background-noise": speech_commands,
     "pack-rate": pack,
     "pack-classes": pack,
+    "shards-read": lambda root: shard(root, "a.wav", "a.cls"),
+    "shard-audio": lambda root: shard(root, "a.wav", "a.flac", "a.cls"),
+    "shard-keys": lambda root: shard(root, "a.wav", "b.cls"),
+    "cuts-read": cuts,
     "audio-lost": lambda root: clip_notes(write_wav(root / "a.wav", noise(0, 5.0)).read_bytes()[:-9999]),
     "packets-skipped": lambda root: clip_notes(MP3[:20000] + b"LYRICSBEGIN" + bytes(900) + MP3[20000:]),
     "audio-gap": lambda root: clip_notes(paused()),

@@ -7,9 +7,11 @@ name in a document stands for what no test can have (a large model, a hub reposi
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,6 +213,33 @@ def _json_datafiles(here: Workplace, path: Path) -> None:
         write_wav(path / f"{name}.wav", here.sound(index, 3))
         entries.append({"wav": f"{name}.wav", "labels": f"{mid},/m/06mb1" if name == "dog" else mid})
     write(path / "train.json", json.dumps({"data": entries}))
+
+
+@thing("shards")
+def _tar_shards(here: Workplace, path: Path) -> None:
+    path.mkdir()
+    for shard in range(2):
+        with tarfile.open(path / f"train-{shard:03d}.tar", "w") as archive:
+            for row, name in enumerate(list(CLASSES)[:2]):
+                audio = write_wav(here.store / "shard-audio" / f"{row}.wav", here.sound(row, 3))
+                archive.add(audio, f"{shard}{row}.wav")
+                label = here.store / "shard-audio" / f"{row}.cls"
+                write(label, name)
+                archive.add(label, f"{shard}{row}.cls")
+
+
+@thing("cuts.jsonl.gz")
+def _cuts(here: Workplace, path: Path) -> None:
+    cuts = []
+    for row, name in enumerate(list(CLASSES)[:2]):
+        audio = write_wav(here.store / "cut-audio" / f"{row}.wav", here.sound(row, 3))
+        source = {"type": "file", "channels": [0], "source": str(audio)}
+        recording = {"id": f"{row}", "sources": [source], "sampling_rate": RATE, "duration": 3.0}
+        cuts.append({
+            "type": "MonoCut", "id": f"cut-{row}", "start": 0.5, "duration": 2.0, "channel": 0, "recording": recording,
+            "custom": {"label": name},
+        })  # fmt: skip
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, cuts)).encode()))
 
 
 @thing("pack.h5")

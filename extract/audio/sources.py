@@ -5,6 +5,7 @@ Reading imports what a kind of source needs (h5py, pyarrow, obstore) and neither
 
 from __future__ import annotations
 
+import os
 import posixpath
 import threading
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from whisper_at_cli.extract.cache.store import BucketStore
 
 OPEN_TABLES = 64  # Arrow files that a process keeps open
+OPEN_SHARDS = 64  # tar files likewise
 
 
 class ClipSource(Protocol):
@@ -133,6 +135,44 @@ def _arrow(path: str, _written: int) -> pyarrow.Table:
 def arrow_rows(path: str) -> int:
     """How many rows an Arrow file holds."""
     return _arrow(path, Path(path).stat().st_mtime_ns).num_rows
+
+
+@dataclass(frozen=True, slots=True)
+class TarClip:
+    """A member of a tar file, not compressed: `size` bytes of an audio file from byte `offset` on."""
+
+    path: str
+    offset: int
+    size: int
+
+    def read(self, samples: int) -> ClipAudio:
+        try:
+            shard = _opened(self.path)  # kept while it is read, whoever closes it
+            data = os.pread(shard.file, self.size, self.offset)
+        except FileNotFoundError as error:
+            raise MissingAudioError(f"no shard {Path(self.path).name}") from error
+        except OSError as error:
+            raise AudioError(f"it cannot be read from {Path(self.path).name}: {error.strerror}") from error
+        if len(data) < self.size:
+            raise AudioError(f"{Path(self.path).name} ends within it: {len(data)} of {self.size} bytes are there")
+        return load_clip(data, samples)
+
+
+class _Opened:
+    """A file that is open as long as this is kept; its descriptor may be read from several threads."""
+
+    def __init__(self, path: str):
+        self.file = -1
+        self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.file >= 0:
+            os.close(self.file)
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _opened(path: str) -> _Opened:
+    return _Opened(path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,7 @@ def import_npz(
         "tool_version": __version__,
         "imported_from": str(folder.resolve()),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
     }
     with CacheWriter.create(cache_path, spec, _clip_table(listed, names), shard_mb=shard_mb, provenance=made) as writer:
         there = int(writer.cache.done.sum())

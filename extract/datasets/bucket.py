@@ -11,6 +11,7 @@ from pathlib import Path
 from whisper_at_cli.extract.audio.sources import ClipSource, FileClip, ObjectClip
 from whisper_at_cli.extract.cache.store import BucketStore
 from whisper_at_cli.extract.datasets.base import Dataset
+from whisper_at_cli.extract.datasets.scan import is_audio
 from whisper_at_cli.extract.errors import UsageError
 
 LISTS = frozenset((".csv", ".json", ".jsonl", ".txt", ".tsv"))  # suffixes of what lists clips, classes and folds
@@ -56,6 +57,8 @@ def open_in_bucket(address: str, read: Callable[[Path], Dataset]) -> BucketDatas
     sizes = store.sizes()
     if not sizes or (file and file not in sizes):
         raise UsageError(f"{address} holds no objects; give the address of a dataset's folder or list")
+    if any(name.lower().endswith(".tar") for name in sizes) and not any(map(is_audio, map(posixpath.basename, sizes))):
+        raise UsageError(f"{address} holds tar shards, which are read from a disk only; copy them there first")
     with tempfile.TemporaryDirectory(prefix="whisper-at-cli-") as temporary:
         shadow = Path(temporary) / (posixpath.basename(folder) or "bucket")
         for name, size in sizes.items():

@@ -9,7 +9,7 @@ from itertools import repeat
 
 import numpy as np
 
-from whisper_at_cli.extract.audio.sources import ClipSource, FileClip, PackClip, TableClip
+from whisper_at_cli.extract.audio.sources import ClipSource, FileClip, PackClip, TableClip, TarClip
 from whisper_at_cli.extract.cache.changes import with_time
 from whisper_at_cli.extract.datasets.base import Dataset
 
@@ -18,7 +18,7 @@ def source_digests(dataset: Dataset) -> np.ndarray:
     """(N,) uint64, one for each clip; 0 where its file is not there.
 
     The last TIME_BITS are of the file's time, the others of all else. Of a file: its path within the dataset, the part
-    of it, its size and the time of its last change. Of a row of a pack the same of the pack, with the row; of one of a
+    of it, its size and the time of its last change. Of a row of a pack or a member of a tar shard the same of that; of a row of a
     table without the time, since tables are unpacked again and again. Of an object in a bucket its name and the part.
     """
     if type(dataset).source is Dataset.source:
@@ -65,6 +65,8 @@ def _described(source: ClipSource, path: str) -> tuple[tuple, str, bool]:
         return (path, source.start, source.end), source.path, True
     if isinstance(source, PackClip):
         return (source.row,), source.path, True
+    if isinstance(source, TarClip):
+        return (path, source.offset, source.size), source.path, True
     if isinstance(source, TableClip):
         return (source.row, source.column), source.table, False
     return (path, getattr(source, "start", None), getattr(source, "end", None)), "", False

@@ -61,10 +61,13 @@ def read(path: Path, *, labels: Path | None = None) -> Dataset:
 
 def dataset_of(
     rows: Rows, file: Path, classes: ClassList | None, root: Path, said: tuple[str, ...] = (), *,
-    in_path_order: bool = False,
+    in_path_order: bool = False, relocate: bool = True,
 ) -> Dataset:  # fmt: skip
-    """The dataset of a list of clips in `file`; class names are sorted where no list of classes says otherwise."""
-    paths, more = located(root, rows.audio)
+    """The dataset of a list of clips in `file`; class names are sorted where no list of classes says otherwise.
+
+    With `relocate` files that are not where they are listed are looked for.
+    """
+    paths, more = located(root, rows.audio) if relocate else (rows.audio, [])
     if in_path_order:  # as without the table
         order = np.array(sorted(range(len(paths)), key=paths.tolist().__getitem__), dtype=np.int64)
         rows, paths = rows.take(order), paths[order]

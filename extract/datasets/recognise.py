@@ -16,8 +16,10 @@ from whisper_at_cli.extract.datasets import (
     folder,
     fsd50k,
     huggingface,
+    lhotse,
     manifest,
     speech_commands,
+    tar,
     urbansound8k,
     vggsound,
     waveforms,
@@ -64,7 +66,9 @@ FORMATS = {  # in the order in which they are looked for: what only one layout h
     "hdf5": _format(waveforms, takes_labels=True),
     "huggingface": _format(huggingface),
     "json": _format(datafile, takes_labels=True),
+    "lhotse": _format(lhotse, takes_labels=True),
     "manifest": _format(manifest, takes_labels=True),
+    "tar": _format(tar, takes_labels=True),
     "folder": _format(folder),
 }
 
@@ -72,15 +76,19 @@ FORMATS = {  # in the order in which they are looked for: what only one layout h
 def open_dataset(path: str | Path, *, format: str = "auto", labels: str | Path | None = None) -> Dataset:
     """The dataset at `path`, read as `format` or as the first layout that fits.
 
-    `path` is a folder, a file, or the address of either in a bucket. `labels` is a file that lists the classes, for
-    layouts that do not carry such a list themselves. Raises UsageError where nothing is there, nothing fits, or no clip
-    is found.
+    `path` is a folder, a file, a pattern of tar shards, or the address of a folder or file in a bucket. `labels` is a
+    file that lists the classes, for layouts that do not carry such a list themselves. Raises UsageError where nothing
+    is there, nothing fits, or no clip is found.
     """
     if "://" in str(path):
+        if str(path).endswith(tar.SUFFIX):
+            raise UsageError(f"{path}: tar shards are read from a disk only; copy them there first")
         from whisper_at_cli.extract.datasets.bucket import open_in_bucket
 
         return open_in_bucket(str(path), lambda shadow: open_dataset(shadow, format=format, labels=labels))
     path = Path(path)
+    if format in ("auto", "tar") and tar.BRACES.search(str(path)) and not path.exists():
+        return with_label_notes(_with_clips(tar.read_pattern(str(path), labels=_path(labels)), path, "tar"))
     if not path.exists():
         raise UsageError(f"{path} does not exist; give the dataset's folder or file")
     if format != "auto" and format not in FORMATS:
@@ -94,10 +102,19 @@ def open_dataset(path: str | Path, *, format: str = "auto", labels: str | Path |
         folder.read_as_last_resort if name == LAST_RESORT and format == "auto" else chosen.read
     )
     dataset = read(path, labels=Path(labels)) if labels is not None else read(path)
+    said = dict.fromkeys((*dataset.notes, *_left_beside(given, path)))
+    return with_label_notes(replace(_with_clips(dataset, path, name), notes=tuple(said)))
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _with_clips(dataset: Dataset, path: Path, name: str) -> Dataset:
+    """The dataset, refused if it has no clip."""
     if not len(dataset):
         raise UsageError(f"{path} was read as {name} and lists no clips")
-    said = dict.fromkeys((*dataset.notes, *_left_beside(given, path)))
-    return with_label_notes(replace(dataset, notes=tuple(said)))
+    return dataset
 
 
 def _left_beside(given: Path, taken: Path) -> list[str]:

@@ -55,7 +55,7 @@ def windowed(
     clips = tuple(
         part for clip, count in zip(dataset.clips, counts, strict=True) for part in _windows(clip, count, window, hop)
     )
-    return replace(dataset, clips=_with_unique_ids(clips), clip_seconds=window, texts=())
+    return replace(dataset, clips=_with_unique_ids(clips), clip_seconds=window, texts=(), source_rows=())
 
 
 def _window_count(clip: Clip, length: Length | None, window: float, hop: float) -> int:

@@ -38,7 +38,7 @@ def extract(
     clip_seconds: float | None = None, dtype: str = "float16", precision: str = "auto", device: str = "auto",
     batch_size: int | None = None, workers: int | None = None, shard_mb: float = DEFAULT_SHARD_MB,
     shard: tuple[int, int] = (1, 1), repair: bool = False, update: bool = False, prune: bool = False,
-    compile: bool = False,
+    compile: bool = False, limit: int | None = None,
     progress: Progress | None = None, notify: Callable[[str], None] | None = None,
 ) -> ExtractReport:  # fmt: skip
     """Run a frozen encoder over a dataset once and keep every layer, pooled to 25 frames, in a cache.
@@ -48,17 +48,19 @@ def extract(
     an error, or done again with `update`. A clip that cannot be read is reported and marked failed; the others go on.
     One whose file was missing is done as soon as the file is there. With `repair`, clips that failed or that `verify`
     finds damaged are done again. With `window`, and `hop`, in seconds, every file is cut into clips of that length.
-    `notify` gets each note on how the dataset was read before encoding begins; the report has them too.
+    With `limit` the cache holds the first so many clips of the dataset. `notify` gets each note on how the dataset was
+    read before encoding begins; the report has them too.
     Raises UsageError or CacheError where nothing can be done as asked.
     """
     started = time.perf_counter()
-    check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb)
+    check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb, limit=limit)
     if isinstance(model, str | Path):
         check_model(model)
     new = not location(cache).exists(METADATA)
     with DecodePool(workers or cores()) as pool:
         dataset = open_clips(
-            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, look=new
+            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, look=new,
+            limit=limit,
         )  # fmt: skip
         if new:
             pool.start(len(dataset))  # they get ready while weights are loaded
@@ -70,8 +72,9 @@ def extract(
         samples = clip_samples(backbone, seconds)
         size, notes = batch_size or fitting_batch_size(backbone, samples, dtype), [*dataset.notes, cost_note(backbone)]
         writer, dataset, changed = open_cache(
-            cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard, update=update, prune=prune
-        )
+            cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard, limit=limit, update=update,
+            prune=prune,
+        )  # fmt: skip
         with writer:
             notes.append(changed)
             if batch_size is None:

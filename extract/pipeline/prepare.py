@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -38,9 +39,9 @@ def check_numbers(**numbers: float | None) -> None:
 
 def open_clips(
     dataset: str | Path | Dataset, pool: DecodePool, *, format: str, labels: str | Path | None, window: float | None,
-    hop: float | None, clip_seconds: float | None, look: bool = True,
+    hop: float | None, clip_seconds: float | None, look: bool = True, limit: int | None = None,
 ) -> Dataset:  # fmt: skip
-    """The dataset that was asked for, its files cut into windows where that was asked for too.
+    """The dataset that was asked for, its files cut into windows where that was asked for too; its first `limit` clips.
 
     With `look` some of its files are looked at, for notes on what is missing or will be cut.
     """
@@ -49,6 +50,7 @@ def open_clips(
         return [value if kind == DONE else None for kind, value in pool.map(measure_length, paths)]
 
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, labels=labels)
+    dataset = _first(dataset, limit)  # of so many files, each of which is one window at least
     if look:
         dataset = looked_at(dataset, clip_seconds or dataset.clip_seconds, lengths, windows=window is not None)
     if window is None:
@@ -57,7 +59,11 @@ def open_clips(
         return dataset
     if clip_seconds not in (None, window):
         raise UsageError(f"windows of {window:g} s are clips of that length; leave out --clip-seconds {clip_seconds:g}")
-    return windowed(dataset, window, hop, lengths=lengths)
+    return _first(windowed(dataset, window, hop, lengths=lengths), limit)
+
+
+def _first(dataset: Dataset, limit: int | None) -> Dataset:
+    return dataset if limit is None or limit >= len(dataset) else dataset.part(range(limit))
 
 
 def compile_backbone(backbone: Backbone, batch_size: int) -> None:
@@ -80,21 +86,26 @@ def precision_of(cache: str | Path, asked: str) -> str:
 
 def open_cache(
     cache: str | Path, dataset: Dataset, backbone: EncoderFacts, clip_seconds: float, dtype: str, batch_size: int, *,
-    shard_mb: float, slot: tuple[int, int], update: bool = False, prune: bool = False,
+    shard_mb: float, slot: tuple[int, int], limit: int | None = None, update: bool = False, prune: bool = False,
 ) -> tuple[CacheWriter, Dataset, str | None]:  # fmt: skip
     """The cache of this extraction, new or continued; the dataset in its order; and a note on what was changed in it.
 
     Raises CacheError where the dataset differs from the cache in what `update` or `prune` would have to allow.
     """
-    spec = CacheSpec(
+    spec = spec_of(dataset, backbone, clip_seconds, dtype)
+    followed = follow(cache, dataset, spec, slot=slot, update=update, prune=prune)
+    provenance = _provenance(backbone, dataset, batch_size) | ({} if limit is None else {"limit": limit})
+    writer = CacheWriter.create(cache, spec, followed.table, shard_mb=shard_mb, slot=slot, provenance=provenance)
+    return writer, followed.dataset, followed.note
+
+
+def spec_of(dataset: Dataset, backbone: EncoderFacts, clip_seconds: float, dtype: str) -> CacheSpec:
+    """What makes the cache of this extraction."""
+    return CacheSpec(
         backbone=backbone.name, weights_sha256=backbone.weights_sha256, layers=backbone.layers, dim=backbone.dim,
         clip_seconds=clip_seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
         class_names=dataset.class_names,
     )  # fmt: skip
-    followed = follow(cache, dataset, spec, slot=slot, update=update, prune=prune)
-    provenance = _provenance(backbone, dataset, batch_size)
-    writer = CacheWriter.create(cache, spec, followed.table, shard_mb=shard_mb, slot=slot, provenance=provenance)
-    return writer, followed.dataset, followed.note
 
 
 def _provenance(backbone: EncoderFacts, dataset: Dataset, batch_size: int) -> dict:
@@ -105,7 +116,7 @@ def _provenance(backbone: EncoderFacts, dataset: Dataset, batch_size: int) -> di
         "batch_size": batch_size,
         "dataset_root": dataset.place,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "notes": [as_text(note) for note in dataset.notes],
     }
 

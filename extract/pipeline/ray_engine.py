@@ -67,7 +67,7 @@ def extract_on_ray(
     hop: float | None = None, clip_seconds: float | None = None, dtype: str = "float16", precision: str = "auto",
     device: str = "auto", batch_size: int | None = None,
     shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False,
-    update: bool = False, prune: bool = False, compile: bool = False,
+    update: bool = False, prune: bool = False, compile: bool = False, limit: int | None = None,
     decode_in_tasks: bool | None = None, progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> RayReport:  # fmt: skip
@@ -79,12 +79,19 @@ def extract_on_ray(
     """
     if not isinstance(model, str | Path):
         raise UsageError("--engine ray needs the model by name or path, so that each worker can load it")
-    prepare.check_numbers(encoders=encoders, batch_size=batch_size, shard_mb=shard_mb)
+    prepare.check_numbers(encoders=encoders, batch_size=batch_size, shard_mb=shard_mb, limit=limit)
     check_model(model)
     started = time.perf_counter()
     with DecodePool(cores()) as pool:
         dataset = prepare.open_clips(
-            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds
+            dataset,
+            pool,
+            format=format,
+            labels=labels,
+            window=window,
+            hop=hop,
+            clip_seconds=clip_seconds,
+            limit=limit,
         )
     dataset = dataset.absolute()
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
@@ -97,8 +104,9 @@ def extract_on_ray(
         size = batch_size or info.batch_size
         notes = [*dataset.notes, info.note]
         writer, dataset, changed = prepare.open_cache(
-            cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard, update=update, prune=prune
-        )
+            cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard, limit=limit, update=update,
+            prune=prune,
+        )  # fmt: skip
         with writer:
             notes.append(changed)
             if not batch_size:
