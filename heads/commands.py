@@ -8,7 +8,7 @@ import click
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.options import CACHE, DEVICE, SEED, command
-from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
+from whisper_at_cli.extract.output import interval, print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 from whisper_at_cli.heads.options import (
     ONLY_FROZEN,
@@ -72,6 +72,8 @@ def train_head_command(
     with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"] or not lead) as progress:
         result: TrainResult | SearchResult
         if search:
+            if options.pop("predictions"):
+                raise UsageError("--predictions is of one head; leave it out with --search")
             result = search_heads(opened, rates=rates or None, widths=widths or None, progress=progress, **options)
         else:
             options["changes"] |= {"lr": one_of("--lr", rates)} if rates else {}
@@ -152,6 +154,7 @@ def print_training(result: TrainResult) -> None:
     rows = [
         ("head", f"{result.head}, {result.dim} channels, {result.params:,} parameters"),
         (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
+        ("95 % interval", _interval(result)),
         ("folds", _by_fold(result.folds)),
     ]
     if len(result.seeds) > 1:
@@ -165,6 +168,13 @@ def print_training(result: TrainResult) -> None:
     if result.curve:
         rows.append(("curve", result.curve))
     print_table(rows, ("training", ""))
+
+
+def _interval(result: TrainResult) -> str:
+    if not result.intervals:
+        return "none"
+    made = result.intervals
+    return f"{interval(result.ci95)} (bootstrap over {made['recordings']} recordings, {made['draws']:,} draws)"
 
 
 def print_finetuning(result: FinetuneResult) -> None:

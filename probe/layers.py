@@ -5,13 +5,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.evaluation.predictions import checked_path
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.probe.job import Job, Prediction
 from whisper_at_cli.probe.scores import LayerAccuracy, LayerPrecision, best_layers
+from whisper_at_cli.probe.uncertainty import held_out_predictions, with_intervals
 
 KINDS = ("linear", "knn", "attentive", "faithful")
 NEIGHBOURS = 10
@@ -37,6 +40,11 @@ class ProbeResult:
     settings: dict = field(default_factory=dict)  # of this kind of probe
     dataset: str = ""
     weights_sha256: str = ""
+    not_distinguishable_from_best: list[int] = field(default_factory=list)  # layers, the best among them
+    best_layer_counts: list[dict] = field(default_factory=list)  # layer, classes, ci95
+    best_layer_per_class_kept: dict[str, float | None] = field(default_factory=dict)  # share of bootstrap draws
+    intervals: dict = field(default_factory=dict)  # level, method, band, recordings, draws, ...
+    predictions_file: str | None = None
 
 
 def probe_layers(
@@ -49,6 +57,7 @@ def probe_layers(
     standardise: bool = True,
     device: str = "auto",
     seed: int = 0,
+    predictions: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ProbeResult:
     """Probe layers (1-based, or "all") on the official folds, else the split, else random folds from `seed`.
@@ -58,17 +67,23 @@ def probe_layers(
     of layers. Raises UsageError where there is no such layer or nothing to tell apart, CacheError for features that
     are not finite.
     """
+    predictions = checked_path(predictions) if predictions else None
     numbers = _layer_numbers(cache, layers)
     method, settings = _method(kind, strength=strength, neighbours=neighbours, standardise=standardise)
     job = Job.plan(cache, device=device, seed=seed)
-    scores, warnings = [], list(job.warnings)
-    predictions: list[Prediction] = []
+    scores: list[LayerAccuracy | LayerPrecision] = []
+    warnings = list(job.warnings)
+    found: list[Prediction] = []
     for prediction in method.run(job, numbers):
-        predictions.append(prediction)
+        found.append(prediction)
         scores.append(_score(job, prediction))
         if progress:
             progress(len(scores), len(numbers), f"layer {prediction.layer}")
-    warnings += _notes(predictions, strength)
+    warnings += _notes(found, strength)
+    held_out = held_out_predictions(job, found)
+    scores, certainty = with_intervals(scores, held_out, job.metric, seed=seed)
+    if predictions:
+        held_out.save(predictions)
     per_class = [score.class_f1 if isinstance(score, LayerAccuracy) else score.class_ap for score in scores]
     best = best_layers(numbers, [getattr(score, job.metric) for score in scores])
     best_per_class = {name: best_layers(numbers, [values[name] for values in per_class]) for name in per_class[0]}
@@ -89,6 +104,8 @@ def probe_layers(
         settings=settings,
         dataset=cache.spec.dataset,
         weights_sha256=cache.spec.weights_sha256,
+        predictions_file=str(predictions) if predictions else None,
+        **certainty,
     )
 
 
