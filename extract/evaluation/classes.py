@@ -46,7 +46,7 @@ def _best(values: np.ndarray) -> np.ndarray:
 
 
 def class_intervals(found: ClassBootstrap) -> np.ndarray:
-    """(M, C, 2): percentiles of the draws in which a class has a score."""
+    """(M, C, 2): percentiles of the draws in which a class has a score; NaN where these do not vary."""
     ordered = np.sort(found.draws, axis=0)  # NaN comes last
     last = (~np.isnan(ordered)).sum(axis=0) - 1
     bounds = []
@@ -56,7 +56,8 @@ def class_intervals(found: ClassBootstrap) -> np.ndarray:
         above = np.minimum(below + 1, np.maximum(last, 0))
         lower, upper = (np.take_along_axis(ordered, at[None], axis=0)[0] for at in (below, above))
         bounds.append(lower + (place - below) * (upper - lower))
-    return np.where((last < 0)[..., None], np.nan, np.stack(bounds, axis=-1))
+    undefined = (last < 0) | (bounds[0] == bounds[1])
+    return np.where(undefined[..., None], np.nan, np.stack(bounds, axis=-1))
 
 
 def _tails() -> tuple[float, float]:

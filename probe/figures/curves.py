@@ -13,12 +13,14 @@ from whisper_at_cli.probe.figures.inputs import PROBE, ROBUSTNESS, Result, as_re
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BAND = "1 std over folds"
+BAND = "95 % simultaneous band"
+FOLDS_BAND = "1 std over folds"  # of results that have no intervals
 
 
 def draw_layer_accuracy(curves: Sequence[tuple[str, object]], path: str | Path) -> dict:
-    """Draw a curve with a band of one standard deviation over folds for each (name, ProbeResult or its JSON).
+    """Draw a curve for each (name, ProbeResult or its JSON), with the 95 % band that holds all its layers at once.
 
+    Results without intervals have a band of one standard deviation over folds.
     Writes `path` as PNG, PDF or SVG by its suffix, and beside it the numbers that were drawn, which it returns.
     """
     path = canvas.checked_path(path)
@@ -73,26 +75,43 @@ def _lower(results: Sequence[Result]) -> dict:
     metrics = {curve["metric"] for curve in curves}
     if len(metrics) != 1:
         raise UsageError(f"curves of {' and '.join(sorted(metrics)) or 'nothing'} cannot share an axis")
-    return {"metric": metrics.pop(), "band": BAND, "curves": curves}
+    return {
+        "metric": metrics.pop(),
+        "band": ", ".join(dict.fromkeys(curve["band"] for curve in curves)),
+        "curves": curves,
+    }
 
 
 def _layer_curve(result: Result) -> dict:
     """Layers without a value are left out."""
     metric = result.content.get("metric", "accuracy")
     layers = [layer for layer in result.content["layers"] if layer[metric] is not None]
+    std = [layer.get(f"{metric}_std") or 0.0 for layer in layers]
+    bands = [layer.get("band95") for layer in layers]
+    if all(bands):
+        low, high = ([band[side] for band in bands] for side in (0, 1))
+    else:
+        low, high = ([layer[metric] + sign * s for layer, s in zip(layers, std, strict=True)] for sign in (-1, 1))
     return {
         "name": result.name,
         "metric": metric,
         "layers": [layer["layer"] for layer in layers],
         "value": [layer[metric] for layer in layers],
-        "std": [layer.get(f"{metric}_std") or 0.0 for layer in layers],
+        "std": std,
+        "ci95": [layer.get("ci95") for layer in layers],
+        "band": BAND if all(bands) else FOLDS_BAND,
+        "low": low,
+        "high": high,
     }
 
 
 def _draw_wer(axes: Axes, numbers: dict, looks: dict) -> None:
-    for curve in numbers["curves"]:
+    for at, curve in enumerate(numbers["curves"]):
         percent = [100 * value for value in curve["wer"]]
-        axes.plot(curve["snr"], percent, markersize=3, linewidth=1.2, label=curve["name"], **looks[curve["name"]])
+        axes.plot(
+            curve["snr"], percent, markersize=3, linewidth=1.2, label=curve["name"], **looks[curve["name"]],
+            markevery=canvas.marks(len(percent), at),
+        )  # fmt: skip
     canvas.tidy_axes(axes, "Signal-to-noise ratio (dB)", "Word error rate (%)")
     axes.invert_xaxis()  # as in the paper: harder to the right
     axes.set_ylim(bottom=0)
@@ -101,23 +120,25 @@ def _draw_wer(axes: Axes, numbers: dict, looks: dict) -> None:
 def _draw_layers(axes: Axes, numbers: dict, looks: dict) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for curve in numbers["curves"]:
-        _draw_layer_curve(axes, curve, looks[curve["name"]])
+    for at, curve in enumerate(numbers["curves"]):
+        _draw_layer_curve(axes, curve, looks[curve["name"]], at)
     last = max((layer for curve in numbers["curves"] for layer in curve["layers"]), default=1)
     canvas.tidy_axes(axes, "Encoder layer", canvas.AXIS_NAMES[numbers["metric"]])
     axes.set_xlim(1 - 0.03 * last, last + 0.03 * last)
     axes.set_xticks(layer_ticks(last))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    axes.set_title(f"shaded: {numbers['band']}", fontsize=canvas.TICKS, loc="right")
 
 
-def _draw_layer_curve(axes: Axes, curve: dict, look: dict) -> None:
-    layers, value = curve["layers"], [100 * v for v in curve["value"]]
-    std = [100 * s for s in curve["std"]]
+def _draw_layer_curve(axes: Axes, curve: dict, look: dict, number: int) -> None:
+    layers = curve["layers"]
+    value, low, high = ([100 * v for v in curve[name]] for name in ("value", "low", "high"))
     if len(layers) == 1:  # too narrow for a band
-        axes.errorbar(layers, value, std, color=look["color"], linewidth=1.2, capsize=3)
-    low, high = ([v + sign * s for v, s in zip(value, std, strict=True)] for sign in (-1, 1))
+        reach = [[value[0] - low[0]], [high[0] - value[0]]]
+        axes.errorbar(layers, value, reach, color=look["color"], linewidth=1.2, capsize=3)
     axes.fill_between(layers, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    axes.plot(layers, value, markersize=3, linewidth=1.2, label=curve["name"], **look)
+    every = canvas.marks(len(layers), number)
+    axes.plot(layers, value, markersize=3, linewidth=1.2, label=curve["name"], markevery=every, **look)
 
 
 def layer_ticks(last: int) -> list[int]:
