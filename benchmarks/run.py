@@ -80,6 +80,10 @@ PLAN = (
     Step("probe-large-cpu", "probe.py --large", "--clips 200 --rounds 1", 0.9),
     Step("metrics-cpu", "metrics.py", "--clips 300 --classes 8", 0.5, threads=1),
     Step(
+        "evaluation-cpu", "evaluation.py", "--layers 2 --clips 60 --classes 3 --rounds 1 --baseline-layers 1", 0.7,
+        threads=1,
+    ),
+    Step(
         "transcribe-time-tiny.en", f"{TRANSCRIBE} --parts time --cases greedy fallback",
         "--repeats 1 --cases greedy --seconds 70", 2.2, threads=1,
     ),

@@ -12,8 +12,8 @@ from whisper_at_cli.heads.training.loop import Trained
 from whisper_at_cli.heads.training.plan import Job
 
 LACKING = (
-    "this run was finished by an earlier version, which kept no scores of held-out clips: no interval is given; train "
-    "again with --restart to have one"
+    "this run was finished by an earlier version, which kept no scores of held-out clips: no interval is given, and "
+    "the value is the mean over folds; train again with --restart to have one"
 )
 
 
