@@ -80,11 +80,6 @@ def rows(result: Result) -> list[Row]:
             result["ratios"]["scipy / accuracy"],
             asked=((Bound("measured", at_most=2.0),),),
         ),
-        Row(
-            "metrics",
-            f"the same of mAP, {shape}, {used['classes']} classes, {result['map_draws']:,} draws",
-            Figure(seconds["mAP"], "s"),
-        ),
     ]
 
 

@@ -44,6 +44,7 @@ CONFUSIONS_SHOWN = 5
 @click.option("--neighbours", type=int, default=10, show_default=True, help="With --kind knn: how many vote.")
 @click.option("--faithful", is_flag=True, help="The original project's classifier, for comparison; slow.")
 @click.option("--unstandardised", is_flag=True, help="With --faithful: features as they are, not standardised.")
+@click.option("--permute-labels", is_flag=True, help="Control: recordings trade their labels at random first.")
 @PREDICTIONS
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write every number into this file too.")
 @click.option(
@@ -54,8 +55,8 @@ CONFUSIONS_SHOWN = 5
 @click.pass_context
 def probe_command(
     ctx: click.Context, cache: Path | str, layers: tuple[str, ...], kind: str, strength: str, neighbours: int,
-    faithful: bool, unstandardised: bool, predictions: Path | None, csv_path: Path | None, figure: Path | None,
-    seed: int, device: str, as_json: bool,
+    faithful: bool, unstandardised: bool, permute_labels: bool, predictions: Path | None, csv_path: Path | None,
+    figure: Path | None, seed: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a probe to each layer of CACHE and print how well it tells the classes apart.
 
@@ -74,7 +75,8 @@ def probe_command(
     with progress_on_stderr("probe", "layers", quiet=ctx.obj["quiet"]) as progress:
         result = probe_layers(
             opened, layers=_layer_numbers(layers), kind=kind, strength=_strength(strength), neighbours=neighbours,
-            standardise=not unstandardised, device=device, seed=seed, predictions=predictions, progress=progress,
+            standardise=not unstandardised, device=device, seed=seed, predictions=predictions,
+            permute_labels=permute_labels, progress=progress,
         )  # fmt: skip
     print_notes(result.warnings)
     if csv_path:
@@ -160,6 +162,7 @@ def _print_certainty(result: ProbeResult) -> None:
     if len(result.layers) > 1 and result.best_layer is not None:
         found = f"not distinguishable from layer {result.best_layer}: layers {', '.join(others)}"
         click.echo(found if others else f"every other layer is worse than layer {result.best_layer}")
+    click.echo(f"chance: {score(result.chance)}")
     click.echo(
         f"intervals: bootstrap over {said['recordings']} recordings, {said['draws']:,} draws (BCa); "
         "worse than best: p < 0.05, adjusted for all pairs of layers\n"
@@ -222,6 +225,7 @@ def _print_confusions(layer: int, confusion: dict[str, dict[str, int]]) -> None:
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The figure: .pdf, .svg or .png.")
 @click.option("--wer", default="whisper", show_default=True, help="Text normalised as whisper does, or as the paper.")
+@click.option("--chance", is_flag=True, help="Figure 1: a line for a model that does not look at the clips.")
 @click.option("--layer", type=int, help="Figure 2: the layer that is probed.  [default: the last]")
 @click.option("--low-snr", type=float, default=-10.0, show_default=True, help="Figure 2: WER increases to this SNR,")
 @click.option("--high-snr", type=float, default=20.0, show_default=True, help="from this one.")
@@ -274,7 +278,7 @@ def figure_command(
 
 
 FIGURE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "1": ("wer",),
+    "1": ("wer", "chance"),
     "2": ("wer", "layer", "low_snr", "high_snr"),
     "3": (),
     "5": ("wer", "snr", "parameters"),

@@ -38,6 +38,15 @@ def held_out_predictions(job: Job, found: Sequence[Prediction]) -> Predictions:
     )
 
 
+def chance(job: Job) -> float | None:
+    """The metric of models that say the same of every clip: the share of each class among their training clips."""
+    constant = np.empty(job.held_out.labels.shape)
+    for fold, clips in enumerate(job.held_out.tests.values()):
+        constant[clips] = job.held_out.labels[job.train[:, fold]].mean(axis=0)
+    score = job.held_out.accuracy if job.metric == "accuracy" else job.held_out.precision
+    return getattr(score(0, constant), job.metric)
+
+
 def with_intervals(
     scores: list[Score], predictions: Predictions, metric: str, *, seed: int
 ) -> tuple[list[Score], dict[str, Any]]:

@@ -17,8 +17,10 @@ LACKING = (
 )
 
 
-def held_out_predictions(job: Job, validated: Sequence[Trained]) -> Predictions | None:
-    """Of trainings for each seed and fold, in this order. None where the scores of one were not kept."""
+def held_out_predictions(job: Job, done: Sequence[Trained]) -> Predictions | None:
+    """Of the trainings that were validated, for each seed and fold in this order. None where the scores of one were not
+    kept."""
+    validated = [each for each in done if each.metrics]
     if any(each.scores is None for each in validated):
         return None
     cache, count = job.cache, len(job.folds)

@@ -121,13 +121,8 @@ def train_head(
             values = [each.value(job.metric) for each in done]
             kept = [_on_all_clips(job, done)]
             done += runner.train(job, kept, together, partial(_save_kept, job=job, out=out, values=values))
-        held_out = held_out_predictions(job, [each for each in done if each.metrics])
-        if predictions and ranks.lead:
-            if held_out is None:
-                raise UsageError(LACKING)
-            held_out.save(predictions)
         result = _result(job, done, runner, together, out, time.monotonic() - started)
-        result = _with_interval(result, held_out, predictions)
+        result = _with_interval(result, held_out_predictions(job, done), predictions if ranks.lead else None)
         runner.finish(result, done)
     return result
 
@@ -293,8 +288,13 @@ def _result(
 
 
 def _with_interval(result: TrainResult, held_out: Predictions | None, file: Path | None) -> TrainResult:
+    """The result with its interval, and the predictions saved. Raises UsageError where there are none to save."""
+    if held_out is None and file:
+        raise UsageError(LACKING)
     if held_out is None:
         return dataclasses.replace(result, warnings=[*result.warnings, LACKING])
+    if file:
+        held_out.save(file)
     value, ci95, made = value_and_interval(held_out, result.metric, seed=result.recipe["seed"])
     return dataclasses.replace(
         result, value=math.nan if value is None else value, ci95=ci95, intervals=made,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +68,21 @@ def legend_above(figure: Figure, axes: Iterable[Axes]) -> None:
     for panel in axes:
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(name, handle)
-    columns = next((n for n in (3, 2) if max(map(len, entries)) <= 36 // n), 1)
     figure.legend(
-        entries.values(), entries.keys(), loc="outside upper left", ncols=columns, fontsize=TICKS, frameon=False,
-        handlelength=2.6, columnspacing=1.2, borderaxespad=0.1,
+        entries.values(), entries.keys(), loc="outside upper left", ncols=legend_columns(entries), fontsize=TICKS,
+        frameon=False, handlelength=2.6, columnspacing=1.2, borderaxespad=0.1,
     )  # fmt: skip
+
+
+def legend_columns(names: Collection[str]) -> int:
+    """How many of these names fit beside each other."""
+    return next((n for n in (3, 2) if max(map(len, names)) <= 36 // n), 1)
+
+
+def legend_height(names: Collection[str]) -> float:
+    """Of the lines of a legend after the first, in column widths."""
+    lines = -(-len(names) // legend_columns(names))
+    return 0.055 * (lines - 1)
 
 
 def tidy_axes(axes: Axes, x: str, y: str) -> None:

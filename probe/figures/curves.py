@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BAND = "95 % simultaneous band"
+SPECTROGRAM = "log-mel"  # a backbone whose only layer lies before the encoder: layer 0
 FOLDS_BAND = "1 std over folds"  # of results that have no intervals
 
 
@@ -34,9 +35,10 @@ def draw_layer_accuracy(curves: Sequence[tuple[str, object]], path: str | Path) 
     return canvas.save(figure, numbers, path)
 
 
-def draw_figure_1(results: Sequence[Result], path: str | Path, *, wer: str = "whisper") -> dict:
+def draw_figure_1(results: Sequence[Result], path: str | Path, *, wer: str = "whisper", chance: bool = False) -> dict:
     """Results of robustness above, of probes below; a model has the same look in both. A panel without results is left
-    out. Returns the numbers, which lie beside `path` too."""
+    out. With `chance` a line shows the score of a model that does not look at the clips. Returns the numbers, which lie
+    beside `path` too."""
     path = canvas.checked_path(path)
     probes, robust = of_kind(results, PROBE), of_kind(results, ROBUSTNESS)
     if len(probes) + len(robust) < len(results):
@@ -47,12 +49,13 @@ def draw_figure_1(results: Sequence[Result], path: str | Path, *, wer: str = "wh
     numbers: dict[str, Any] = {
         "figure": 1,
         "upper": _upper(robust, wer) if robust else None,
-        "lower": _lower(probes) if probes else None,
+        "lower": (_lower(probes) | {"chance": _chance(probes) if chance else None}) if probes else None,
     }
     names = list(dict.fromkeys(result.name for result in [*robust, *probes]))
     looks = {name: canvas.look(at) for at, name in enumerate(names)}
     panels = [numbers[panel] is not None for panel in ("upper", "lower")]
-    figure = canvas.new_figure(0.62 * sum(panels) + 0.08)
+    listed = [*names, "chance"] if chance and probes else names
+    figure = canvas.new_figure(0.62 * sum(panels) + 0.08 + canvas.legend_height(listed))
     axes = figure.subplots(sum(panels), 1, squeeze=False)[:, 0]
     if robust:
         _draw_wer(axes[0], numbers["upper"], looks)
@@ -82,6 +85,15 @@ def _lower(results: Sequence[Result]) -> dict:
     }
 
 
+def _chance(results: Sequence[Result]) -> float:
+    """Of the first result that says it and whose labels are the dataset's own."""
+    found = (result.content for result in results if not result.content.get("permuted_labels"))
+    value = next((content["chance"] for content in found if content.get("chance") is not None), None)
+    if value is None:
+        raise UsageError("none of the results says what chance is; probe again with this version")
+    return value
+
+
 def _layer_curve(result: Result) -> dict:
     """Layers without a value are left out."""
     metric = result.content.get("metric", "accuracy")
@@ -95,7 +107,7 @@ def _layer_curve(result: Result) -> dict:
     return {
         "name": result.name,
         "metric": metric,
-        "layers": [layer["layer"] for layer in layers],
+        "layers": [layer["layer"] - (result.content.get("backbone") == SPECTROGRAM) for layer in layers],
         "value": [layer[metric] for layer in layers],
         "std": std,
         "ci95": [layer.get("ci95") for layer in layers],
@@ -122,10 +134,13 @@ def _draw_layers(axes: Axes, numbers: dict, looks: dict) -> None:
 
     for at, curve in enumerate(numbers["curves"]):
         _draw_layer_curve(axes, curve, looks[curve["name"]], at)
-    last = max((layer for curve in numbers["curves"] for layer in curve["layers"]), default=1)
+    every = [layer for curve in numbers["curves"] for layer in curve["layers"]]
+    first, last = min([1, *every]), max([1, *every])
+    if numbers.get("chance") is not None:
+        axes.axhline(100 * numbers["chance"], color="0.35", linewidth=1, linestyle=(0, (1, 2)), label="chance")
     canvas.tidy_axes(axes, "Encoder layer", canvas.AXIS_NAMES[numbers["metric"]])
-    axes.set_xlim(1 - 0.03 * last, last + 0.03 * last)
-    axes.set_xticks(layer_ticks(last))
+    axes.set_xlim(first - 0.03 * last, last + 0.03 * last)
+    axes.set_xticks([0, *layer_ticks(last)] if first == 0 else layer_ticks(last))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
     axes.set_title(f"shaded: {numbers['band']}", fontsize=canvas.TICKS, loc="right")
 

@@ -96,9 +96,11 @@ def _rows(content: dict, field: str, column: str) -> bool:
 
 
 def _name_of(kind: str, content: dict, path: str) -> str:
-    """The backbone's or model's name. An older result of train-head names none: then the file's own."""
+    """The backbone's or model's name, and whether labels were permuted. An older result of train-head names none: then
+    the file's own."""
     name = content.get("model") if kind == ROBUSTNESS else content.get("backbone") or content.get("model")
-    return str(name) if name else Path(path).stem
+    permuted = ", labels permuted" if content.get("permuted_labels") else ""
+    return f"{name}{permuted}" if name else Path(path).stem
 
 
 def only(results: Sequence[Result], kind: str, figure: str) -> list[Result]:
