@@ -78,7 +78,10 @@ RUN_OPTIONS = (
         help="Learning rate of Adam. Repeatable with --search.  [default: the recipe's]",
     ),
     click.option("--seeds", type=int, default=1, show_default=True, help="Repeat with so many seeds: mean and spread."),
-    click.option("--faithful", is_flag=True, help="Draw mixup partners and time masks as the original code does."),
+    click.option(
+        "--faithful", is_flag=True,
+        help="Draw mixup partners and time masks as the original code does; docs/heads.md has the list.",
+    ),
     click.option(
         "--search", is_flag=True, help="Compare learning rates (--lr) and dimensions (--dim); a ranked table, no head."
     ),

@@ -268,10 +268,17 @@ class _Course:
             metrics = None if scores is None else evaluate_scores(scores, self.place.labels[training.test])
             record = {
                 "epochs": len(history), "metrics": _plain(metrics), "history": history,
+                "layer_weights": _layer_weights(module),
                 **{name: sum(line[name] for line in history) for name in ("samples", "seconds", "waiting_seconds")},
             }  # fmt: skip
             done.append(Trained(training, record, module, scores))
         return done
+
+
+def _layer_weights(module: Head) -> list[float] | None:
+    """What each layer counts in a head that averages them, 1 in all; None of another head."""
+    weights = getattr(module, "layer_weight", None)
+    return None if weights is None else (weights / weights.sum()).tolist()
 
 
 def _new_module(training: Training, new_module: Callable[[], Head]) -> Head:

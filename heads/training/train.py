@@ -66,6 +66,7 @@ class TrainResult:
     ci95: list[float] | None = None  # of value
     intervals: dict = field(default_factory=dict)  # level, method, recordings, clips, draws
     predictions_file: str | None = None
+    layer_weights: list[float] | None = None  # of heads that average layers: mean over the validated heads
 
 
 def train_head(
@@ -284,7 +285,14 @@ def _result(
         heads_side_by_side=min(job.heads_side_by_side(together), len(validated)),
         processes=runner.ranks.world, metrics_file=str(Path(out) / "metrics.jsonl") if out else None,
         curve=str(Path(out) / "curve.png") if out else None, backbone=job.cache.spec.backbone,
+        layer_weights=_layer_weights(validated),
     )  # fmt: skip
+
+
+def _layer_weights(validated: list[Trained]) -> list[float] | None:
+    """None of heads that have none, or that an earlier version trained."""
+    found = [weights for each in validated if (weights := each.record.get("layer_weights"))]
+    return np.mean(found, axis=0).tolist() if found and len(found) == len(validated) else None
 
 
 def _with_interval(result: TrainResult, held_out: Predictions | None, file: Path | None) -> TrainResult:
