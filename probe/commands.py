@@ -147,6 +147,10 @@ def print_probe(result: ProbeResult) -> None:
         ]
         for row in result.layers
     ]  # fmt: skip
+    if result.metric == "accuracy" and getattr(result.layers[0], "bits", None) is not None:
+        header = (*header, "bits")
+        for cells, layer in zip(rows, result.layers, strict=True):
+            cells.append(f"{getattr(layer, 'bits', 0.0):.3f}")
     if result.strength == "auto":
         header = (*header, "strengths of the folds")
         for cells, layer in zip(rows, result.layers, strict=True):

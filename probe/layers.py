@@ -14,9 +14,10 @@ from whisper_at_cli.extract.evaluation.predictions import checked_path
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.probe.job import Job, Prediction
 from whisper_at_cli.probe.scores import LayerAccuracy, LayerPrecision, best_layers
-from whisper_at_cli.probe.uncertainty import chance, held_out_predictions, with_intervals
+from whisper_at_cli.probe.uncertainty import chance, held_out_predictions, with_bits, with_intervals
 
 KINDS = ("linear", "knn", "attentive", "faithful")
+PROBABILITIES = ("linear", "attentive")  # kinds whose scores are the logits of a softmax
 NEIGHBOURS = 10
 
 
@@ -85,6 +86,8 @@ def probe_layers(
     if predictions:
         held_out.save(predictions)
     scores, certainty = with_intervals(scores, held_out, job.metric, seed=seed)
+    if job.metric == "accuracy" and kind in PROBABILITIES:
+        scores = with_bits(scores, held_out, seed=seed)
     best, best_per_class = (
         best_layers(numbers, [getattr(score, job.metric) for score in scores]),
         _best_per_class(scores),

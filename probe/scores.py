@@ -30,6 +30,8 @@ class LayerAccuracy:
     band95: list[float] | None = None  # of all layers at once
     differs_from_best: bool | None = None
     class_ci95: dict[str, list[float] | None] | None = None  # of class_f1
+    bits: float | None = None  # of the label that the probe reads; None of a kind that gives no probabilities
+    bits_ci95: list[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from whisper_at_cli.extract.evaluation.bootstrap import bootstrap, bootstrap_classes
 from whisper_at_cli.extract.evaluation.classes import best_layers, class_intervals
-from whisper_at_cli.extract.evaluation.intervals import intervals
+from whisper_at_cli.extract.evaluation.intervals import interval, intervals
 from whisper_at_cli.extract.evaluation.predictions import Predictions
 from whisper_at_cli.extract.evaluation.summary import bounds, how_made, number
 from whisper_at_cli.probe.job import Job, Prediction
@@ -45,6 +45,18 @@ def chance(job: Job) -> float | None:
         constant[clips] = job.held_out.labels[job.train[:, fold]].mean(axis=0)
     score = job.held_out.accuracy if job.metric == "accuracy" else job.held_out.precision
     return getattr(score(0, constant), job.metric)
+
+
+def with_bits(scores: list[Score], predictions: Predictions, *, seed: int) -> list[Score]:
+    """The layers' scores with the bits of the label that their probes read."""
+    drawn = bootstrap(predictions, metric="bits", seed=seed)
+    found = interval(drawn)
+    return [
+        dataclasses.replace(score, bits=float(drawn.estimate[at]), bits_ci95=bounds(found[at]))
+        if isinstance(score, LayerAccuracy)
+        else score
+        for at, score in enumerate(scores)
+    ]
 
 
 def with_intervals(

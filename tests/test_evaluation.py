@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from predicted import planted, predictions
 from scipy import stats
-from sklearn.metrics import average_precision_score, f1_score
+from scipy.special import softmax
+from sklearn.metrics import average_precision_score, f1_score, log_loss
 from test_cli import run
 
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
@@ -300,6 +301,39 @@ def test_compare_matches_clips_and_classes_by_name(rng):
         assert bool(result.warnings) is (other is shuffled)
 
 
+def test_bits_are_the_log_loss_of_a_model_that_does_not_look_minus_that_of_the_model(rng):
+    y, folds = rng.integers(0, 4, 80), np.arange(80) % 4 // 2
+    scores = rng.normal(size=(2, 80, 4)) + 2 * np.eye(4)[y]
+    found = predictions(scores, y, folds=folds)
+    drawn = bootstrap(found, metric="bits", draws=10, seed=1)
+    gained = np.empty((2, 80))
+    for fold in (0, 1):
+        here = folds == fold
+        shares = (np.bincount(y[~here], minlength=4) + 1) / ((~here).sum() + 4)
+        for of_layer, logits in zip(gained, scores[:, here].astype(np.float32), strict=True):
+            probability = softmax(logits.astype(float), axis=1)[np.arange(here.sum()), y[here]]
+            of_layer[here] = np.log2(probability / shares[y[here]])
+    for fold in (0, 1):
+        here = folds == fold
+        loss = [log_loss(y[here], softmax(of[here], axis=1), labels=range(4)) / np.log(2) for of in scores]
+        shares = (np.bincount(y[~here], minlength=4) + 1) / ((~here).sum() + 4)
+        blind = -np.log2(shares[y[here]]).mean()
+        np.testing.assert_allclose(gained[:, here].mean(axis=1), blind - np.array(loss), rtol=1e-5)
+    np.testing.assert_allclose(drawn.estimate, gained.mean(axis=1), rtol=1e-6)
+    weights = np.concatenate(list(draw_weights(80, 10, 1)))
+    np.testing.assert_allclose(drawn.draws, (weights @ gained.T) / 80, rtol=1e-6)
+
+
+def test_a_model_that_says_nothing_of_clips_has_no_bits_and_an_unknown_class_costs_a_fixed_number():
+    y = np.arange(400) % 4
+    blind = predictions(np.zeros((1, 400, 4)), y, folds=np.arange(400) // 4 % 2)
+    assert bootstrap(blind, metric="bits", draws=5).estimate[0] == pytest.approx(0, abs=1e-9)
+    unknown = np.zeros((1, 400, 4))
+    unknown[:, :, 3] = -np.inf
+    found = bootstrap(predictions(unknown, y), metric="bits", draws=5).estimate[0]
+    assert found == pytest.approx(0.75 * np.log2(4 / 3) + 0.25 * (2 - 40), abs=1e-6)
+
+
 def test_what_cannot_be_compared_is_refused(rng):
     found = planted(rng, true=[0.6, 0.9], clips=40)
     with pytest.raises(UsageError, match="needs two"):
@@ -313,7 +347,7 @@ def test_what_cannot_be_compared_is_refused(rng):
         found.only("layer-3")
     with pytest.raises(UsageError, match="exactly one label"):
         bootstrap(several_labels(rng), metric="accuracy")
-    with pytest.raises(UsageError, match="choose from accuracy, mAP"):
+    with pytest.raises(UsageError, match="choose from accuracy, mAP, bits"):
         bootstrap_together([found], metric="F1")
 
 

@@ -58,7 +58,7 @@ def test_the_result_is_json_with_every_field_of_the_command(planted):
     (layer,) = json.loads(json.dumps(asdict(probe_layers(planted, layers=[2]))))["layers"]
     assert set(layer) == {
         "layer", "accuracy", "accuracy_std", "folds", "macro_f1", "class_f1", "confusion", "ci95", "band95",
-        "differs_from_best", "class_ci95",
+        "differs_from_best", "class_ci95", "bits", "bits_ci95",
     }  # fmt: skip
     assert [set(fold) for fold in layer["folds"]] == [{"fold", "accuracy", "clips"}] * 5
     assert list(layer["class_f1"]) == ["class0", "class1", "class2", "class3"]

@@ -8,21 +8,23 @@ M systems, N clips, G recordings, C classes, B draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.evaluation.predictions import Predictions
-from whisper_at_cli.extract.evaluation.statistics import Accuracy, ClassAP, ClassF1, Statistic, mean_over_classes
+from whisper_at_cli.extract.evaluation.statistics import Accuracy, Bits, ClassAP, ClassF1, Statistic, mean_over_classes
 
 DRAWS = 10_000
 CLASS_DRAWS = 2_000  # of what is kept for every class and system
 LEAST_DRAWS = 1_000
 AP_BUDGET = 6e9  # clips times classes times runs times draws; beyond it mAP has fewer draws, at least LEAST_DRAWS
 CHUNK = 1 << 21  # weights or values held at once
-JACKKNIFE_BLOCKS = {"accuracy": 1_000, "mAP": 200}  # at most
+METRICS: dict[str, Callable[[Predictions, np.ndarray, int], Statistic]]
+METRICS = {"accuracy": Accuracy, "mAP": ClassAP, "bits": Bits}
+JACKKNIFE_BLOCKS = {"accuracy": 1_000, "mAP": 200, "bits": 1_000}  # at most
 DIGITS = 12  # after the point: values that are equal but for rounding have to be ties
 
 
@@ -30,7 +32,7 @@ DIGITS = 12  # after the point: values that are equal but for rounding have to b
 class Bootstrap:
     """A metric of each system as measured, under every draw, and with each block of recordings left out."""
 
-    metric: str  # accuracy or mAP
+    metric: str  # accuracy, mAP or bits
     systems: tuple[str, ...]  # (M,)
     estimate: np.ndarray  # (M,)
     draws: np.ndarray  # (B, M)
@@ -59,9 +61,10 @@ class Bootstrap:
 def bootstrap(
     predictions: Predictions, *, metric: str | None = None, draws: int | None = None, seed: int = 0
 ) -> Bootstrap:
-    """`metric` is accuracy or mAP, by default what the labels allow; `draws` 10,000, of mAP fewer on very large data.
+    """`metric` is accuracy, mAP or bits, by default accuracy or mAP as the labels allow; `draws` 10,000, of mAP fewer
+    on very large data.
 
-    Raises UsageError for accuracy where a clip has not exactly one label.
+    Raises UsageError for accuracy and bits where a clip has not exactly one label.
     """
     return bootstrap_together([predictions], metric=metric, draws=draws, seed=seed)
 
@@ -71,16 +74,16 @@ def bootstrap_together(
 ) -> Bootstrap:
     """Of several predictions for the same clips in the same order, under the same draws; systems one after another."""
     metric = metric or several[0].metric
-    if metric not in ("accuracy", "mAP"):
-        raise UsageError(f"metric {metric!r} is not known; choose from accuracy, mAP")
-    if metric == "accuracy" and not several[0].single_label:
-        raise UsageError("accuracy needs exactly one label on every clip; choose mAP")
+    if metric not in METRICS:
+        raise UsageError(f"metric {metric!r} is not known; choose from {', '.join(METRICS)}")
+    if metric != "mAP" and not several[0].single_label:
+        raise UsageError(f"{metric} needs exactly one label on every clip; choose mAP")
     names, recording_N = np.unique(several[0].recordings, return_inverse=True)
     G, N = len(names), len(recording_N)
-    kind = Accuracy if metric == "accuracy" else ClassAP
+    kind = METRICS[metric]
     statistics: list[Statistic] = [kind(each, recording_N, G) for each in several]
     if draws is None:
-        draws = DRAWS if metric == "accuracy" else affordable_draws(several)
+        draws = affordable_draws(several) if metric == "mAP" else DRAWS
     width = max(G, sum(each.scores.shape[0] * each.scores.shape[2] for each in several))
 
     def values(weights_bG: np.ndarray) -> np.ndarray:

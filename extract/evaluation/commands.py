@@ -17,7 +17,7 @@ PAIRS_SHOWN = 15  # beyond, only those with the best
 
 @command("compare")
 @click.argument("inputs", nargs=-1, required=True, metavar="F.npz...")
-@click.option("--metric", help="accuracy or mAP.  [default: accuracy where every clip has one label, else mAP]")
+@click.option("--metric", help="accuracy, mAP or bits.  [default: accuracy where every clip has one label, else mAP]")
 @click.option("--draws", type=click.IntRange(min=100), help="Bootstrap draws.  [default: 10,000]")
 @SEED
 def compare_command(inputs: tuple[str, ...], metric: str | None, draws: int | None, seed: int, as_json: bool) -> None:

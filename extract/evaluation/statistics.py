@@ -18,6 +18,7 @@ from whisper_at_cli.extract.devices import cores
 from whisper_at_cli.extract.evaluation.metrics import fold_weights
 from whisper_at_cli.extract.evaluation.predictions import Predictions
 
+WORST_BITS = -40.0  # log2 of a probability
 FEW_POSITIVES = 40  # a class and fold: up to here a dense product is faster (measured with 50 classes of 400 clips)
 
 
@@ -31,19 +32,41 @@ class Statistic(Protocol):
         ...
 
 
-class Accuracy:
-    """Share of clips whose highest score is their label's, every fold counting the same; mean over seeds."""
+class _ClipMean:
+    """The mean over clips of what each clip gives, every fold counting the same; mean over seeds."""
 
     def __init__(self, predictions: Predictions, recording_N: np.ndarray, recordings: int):
         self.systems = predictions.systems
         share_N = fold_weights(predictions.folds)
-        right_MN = _mean_over_seeds(right(predictions).astype(np.float64), predictions)
-        self.right_GM = np.stack([np.bincount(recording_N, share_N * of, recordings) for of in right_MN], axis=1)
+        given_MN = _mean_over_seeds(self.of_clips(predictions), predictions)
+        self.sum_GM = np.stack([np.bincount(recording_N, share_N * of, recordings) for of in given_MN], axis=1)
         self.clips_G = np.bincount(recording_N, share_N, recordings)
+
+    @staticmethod
+    def of_clips(predictions: Predictions) -> np.ndarray:
+        """(K, N) float64."""
+        raise NotImplementedError
 
     def values(self, weights_bG: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore"):
-            return (weights_bG @ self.right_GM) / (weights_bG @ self.clips_G)[:, None]
+            return (weights_bG @ self.sum_GM) / (weights_bG @ self.clips_G)[:, None]
+
+
+class Accuracy(_ClipMean):
+    """Share of clips whose highest score is their label's."""
+
+    @staticmethod
+    def of_clips(predictions: Predictions) -> np.ndarray:
+        return right(predictions).astype(np.float64)
+
+
+class Bits(_ClipMean):
+    """How many bits of its label a model reads from a clip: by how much it finds the label more likely than a model
+    that does not look (usable information, Xu et al. 2020). Scores have to be logits of a softmax."""
+
+    @staticmethod
+    def of_clips(predictions: Predictions) -> np.ndarray:
+        return bits(predictions)
 
 
 class ClassF1:
@@ -190,6 +213,25 @@ class _ManyPositives:
 def right(predictions: Predictions) -> np.ndarray:
     """(K, N) bool: whether a clip's highest score is its label's, the first of several that are equal."""
     return predictions.scores.argmax(axis=2) == predictions.labels.argmax(axis=1)
+
+
+def bits(predictions: Predictions) -> np.ndarray:
+    """(K, N) log2 of the probability of a clip's label, minus that under the shares of classes among the clips of the
+    other folds (of all clips, where there is one fold), each class counted once more than it is there.
+
+    A probability counts as WORST_BITS at least: a class that was not trained on has none.
+    """
+    label_N = predictions.labels.argmax(axis=1)
+    scores = predictions.scores.astype(np.float64)
+    scores -= scores.max(axis=2, keepdims=True)
+    log_KN = np.take_along_axis(scores, label_N[None, :, None], axis=2)[:, :, 0] - np.log(np.exp(scores).sum(axis=2))
+    prior_N = np.empty(len(label_N))
+    for number in np.unique(predictions.folds):
+        here = predictions.folds == number
+        others = predictions.labels[~here] if not here.all() else predictions.labels
+        shares = (others.sum(axis=0) + 1) / (len(others) + others.shape[1])
+        prior_N[here] = np.log(shares[label_N[here]])
+    return (np.maximum(log_KN / np.log(2), WORST_BITS) - prior_N / np.log(2)).astype(np.float64)
 
 
 def mean_over_classes(values: np.ndarray) -> np.ndarray:
