@@ -18,6 +18,7 @@ from whisper_at_cli.extract import commands as extract_commands
 from whisper_at_cli.extract.completion import offer_values
 from whisper_at_cli.extract.doctor import commands as doctor_commands
 from whisper_at_cli.extract.errors import WhisperATError
+from whisper_at_cli.extract.evaluation import commands as evaluation_commands
 from whisper_at_cli.extract.options import command
 from whisper_at_cli.extract.output import print_json, print_table
 from whisper_at_cli.extract.progress import progress_on_stderr
@@ -111,6 +112,7 @@ COMMANDS_OF = (
     extract_commands,
     cache_commands,
     probe_commands,
+    evaluation_commands,
     robustness_commands,
     report_commands,
     heads_commands,

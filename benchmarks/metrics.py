@@ -16,7 +16,7 @@ import torch
 from record import Figure, Result, Row, arguments, best_of, describe, gpu_name, publish, rounded, settings
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from whisper_at_cli.heads.metrics import evaluate_scores
+from whisper_at_cli.extract.evaluation.metrics import evaluate_scores
 
 
 def measure(options: argparse.Namespace) -> Result:

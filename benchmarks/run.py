@@ -81,6 +81,10 @@ PLAN = (
     Step("rows-cpu", "rows.py", "--rows 2000", 1.6),
     Step("metrics-cpu", "metrics.py", "--clips 300 --classes 8", 0.5, threads=1),
     Step(
+        "evaluation-cpu", "evaluation.py", "--layers 2 --clips 60 --classes 3 --rounds 1 --baseline-layers 1", 0.7,
+        threads=1,
+    ),
+    Step(
         "transcribe-time-tiny.en", f"{TRANSCRIBE} --parts time --cases greedy fallback",
         "--repeats 1 --cases greedy --seconds 70", 2.2, threads=1,
     ),

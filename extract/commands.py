@@ -46,9 +46,11 @@ FAILURES_SHOWN = 20
     "--model",
     required=True,
     help="An OpenAI name (tiny.en ... large-v3, turbo); a .pt file; a CTranslate2 or Hugging Face folder of a Whisper; "
-    "a Hugging Face folder of a wav2vec 2.0, HuBERT, WavLM or data2vec-audio; a name on the Hugging Face hub; or a "
-    "backbone of your own, as module:function or by its entry point.",
+    "a Hugging Face folder of a wav2vec 2.0, HuBERT, WavLM or data2vec-audio; a name on the Hugging Face hub; a "
+    "backbone of your own, as module:function or by its entry point; or a control: random:tiny.en (random weights) or "
+    "log-mel.",
 )
+@click.option("--seed", type=click.IntRange(min=0), help="With --model random:SIZE only.  [default: 0]")
 @FORMAT
 @LABELS
 @click.option("--window", type=float, help="Cut every file into clips of this many seconds.")
@@ -84,7 +86,7 @@ FAILURES_SHOWN = 20
 @click.pass_context
 def extract_command(
     ctx: click.Context, /, dataset: Path | str, cache: Path | str, as_json: bool, shard: str, batch_size: str,
-    dry_run: bool, **options: Any,
+    seed: int | None, dry_run: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Run a frozen encoder over DATASET once; store every layer, pooled to 25 frames, in CACHE.
 
@@ -104,6 +106,10 @@ def extract_command(
         whisper-at-cli extract 'shards/train-{000..001}.tar' shards.zarr --model tiny.en
     """
     options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
+    if seed is not None:
+        from whisper_at_cli.extract.backbones.controls import with_seed
+
+        options["model"] = with_seed(options["model"], seed)
     if dry_run:
         _print_plan(dataset, cache, as_json, **options)
         return

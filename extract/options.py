@@ -24,6 +24,10 @@ DEVICE = click.option(
     "--device", default="auto", show_default=True, help="cuda, cuda:1, mps or cpu; auto takes the best."
 )
 SEED = click.option("--seed", default=0, show_default=True, help="For whatever is drawn at random.")
+PREDICTIONS = click.option(
+    "--predictions", type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the scores of held-out clips into this .npz file, for `compare`.",
+)  # fmt: skip
 
 
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, is_dataclass
 
 import click
@@ -67,3 +67,7 @@ def printable(text: str) -> str:
 
 def score(value: float | None) -> str:
     return "undefined" if value is None or value != value else f"{value:.4f}"
+
+
+def interval(bounds: list[float] | None, form: Callable[[float], str] = score) -> str:
+    return "undefined" if bounds is None else f"{form(bounds[0])} to {form(bounds[1])}"

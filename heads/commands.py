@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.options import CACHE, DEVICE, SEED, command
-from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
+from whisper_at_cli.extract.output import interval, print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 from whisper_at_cli.heads.options import (
     ONLY_FROZEN,
@@ -72,6 +73,8 @@ def train_head_command(
     with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"] or not lead) as progress:
         result: TrainResult | SearchResult
         if search:
+            if options.pop("predictions"):
+                raise UsageError("--predictions is of one head; leave it out with --search")
             result = search_heads(opened, rates=rates or None, widths=widths or None, progress=progress, **options)
         else:
             options["changes"] |= {"lr": one_of("--lr", rates)} if rates else {}
@@ -92,11 +95,15 @@ def _finetune(
     as_json: bool, *, changes: dict, faithful: bool, dataset_format: str, **options: Any,
 ) -> None:  # fmt: skip
     from whisper_at_cli.heads.training.finetune import finetune
-    from whisper_at_cli.heads.training.recipe import FAITHFUL
+    from whisper_at_cli.heads.training.recipe import faithful_changes
 
     if not options["model"]:
         raise UsageError("--unfreeze needs --model: the Whisper to start from, such as tiny.en")
-    changes = (FAITHFUL if faithful else {}) | changes | ({"lr": one_of("--lr", rates)} if rates else {})
+    changes = (
+        (faithful_changes(head or "last-tr") if faithful else {})
+        | changes
+        | ({"lr": one_of("--lr", rates)} if rates else {})
+    )
     options = {name: value for name, value in options.items() if name not in ONLY_FROZEN}
     with progress_on_stderr(f"fine-tune {options['model']}", "epochs", quiet=ctx.obj["quiet"]) as progress:
         result = finetune(
@@ -138,8 +145,8 @@ def heads_command(model: str, classes: int, clip_seconds: float, as_json: bool) 
     print_table(
         [
             (
-                row["head"], row["dim"], f"{row['params'] / 1e6:.2f}", f"{row['flops'] / 1e9:.4f}",
-                f"{row['flops_two_per_multiply_add'] / 1e9:.4f}", f"{row['share_of_encoder']:.4%}",
+                row["head"], row["dim"], digits(row["params"] / 1e6), digits(row["flops"] / 1e9),
+                digits(row["flops_two_per_multiply_add"] / 1e9), f"{digits(100 * row['share_of_encoder'])}%",
                 f"{row['speedup_vs_ast']:,.0f}",
             )
             for row in rows
@@ -148,12 +155,21 @@ def heads_command(model: str, classes: int, clip_seconds: float, as_json: bool) 
     )  # fmt: skip
 
 
+def digits(value: float) -> str:
+    """Four significant digits, without an exponent."""
+    return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
 def print_training(result: TrainResult) -> None:
     rows = [
         ("head", f"{result.head}, {result.dim} channels, {result.params:,} parameters"),
         (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
+        ("95 % interval", _interval(result)),
         ("folds", _by_fold(result.folds)),
     ]
+    if result.layer_weights:
+        weights = "  ".join(f"{layer}: {weight:.3f}" for layer, weight in enumerate(result.layer_weights, 1))
+        rows.append(("layer weights", weights))
     if len(result.seeds) > 1:
         seeds = "  ".join(f"{of_seed['seed']}: {score(of_seed['value'])}" for of_seed in result.seeds)
         rows.append(("seeds", f"{seeds} (std over seeds {score(result.std_over_seeds)})"))
@@ -165,6 +181,13 @@ def print_training(result: TrainResult) -> None:
     if result.curve:
         rows.append(("curve", result.curve))
     print_table(rows, ("training", ""))
+
+
+def _interval(result: TrainResult) -> str:
+    if not result.intervals:
+        return "none"
+    made = result.intervals
+    return f"{interval(result.ci95)} (bootstrap over {made['recordings']} recordings, {made['draws']:,} draws)"
 
 
 def print_finetuning(result: FinetuneResult) -> None:

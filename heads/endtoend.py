@@ -31,11 +31,12 @@ from whisper_at_cli.extract.cache.schema import FRAMES, METADATA
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.devices import choose_device, cores
 from whisper_at_cli.extract.errors import AudioError, UsageError, WhisperATError
+from whisper_at_cli.extract.evaluation.metrics import evaluate_scores
+from whisper_at_cli.extract.evaluation.predictions import checked_path
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import HeadDescription, load_encoder_weights, load_head, save_head
-from whisper_at_cli.heads.evaluate import NEEDS_AUDIO, Evaluation, as_evaluation, class_columns
+from whisper_at_cli.heads.evaluate import NEEDS_AUDIO, Evaluation, as_evaluation, class_columns, scored_clips
 from whisper_at_cli.heads.forms import Head
-from whisper_at_cli.heads.metrics import evaluate_scores
 from whisper_at_cli.heads.seen import choose_rows
 from whisper_at_cli.heads.training.data import free_bytes
 
@@ -153,13 +154,15 @@ def load_end_to_end(folder: str | Path, device: str | torch.device = "cpu") -> E
 
 def evaluate_end_to_end(
     checkpoint: str | Path, dataset: str | Path | Dataset, *, fold: int | None = None, split: str | None = None,
-    format: str = "auto", device: str = "auto", progress: Progress | None = None,
+    format: str = "auto", device: str = "auto", predictions: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:  # fmt: skip
     """Metrics of a head and its own encoder on the audio of a dataset; which clips, as in `evaluate_head`.
 
     Clips that cannot be read are left out and named. Raises UsageError where the classes differ or nothing can be read.
     """
     started = time.monotonic()
+    predictions = checked_path(predictions) if predictions else None
     target = choose_device(device)
     model = load_end_to_end(checkpoint, target)
     description = model.description
@@ -168,7 +171,8 @@ def evaluate_end_to_end(
             raise UsageError(NEEDS_AUDIO.format(checkpoint))
         dataset = open_dataset(dataset, format=format)
     columns, notes = class_columns(description, dataset.class_names, str(dataset.root))
-    choice = choose_rows(ListedClips.of(dataset), description, Path(checkpoint), fold=fold, split=split)
+    listed = ListedClips.of(dataset)
+    choice = choose_rows(listed, description, Path(checkpoint), fold=fold, split=split)
     audio = Waveforms(dataset, clip_samples(description.clip_seconds), keep_bytes=0)
     logits, read = predict_audio(model, audio, choice.rows, target, progress)
     if not read.any():
@@ -176,11 +180,16 @@ def evaluate_end_to_end(
     choice = choice.only(read)
     labels = torch.from_numpy(dataset.table().labels[choice.rows][:, columns]).to(target)
     metrics, seconds = evaluate_scores(logits, labels), time.monotonic() - started
+    source = f"evaluate {checkpoint} {dataset.root}"
+    scored = scored_clips(listed, choice.rows, labels, logits, description, source=source)
+    if predictions:
+        scored.save(predictions)
     return as_evaluation(
-        metrics, description, labels.sum(dim=0).tolist(), checkpoint=str(checkpoint), data=str(dataset.root),
+        metrics, scored, description, labels.sum(dim=0).tolist(), checkpoint=str(checkpoint), data=str(dataset.root),
         clips=len(choice.rows), chosen=choice.text, clips_trained_on=choice.trained_on, seconds=seconds,
         clips_per_second=len(choice.rows) / seconds, device=str(target),
         notes=[*notes, *choice.notes, *([audio.failure_note()] if audio.failures else [])],
+        predictions_file=None if predictions is None else str(predictions),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ n clips, L layers, T frames, D channels, C classes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,18 @@ from torch import Tensor, nn
 
 from whisper_at_cli.extract.ahead import in_order
 from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.cache.folds import ClipColumns
 from whisper_at_cli.extract.cache.reader import Rows
 from whisper_at_cli.extract.cache.schema import brief
+from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.evaluation.metrics import Metrics, evaluate_scores
+from whisper_at_cli.extract.evaluation.predictions import Predictions, checked_path
+from whisper_at_cli.extract.evaluation.summary import value_and_interval
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import UNKNOWN, HeadDescription, load_head
 from whisper_at_cli.heads.forms import Head
-from whisper_at_cli.heads.metrics import Metrics, evaluate_scores
 from whisper_at_cli.heads.seen import choose_rows
 from whisper_at_cli.heads.training.data import Clips
 
@@ -60,6 +65,10 @@ class Evaluation:
     clips_per_second: float
     device: str
     notes: list[str] = field(default_factory=list)
+    mAP_ci95: list[float] | None = None
+    accuracy_ci95: list[float] | None = None
+    intervals: dict = field(default_factory=dict)  # level, method, recordings, clips, draws
+    predictions_file: str | None = None
 
 
 @torch.no_grad()
@@ -73,15 +82,18 @@ def predict(module: nn.Module, clips: Clips, positions: np.ndarray) -> np.ndarra
 
 def evaluate_head(
     checkpoint: str | Path | Head, cache: FeatureCache, *, rows: Rows | None = None, fold: int | None = None,
-    split: str | None = None, device: str = "auto", progress: Progress | None = None,
+    split: str | None = None, device: str = "auto", predictions: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:  # fmt: skip
     """Metrics of a saved head on clips of a cache: these rows, or those of a fold or a split; by default those that the
     head was not trained on, where it was trained on a part of this cache, else all finished ones.
 
-    The cache is read once, in pieces, so it may be larger than memory.
+    The cache is read once, in pieces, so it may be larger than memory. The scores are written into `predictions`, an
+    .npz file.
     Raises UsageError where the cache's features or classes are not those that the head was trained on.
     """
     started = time.monotonic()
+    predictions = checked_path(predictions) if predictions else None
     target = choose_device(device)
     if isinstance(checkpoint, nn.Module):
         folder, module = None, checkpoint
@@ -97,17 +109,40 @@ def evaluate_head(
     labels = torch.from_numpy(cache.labels[choice.rows][:, columns]).to(logits.device)
     metrics = evaluate_scores(logits, labels)
     seconds = time.monotonic() - started
+    scored = scored_clips(cache, choice.rows, labels, logits, description, source=f"evaluate {folder} {cache.path}")
+    if predictions:
+        scored.save(predictions)
     return as_evaluation(
-        metrics, description, labels.sum(dim=0).tolist(), checkpoint=None if folder is None else str(folder),
+        metrics, scored, description, labels.sum(dim=0).tolist(), checkpoint=None if folder is None else str(folder),
         data=str(cache.path), clips=len(choice.rows), chosen=choice.text, clips_trained_on=choice.trained_on,
         seconds=seconds, clips_per_second=len(choice.rows) / seconds, device=str(target), notes=notes + choice.notes,
+        predictions_file=None if predictions is None else str(predictions),
+    )  # fmt: skip
+
+
+def scored_clips(
+    clips: ClipColumns, rows: np.ndarray, labels: Tensor, logits: Tensor, description: HeadDescription, *, source: str
+) -> Predictions:
+    """Scores of one head on these rows; labels and logits (n, C) in the order of the head's classes."""
+    return Predictions(
+        ids=clips.ids[rows], recordings=source_recordings(clips.ids[rows], clips.paths[rows], clips.dataset),
+        labels=labels.cpu().numpy().astype(np.uint8), class_names=tuple(description.class_names),
+        folds=np.ones(len(rows), dtype=np.int64),
+        names=(f"{description.head}-{description.width}" if description.width else description.head,),
+        seeds=np.array([description.seed]), scores=logits.cpu().numpy()[None], source=source,
     )  # fmt: skip
 
 
 def as_evaluation(
-    metrics: Metrics, description: HeadDescription, class_clips: list[int], *, notes: list[str], **run: Any
-) -> Evaluation:
-    """Metrics under the names of the classes, with what is known of the run."""
+    metrics: Metrics, scored: Predictions, description: HeadDescription, class_clips: list[int], *, notes: list[str],
+    **run: Any,
+) -> Evaluation:  # fmt: skip
+    """Metrics under the names of the classes, with their intervals and what is known of the run."""
+    intervals: dict[str, Any] = {}
+    if not math.isnan(metrics.mAP):
+        _, intervals["mAP_ci95"], intervals["intervals"] = value_and_interval(scored, "mAP")
+    if scored.single_label:
+        _, intervals["accuracy_ci95"], intervals["intervals"] = value_and_interval(scored, "accuracy")
     names = description.class_names
     matrix = metrics.confusion
     return Evaluation(
@@ -119,7 +154,7 @@ def as_evaluation(
         classes_without_positives=metrics.classes_without_positives,
         classes_without_negatives=metrics.classes_without_negatives,
         confusion=None if matrix is None else {"classes": list(names), "matrix": matrix.tolist()},
-        notes=[*notes, *metrics.notes], **run,
+        notes=[*notes, *metrics.notes], **intervals, **run,
     )  # fmt: skip
 
 

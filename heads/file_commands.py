@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from whisper_at_cli.extract.options import DEVICE, command
-from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
+from whisper_at_cli.extract.options import DEVICE, PREDICTIONS, command
+from whisper_at_cli.extract.output import interval, print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.argument("data")
 @click.option("--fold", type=int, help="Only the clips of this fold.")
 @click.option("--split", help="Only the clips of this split.")
+@PREDICTIONS
 @DEVICE
 @click.pass_context
 def evaluate_command(
-    ctx: click.Context, checkpoint: Path, data: str, fold: int | None, split: str | None, device: str, as_json: bool
-) -> None:
+    ctx: click.Context, checkpoint: Path, data: str, fold: int | None, split: str | None, predictions: Path | None,
+    device: str, as_json: bool,
+) -> None:  # fmt: skip
     """Metrics of the head in the folder CHECKPOINT on DATA: mAP, mAUC, d-prime, accuracy, each class, confusions.
 
     DATA is a cache made like the one that the head was trained on. Without --fold and --split, the clips that the head
@@ -45,7 +47,7 @@ def evaluate_command(
     from whisper_at_cli.heads.checkpoint import read_record
     from whisper_at_cli.heads.endtoend import evaluate_end_to_end
 
-    options: dict[str, Any] = {"fold": fold, "split": split, "device": device}
+    options: dict[str, Any] = {"fold": fold, "split": split, "device": device, "predictions": predictions}
     with progress_on_stderr("evaluate", "clips", quiet=ctx.obj["quiet"]) as progress:
         if read_record(checkpoint).get("encoder"):
             found = evaluate_end_to_end(checkpoint, data, progress=progress, **options)
@@ -160,10 +162,10 @@ def print_evaluation(found: Evaluation) -> None:
     trained_on = "not recorded" if found.clips_trained_on is None else f"{found.clips_trained_on}"
     print_table(
         [
-            ("mAP", score(found.mAP)),
+            ("mAP", f"{score(found.mAP)} (95 % interval {interval(found.mAP_ci95)})"),
             ("mAUC", score(found.mAUC)),
             ("d-prime", score(found.d_prime)),
-            ("accuracy", score(found.accuracy)),
+            ("accuracy", f"{score(found.accuracy)} (95 % interval {interval(found.accuracy_ci95)})"),
             ("clips", f"{found.clips} ({found.chosen})"),
             ("of these trained on", trained_on),
             ("time", f"{found.seconds:.1f} s, {found.clips_per_second:,.0f} clips/s"),

@@ -13,6 +13,7 @@ from typing import cast
 import click
 
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.options import PREDICTIONS
 from whisper_at_cli.heads.training.recipe import Recipe
 
 RUN_SETTINGS = ("lr", "seed")  # declared below, with what a run makes of them
@@ -77,11 +78,15 @@ RUN_OPTIONS = (
         help="Learning rate of Adam. Repeatable with --search.  [default: the recipe's]",
     ),
     click.option("--seeds", type=int, default=1, show_default=True, help="Repeat with so many seeds: mean and spread."),
-    click.option("--faithful", is_flag=True, help="Draw mixup partners and time masks as the original code does."),
+    click.option(
+        "--faithful", is_flag=True,
+        help="Draw mixup partners and time masks as the original code does; docs/heads.md has the list.",
+    ),
     click.option(
         "--search", is_flag=True, help="Compare learning rates (--lr) and dimensions (--dim); a ranked table, no head."
     ),
     click.option("--out", type=click.Path(path_type=Path), help="Save heads, metrics and curve in this folder."),
+    PREDICTIONS,
     click.option("--restart", is_flag=True, help="Replace the run that --out holds instead of continuing it."),
     click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files below --out."),
     click.option(
@@ -108,7 +113,7 @@ UNFREEZE_OPTIONS = (
 )  # fmt: skip
 # what means nothing without, and with, --unfreeze
 ONLY_UNFROZEN = ("model", "encoder_lr_share", "fold", "dataset_format", "clip_seconds")
-ONLY_FROZEN = ("seeds", "search", "restart", "tensorboard", "tier", "together")
+ONLY_FROZEN = ("seeds", "search", "restart", "tensorboard", "tier", "together", "predictions")
 
 
 def run_options(function: Function) -> Function:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.options import CACHE, DEVICE, SEED, command
-from whisper_at_cli.extract.output import print_json, print_notes, print_table, score
+from whisper_at_cli.extract.options import CACHE, DEVICE, PREDICTIONS, SEED, command
+from whisper_at_cli.extract.output import interval, print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 
 if TYPE_CHECKING:
     from whisper_at_cli.probe.layers import ProbeResult
 
 CLASSES_SHOWN = 60
+LEVEL = "95 % interval"
 CONFUSIONS_SHOWN = 5
 
 
@@ -43,6 +44,8 @@ CONFUSIONS_SHOWN = 5
 @click.option("--neighbours", type=int, default=10, show_default=True, help="With --kind knn: how many vote.")
 @click.option("--faithful", is_flag=True, help="The original project's classifier, for comparison; slow.")
 @click.option("--unstandardised", is_flag=True, help="With --faithful: features as they are, not standardised.")
+@click.option("--permute-labels", is_flag=True, help="Control: recordings trade their labels at random first.")
+@PREDICTIONS
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write every number into this file too.")
 @click.option(
     "--figure", type=click.Path(path_type=Path), help="Draw accuracy against layer here (.png, .pdf or .svg)."
@@ -52,8 +55,8 @@ CONFUSIONS_SHOWN = 5
 @click.pass_context
 def probe_command(
     ctx: click.Context, cache: Path | str, layers: tuple[str, ...], kind: str, strength: str, neighbours: int,
-    faithful: bool, unstandardised: bool, csv_path: Path | None, figure: Path | None, seed: int, device: str,
-    as_json: bool,
+    faithful: bool, unstandardised: bool, permute_labels: bool, predictions: Path | None, csv_path: Path | None,
+    figure: Path | None, seed: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a probe to each layer of CACHE and print how well it tells the classes apart.
 
@@ -72,7 +75,8 @@ def probe_command(
     with progress_on_stderr("probe", "layers", quiet=ctx.obj["quiet"]) as progress:
         result = probe_layers(
             opened, layers=_layer_numbers(layers), kind=kind, strength=_strength(strength), neighbours=neighbours,
-            standardise=not unstandardised, device=device, seed=seed, progress=progress,
+            standardise=not unstandardised, device=device, seed=seed, predictions=predictions,
+            permute_labels=permute_labels, progress=progress,
         )  # fmt: skip
     print_notes(result.warnings)
     if csv_path:
@@ -134,14 +138,39 @@ def _layer_numbers(layers: tuple[str, ...]) -> str | list[int]:
 
 def print_probe(result: ProbeResult) -> None:
     more = ("macro F1",) if result.metric == "accuracy" else ()
-    header = ("layer", result.metric, "std over folds", *more)
-    fields = (result.metric, f"{result.metric}_std", *(name.replace(" ", "_").lower() for name in more))
-    rows = [[f"{row.layer}", *(score(getattr(row, field)) for field in fields)] for row in result.layers]
+    header = ("layer", result.metric, LEVEL, "worse than best", "std over folds", *more)
+    fields = (f"{result.metric}_std", *(name.replace(" ", "_").lower() for name in more))
+    rows = [
+        [
+            f"{row.layer}", score(getattr(row, result.metric)), interval(row.ci95),
+            "yes" if row.differs_from_best else "", *(score(getattr(row, field)) for field in fields),
+        ]
+        for row in result.layers
+    ]  # fmt: skip
+    if result.metric == "accuracy" and getattr(result.layers[0], "bits", None) is not None:
+        header = (*header, "bits")
+        for cells, layer in zip(rows, result.layers, strict=True):
+            cells.append(f"{getattr(layer, 'bits', 0.0):.3f}")
     if result.strength == "auto":
         header = (*header, "strengths of the folds")
         for cells, layer in zip(rows, result.layers, strict=True):
             cells.append(" ".join(f"{fold['strength']:g}" for fold in layer.folds))
     print_table(rows, header)
+    _print_certainty(result)
+
+
+def _print_certainty(result: ProbeResult) -> None:
+    """Which layers are as good as the best as far as these clips can tell, and how intervals were made."""
+    said, known = result.intervals, result.not_distinguishable_from_best
+    others = [f"{layer}" for layer in known if layer != result.best_layer]
+    if len(result.layers) > 1 and result.best_layer is not None:
+        found = f"not distinguishable from layer {result.best_layer}: layers {', '.join(others)}"
+        click.echo(found if others else f"every other layer is worse than layer {result.best_layer}")
+    click.echo(f"chance: {score(result.chance)}")
+    click.echo(
+        f"intervals: bootstrap over {said['recordings']} recordings, {said['draws']:,} draws (BCa); "
+        "worse than best: p < 0.05, adjusted for all pairs of layers\n"
+    )
 
 
 def _print_classes(result: ProbeResult) -> None:
@@ -155,12 +184,24 @@ def _print_classes(result: ProbeResult) -> None:
     rows = []
     for name, layer in list(result.best_layer_per_class.items())[:CLASSES_SHOWN]:
         tied = ", ".join(map(str, result.best_layer_per_class_ties.get(name, [])[1:]))
-        rows.append((name, layer or "undefined", tied, score(per_class[name])))
+        kept = result.best_layer_per_class_kept.get(name)
+        shown = (score(per_class[name]), interval((best.class_ci95 or {}).get(name)))
+        rows.append((name, layer or "undefined", tied, "" if kept is None else f"{kept:.0%}", *shown))
     measure = "F1" if result.metric == "accuracy" else "AP"
     if len(result.layers) > 1:
-        print_table(rows, ("class", "best layer", "as good", f"{measure} in layer {best.layer}"))
+        header = (
+            "class",
+            "best layer",
+            "as good",
+            "kept in draws",
+            f"{measure} in layer {best.layer}",
+            "95 % interval",
+        )
+        print_table(rows, header)
     else:
-        print_table([(row[0], row[3]) for row in rows], ("class", f"{measure} in layer {best.layer}"))
+        print_table(
+            [(row[0], *row[4:]) for row in rows], ("class", f"{measure} in layer {best.layer}", "95 % interval")
+        )
     if len(result.best_layer_per_class) > len(rows):
         click.echo(f"{len(result.best_layer_per_class) - len(rows)} more classes: --json or --csv has them all\n")
     if not isinstance(best, LayerPrecision):
@@ -188,6 +229,7 @@ def _print_confusions(layer: int, confusion: dict[str, dict[str, int]]) -> None:
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The figure: .pdf, .svg or .png.")
 @click.option("--wer", default="whisper", show_default=True, help="Text normalised as whisper does, or as the paper.")
+@click.option("--chance", is_flag=True, help="Figure 1: a line for a model that does not look at the clips.")
 @click.option("--layer", type=int, help="Figure 2: the layer that is probed.  [default: the last]")
 @click.option("--low-snr", type=float, default=-10.0, show_default=True, help="Figure 2: WER increases to this SNR,")
 @click.option("--high-snr", type=float, default=20.0, show_default=True, help="from this one.")
@@ -240,7 +282,7 @@ def figure_command(
 
 
 FIGURE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "1": ("wer",),
+    "1": ("wer", "chance"),
     "2": ("wer", "layer", "low_snr", "high_snr"),
     "3": (),
     "5": ("wer", "snr", "parameters"),

@@ -19,6 +19,10 @@ from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.probe.scores import HeldOut
 
+PERMUTED = (
+    "labels were permuted by recording: whatever a probe scores beyond chance here comes from the probe, not from the "
+    "features"
+)
 BATCH_BYTES = 1 << 30  # of memory that one batch of problems may take
 
 
@@ -47,11 +51,16 @@ class Job:
     warnings: list[str]
 
     @classmethod
-    def plan(cls, cache: FeatureCache, *, device: str, seed: int) -> Job:
-        """Raises UsageError where there is nothing to tell apart."""
+    def plan(cls, cache: FeatureCache, *, device: str, seed: int, permute_labels: bool = False) -> Job:
+        """With `permute_labels` recordings trade their labels at random. Raises UsageError where there is nothing to
+        tell apart."""
         folds, warnings = cache_folds(cache, seed=seed)
         rows = np.unique(np.concatenate([side for fold in folds for side in (fold.train, fold.test)]))
         labels = cache.labels[rows]
+        if permute_labels:
+            sources = source_recordings(cache.ids[rows], cache.paths[rows], cache.dataset)
+            labels = labels[permuted_by_recording(sources, seed)]
+            warnings = [*warnings, PERMUTED]
         known = np.flatnonzero(labels.any(axis=0))
         told_apart = len(known) > 1 or (len(known) == 1 and not labels[:, known].all())
         if not told_apart:
@@ -59,6 +68,7 @@ class Job:
                 f"the {len(rows)} finished clips of {cache.path} have {len(known)} of {labels.shape[1]} classes among "
                 "them, which leaves nothing to tell apart; extract a labelled dataset"
             )
+        lacking = [] if permute_labels else untrained_classes(cache.labels, folds)
         train = np.stack([np.isin(rows, fold.train) for fold in folds], axis=1)
         tests = {fold.number: np.searchsorted(rows, fold.test) for fold in folds}
         one_label = (labels.sum(axis=1) == 1).all()
@@ -71,7 +81,7 @@ class Job:
             metric="accuracy" if one_label else "mAP",
             seed=seed,
             device=_choose_device(device),
-            warnings=warnings + _warnings(labels, known) + untrained_classes(cache.labels, folds),
+            warnings=warnings + _warnings(labels, known) + lacking,
         )
 
     @property
@@ -119,6 +129,19 @@ class Job:
             yield workers
         finally:
             torch.set_num_threads(threads)
+
+
+def permuted_by_recording(recordings: np.ndarray, seed: int) -> np.ndarray:
+    """(n,) for each clip, the clip whose labels it gets: all clips of a recording get those of one other recording, in
+    turn where it has fewer. (n,) are the recordings of the clips."""
+    names, of_clip = np.unique(recordings, return_inverse=True)
+    members = [np.flatnonzero(of_clip == at) for at in range(len(names))]
+    giver = np.random.default_rng(seed).permutation(len(names))
+    chosen = np.empty(len(recordings), dtype=np.int64)
+    for at, clips in enumerate(members):
+        given = members[giver[at]]
+        chosen[clips] = given[np.arange(len(clips)) % len(given)]
+    return chosen
 
 
 def _choose_device(device: str) -> torch.device:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.evaluation.predictions import checked_path
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.probe.job import Job, Prediction
 from whisper_at_cli.probe.scores import LayerAccuracy, LayerPrecision, best_layers
+from whisper_at_cli.probe.uncertainty import chance, held_out_predictions, with_bits, with_intervals
 
 KINDS = ("linear", "knn", "attentive", "faithful")
+PROBABILITIES = ("linear", "attentive")  # kinds whose scores are the logits of a softmax
 NEIGHBOURS = 10
 
 
@@ -37,6 +41,13 @@ class ProbeResult:
     settings: dict = field(default_factory=dict)  # of this kind of probe
     dataset: str = ""
     weights_sha256: str = ""
+    not_distinguishable_from_best: list[int] = field(default_factory=list)  # layers, the best among them
+    best_layer_counts: list[dict] = field(default_factory=list)  # layer, classes, ci95
+    best_layer_per_class_kept: dict[str, float | None] = field(default_factory=dict)  # share of bootstrap draws
+    intervals: dict = field(default_factory=dict)  # level, method, band, recordings, draws, ...
+    predictions_file: str | None = None
+    permuted_labels: bool = False
+    chance: float | None = None  # the metric of a model that does not look at the clips
 
 
 def probe_layers(
@@ -49,6 +60,8 @@ def probe_layers(
     standardise: bool = True,
     device: str = "auto",
     seed: int = 0,
+    predictions: str | Path | None = None,
+    permute_labels: bool = False,
     progress: Progress | None = None,
 ) -> ProbeResult:
     """Probe layers (1-based, or "all") on the official folds, else the split, else random folds from `seed`.
@@ -58,20 +71,27 @@ def probe_layers(
     of layers. Raises UsageError where there is no such layer or nothing to tell apart, CacheError for features that
     are not finite.
     """
+    predictions = checked_path(predictions) if predictions else None
     numbers = _layer_numbers(cache, layers)
     method, settings = _method(kind, strength=strength, neighbours=neighbours, standardise=standardise)
-    job = Job.plan(cache, device=device, seed=seed)
-    scores, warnings = [], list(job.warnings)
-    predictions: list[Prediction] = []
+    job = Job.plan(cache, device=device, seed=seed, permute_labels=permute_labels)
+    scores: list[LayerAccuracy | LayerPrecision] = []
+    found: list[Prediction] = []
     for prediction in method.run(job, numbers):
-        predictions.append(prediction)
+        found.append(prediction)
         scores.append(_score(job, prediction))
         if progress:
             progress(len(scores), len(numbers), f"layer {prediction.layer}")
-    warnings += _notes(predictions, strength)
-    per_class = [score.class_f1 if isinstance(score, LayerAccuracy) else score.class_ap for score in scores]
-    best = best_layers(numbers, [getattr(score, job.metric) for score in scores])
-    best_per_class = {name: best_layers(numbers, [values[name] for values in per_class]) for name in per_class[0]}
+    held_out = held_out_predictions(job, found)
+    if predictions:
+        held_out.save(predictions)
+    scores, certainty = with_intervals(scores, held_out, job.metric, seed=seed)
+    if job.metric == "accuracy" and kind in PROBABILITIES:
+        scores = with_bits(scores, held_out, seed=seed)
+    best, best_per_class = (
+        best_layers(numbers, [getattr(score, job.metric) for score in scores]),
+        _best_per_class(scores),
+    )
     return ProbeResult(
         metric=job.metric,
         layers=scores,
@@ -80,16 +100,32 @@ def probe_layers(
         clips=len(job.rows),
         backbone=cache.spec.backbone,
         strength=strength if kind in ("linear", "attentive") else None,
-        seed=seed,
-        device=str(job.device),
-        warnings=warnings,
+        warnings=[*job.warnings, *_notes(found, strength)],
         probe=kind,
         best_layer_ties=best if len(best) > 1 else [],
         best_layer_per_class_ties={name: layers for name, layers in best_per_class.items() if len(layers) > 1},
-        settings=settings,
-        dataset=cache.spec.dataset,
-        weights_sha256=cache.spec.weights_sha256,
+        **_known_of(job, settings),
+        predictions_file=str(predictions) if predictions else None,
+        permuted_labels=permute_labels,
+        chance=chance(job),
+        **certainty,
     )
+
+
+def _known_of(job: Job, settings: dict) -> dict:
+    """What the result says of the cache and of how it was probed."""
+    spec = job.cache.spec
+    return {
+        "settings": settings, "dataset": spec.dataset, "weights_sha256": spec.weights_sha256, "seed": job.seed,
+        "device": str(job.device),
+    }  # fmt: skip
+
+
+def _best_per_class(scores: list[LayerAccuracy | LayerPrecision]) -> dict[str, list[int]]:
+    """All of the best layers of each class."""
+    numbers = [score.layer for score in scores]
+    per_class = [score.class_f1 if isinstance(score, LayerAccuracy) else score.class_ap for score in scores]
+    return {name: best_layers(numbers, [values[name] for values in per_class]) for name in per_class[0]}
 
 
 class Method(Protocol):

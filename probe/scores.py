@@ -1,15 +1,18 @@
 """What a probe found in one layer: scores of the predictions for clips that its models had not trained on.
 
-n clips, C classes.
+The metrics are those of `extract/evaluation/metrics.py`. n clips, C classes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isclose
 
 import numpy as np
+
+from whisper_at_cli.extract.evaluation.metrics import class_ap, class_f1, mean_of_defined
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,12 @@ class LayerAccuracy:
     macro_f1: float
     class_f1: dict[str, float | None]  # from the predictions of all folds together; None without a tested clip
     confusion: dict[str, dict[str, int]]  # true class -> predicted class -> clips of all folds; what is 0 is left out
+    ci95: list[float] | None = None
+    band95: list[float] | None = None  # of all layers at once
+    differs_from_best: bool | None = None
+    class_ci95: dict[str, list[float] | None] | None = None  # of class_f1
+    bits: float | None = None  # of the label that the probe reads; None of a kind that gives no probabilities
+    bits_ci95: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,15 @@ class LayerPrecision:
     """One layer of a dataset whose clips have any number of labels. A class with no positives has no precision."""
 
     layer: int
-    mAP: float | None
-    mAP_std: float | None
+    mAP: float | None  # mean of class_ap
+    mAP_std: float | None  # over folds, of each fold's mAP
     folds: list[dict]  # fold, mAP, clips, classes_without_positives
-    class_ap: dict[str, float | None]  # from the scores of all folds together
+    class_ap: dict[str, float | None]  # mean over its positives, each ranked within its fold
     classes_without_positives: int  # in all folds together
+    ci95: list[float] | None = None
+    band95: list[float] | None = None  # of all layers at once
+    differs_from_best: bool | None = None
+    class_ci95: dict[str, list[float] | None] | None = None  # of class_ap
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +61,11 @@ class HeldOut:
     @property
     def tested(self) -> np.ndarray:
         return np.concatenate(list(self.tests.values()))
+
+    @property
+    def folds(self) -> np.ndarray:
+        """The fold of each clip in `tested`."""
+        return np.repeat(list(self.tests), [len(clips) for clips in self.tests.values()])
 
     def accuracy(self, layer: int, logits: np.ndarray) -> LayerAccuracy:
         truth, predicted = self.labels.argmax(axis=1), logits.argmax(axis=1)
@@ -81,15 +99,15 @@ class HeldOut:
             ap = class_ap(self.labels[clips], logits[clips])
             without = int(np.isnan(ap).sum())
             folds.append({"fold": number, "mAP": _mean(ap), "clips": len(clips), "classes_without_positives": without})
-        pooled = class_ap(self.labels[self.tested], logits[self.tested])
-        values = np.array([fold["mAP"] for fold in folds if fold["mAP"] is not None])
+        ap = class_ap(self.labels[self.tested], logits[self.tested], self.folds)
+        of_folds = [fold["mAP"] for fold in folds if fold["mAP"] is not None]
         return LayerPrecision(
             layer=layer,
-            mAP=_mean(values),
-            mAP_std=float(values.std()) if len(values) else None,
+            mAP=_mean(ap),
+            mAP_std=float(np.std(of_folds)) if of_folds else None,
             folds=folds,
-            class_ap=self._by_name(pooled),
-            classes_without_positives=int(np.isnan(pooled).sum()),
+            class_ap=self._by_name(ap),
+            classes_without_positives=int(np.isnan(ap).sum()),
         )
 
     def _by_name(self, values: np.ndarray) -> dict[str, float | None]:
@@ -104,25 +122,6 @@ def best_layers(layers: Sequence[int], values: Sequence[float | None]) -> list[i
     return [layer for layer, value in defined if isclose(value, greatest, rel_tol=1e-12)]
 
 
-def class_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """(C,) F1 of class numbers (n,); NaN for a class that is not among the true ones."""
-    hits = np.bincount(truth[truth == predicted], minlength=classes)
-    true, claimed = np.bincount(truth, minlength=classes), np.bincount(predicted, minlength=classes)
-    return np.where(true > 0, 2 * hits / np.maximum(true + claimed, 1), np.nan)
-
-
-def class_ap(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """(C,) average precision of scores (n, C); NaN for a class with no positives."""
-    from sklearn.metrics import average_precision_score
-
-    return np.array(
-        [
-            average_precision_score(positive, score) if positive.any() else np.nan
-            for positive, score in zip(labels.T, scores.T, strict=True)
-        ]
-    )
-
-
 def _mean(values: np.ndarray) -> float | None:
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None
+    mean = mean_of_defined(values)
+    return None if math.isnan(mean) else mean

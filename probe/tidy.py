@@ -35,6 +35,9 @@ def tidy_rows(result: ProbeResult) -> Iterator[dict]:
         at: dict[str, object] = {"layer": layer.layer}
         yield at | {"score": metric, "value": getattr(layer, metric)}
         yield at | {"score": f"{metric}_std", "value": getattr(layer, f"{metric}_std")}
+        for field, bounds in (("ci95", layer.ci95), ("band95", layer.band95)):
+            for side, bound in zip(("low", "high"), bounds or (), strict=False):
+                yield at | {"score": f"{metric}_{field}_{side}", "value": bound}
         for fold in layer.folds:
             yield at | {"score": metric, "fold": fold["fold"], "value": fold[metric]}
             if "strength" in fold:

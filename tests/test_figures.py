@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from scipy.stats import pearsonr
+from scipy.stats import pearsonr, spearmanr
 from test_cli import run
 
 from planted import planted_cache
@@ -269,3 +269,90 @@ def test_a_result_of_train_head_is_called_by_what_it_was_trained_on(tmp_path, fi
     path.write_text(json.dumps({"head": "wa-mlp", "metric": "accuracy", "value": 0.9, field: "base.en"}))
     (result,) = load_results([path], probe=None)
     assert (result.kind, result.name) == ("train-head", name)
+
+
+def with_intervals(f1):
+    """A probe's result with the fields that intervals have."""
+    content = probe_json(f1)
+    for at, row in enumerate(content["layers"]):
+        row |= {"ci95": [0.5, 0.9], "band95": [0.4 + at / 100, 0.95]}
+        row["class_ci95"] = {name: [value - 0.1, min(1, value + 0.2)] for name, value in row["class_f1"].items()}
+    content["best_layer_counts"] = [{"layer": at + 1, "classes": 4, "ci95": [at, 9.0]} for at in range(len(f1))]
+    content["best_layer_per_class_kept"] = dict.fromkeys(CLASSES, 0.5) | {"class0": None}
+    return content
+
+
+def titles(figure_numbers, draw, monkeypatch, path):
+    """What the drawn figure's titles say."""
+    from whisper_at_cli.probe.figures import canvas
+
+    kept = []
+    monkeypatch.setattr(canvas, "save", lambda figure, numbers, path: kept.append(figure) or numbers)
+    draw(figure_numbers, path)
+    return [axes.get_title(loc="right") for axes in kept[0].axes], kept[0]
+
+
+def test_figure_1_draws_the_band_of_the_result_and_says_which(tmp_path, monkeypatch):
+    results = [as_result("a", with_intervals(F1)), as_result("old", probe_json(F1))]
+    lower = draw_figure_1(results, tmp_path / "1.png")["lower"]
+    assert lower["curves"][0]["low"] == pytest.approx([0.4, 0.41, 0.42]) and lower["curves"][0]["high"] == [0.95] * 3
+    old = lower["curves"][1]
+    assert old["low"] == pytest.approx([value - 0.01 for value in old["value"]])
+    said, figure = titles(results, draw_figure_1, monkeypatch, tmp_path / "1.png")
+    assert said == ["shaded: 95 % simultaneous band, 1 std over folds"]
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(40) and band[:, 1].max() == pytest.approx(95)
+    assert titles(results[:1], draw_figure_1, monkeypatch, tmp_path / "1.png")[0] == ["shaded: 95 % simultaneous band"]
+
+
+def test_figure_3_has_whiskers_and_says_how_often_a_class_keeps_its_layer(tmp_path, monkeypatch):
+    results = [as_result("a", with_intervals(F1))]
+    (panel,) = draw_figure_3(results, tmp_path / "3.png")["histograms"]
+    assert panel["classes_ci95"] == [[0, 9], [1, 9], [2, 9]] and len(panel["kept"]) == 11
+    (said,), figure = titles(results, draw_figure_3, monkeypatch, tmp_path / "3.png")
+    assert said.endswith("kept in 50% of draws") and figure.axes[0].get_ylim()[1] > 9
+    (whiskers,) = (one for one in figure.axes[0].collections if type(one).__name__ == "LineCollection")
+    assert [sorted(line[:, 1]) for line in whiskers.get_segments()] == [[0, 9], [1, 9], [2, 9]]
+    assert draw_figure_3([as_result("a", probe_json(F1))], tmp_path / "3.png")["histograms"][0]["classes_ci95"] is None
+
+
+def test_figure_2_has_bars_both_ways_and_intervals_of_both_correlations(tmp_path, monkeypatch):
+    noisy = robustness()
+    utterances, rng = [f"u{i}" for i in range(20)], np.random.default_rng(3)
+    for row in noisy["results"]:
+        row["class_counts"] = {
+            name: {"utterances": utterances, "wer_errors": rng.integers(0, 9, 20).tolist(), "wer_words": [9] * 20}
+            for name in CLASSES
+        }
+    results = [as_result("p", with_intervals(F1)), as_result("r", noisy)]
+    numbers = draw_figure_2(results, tmp_path / "2.png")
+    for point in numbers["classes"]:
+        low, high = (noisy["results"][at]["class_counts"][point["class"]]["wer_errors"] for at in (0, 2))
+        differences = (np.array(low) - high) / 9
+        error = differences.std() / np.sqrt(20)
+        expected = differences.mean() + np.array([-1.96, 1.96]) * error
+        np.testing.assert_allclose(point["wer_increase_ci95"], expected, atol=0.25 * error)
+        assert point["score_ci95"] == [point["score"] - 0.1, min(1, point["score"] + 0.2)]
+    x, y = (np.array([point[field] for point in numbers["classes"]]) for field in ("score", "wer_increase"))
+    at = np.random.default_rng(9).integers(0, 12, (4000, 12))
+    for name, of in (("pearson", pearsonr), ("spearman", spearmanr)):
+        slow = np.quantile([of(x[draw], y[draw])[0] for draw in at], [0.025, 0.975])
+        np.testing.assert_allclose(numbers[name]["ci95"], slow, atol=0.05)
+    _, figure = titles(results, draw_figure_2, monkeypatch, tmp_path / "2.png")
+    axes = figure.axes[0]
+    assert len(axes.containers) == 24 and not axes.yaxis_inverted() and not axes.xaxis_inverted()
+    assert (
+        min(text.get_fontsize() for text in [*axes.texts, axes.title, *axes.get_xticklabels()] if text.get_text()) >= 6
+    )
+
+
+def test_curves_of_many_layers_keep_their_dashes_and_the_eighth_is_not_the_first(tmp_path, monkeypatch):
+    from whisper_at_cli.probe.figures import canvas
+
+    looks = [canvas.look(number) for number in range(9)]
+    for a, b in ((0, 7), (1, 8)):
+        assert looks[a]["marker"] != looks[b]["marker"] and looks[a]["linestyle"] != looks[b]["linestyle"]
+    many = np.linspace(0.5, 1, 32 * 12).reshape(32, 12).tolist()
+    _, figure = titles([as_result("a", probe_json(many))], draw_figure_1, monkeypatch, tmp_path / "1.png")
+    first, every = figure.axes[0].lines[0].get_markevery()
+    assert len(range(first, 32, every)) <= 8

@@ -1,13 +1,16 @@
 """Counted parameters and FLOPs are those of the real modules, and of the paper's tables."""
 
 import json
+import re
 
 import pytest
 import torch
+from test_cli import run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.heads.commands import digits
 from whisper_at_cli.heads.count import AST_FLOPS, ast_cost, encoder_cost, end_to_end_cost, head_cost, head_table
 from whisper_at_cli.heads.forms import build_head
 
@@ -175,3 +178,21 @@ def test_table_1_is_reproduced_for_whole_encoders_with_a_layer_on_top(model, par
     cost = end_to_end_cost(model)
     assert cost.params / 1e6 == pytest.approx(params_M, abs=0.5)
     assert AST_FLOPS / cost.flops == pytest.approx(speedup, abs=0.06)
+
+
+@pytest.mark.parametrize("clip_seconds", [2.0, 5.0, 20.0])
+def test_the_speed_up_is_against_ast_on_a_clip_of_the_same_length(clip_seconds):
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    config = transformers.ASTConfig(max_length=round(102.4 * clip_seconds))
+    config.num_labels = 527
+    expected = AST_FLOPS * ast_cost(config).flops / ast_cost().flops
+    ten, other = (head_table("base", clip_seconds=seconds) for seconds in (10.0, clip_seconds))
+    for at_ten, row in zip(ten, other, strict=True):
+        assert at_ten["speedup_vs_ast"] == pytest.approx(AST_FLOPS / at_ten["flops"])
+        assert row["speedup_vs_ast"] == pytest.approx(expected / row["flops"])
+
+
+def test_small_heads_are_printed_with_digits(capsys):
+    status, out, _ = run(capsys, "heads", "--model", "tiny.en", "--classes", "10")
+    assert status == 0 and re.search(r"last-mlp +384 +0\.004618 +0\.000005760 ", out), out
+    assert [digits(value) for value in (0.0, 12345.678, 1.5, 0.00462)] == ["0", "12346", "1.500", "0.004620"]

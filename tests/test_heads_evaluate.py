@@ -10,9 +10,9 @@ from test_cli import run
 
 from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.evaluation.metrics import evaluate_scores
 from whisper_at_cli.heads import build_head, evaluate, evaluate_head, train_head
 from whisper_at_cli.heads.checkpoint import HeadDescription, load_head, save_head
-from whisper_at_cli.heads.metrics import evaluate_scores
 from whisper_at_cli.heads.training.data import load_clips
 
 N, L, T, D, C = 53, 3, 25, 16, 4

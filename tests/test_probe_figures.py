@@ -15,12 +15,16 @@ from whisper_at_cli.probe.scores import LayerAccuracy
 
 RESULT = ProbeResult(
     metric="accuracy",
-    layers=[LayerAccuracy(layer, 0.5 + layer / 10, 0.02, [], 0.5, {}, {}) for layer in (1, 2, 4)],
+    layers=[
+        LayerAccuracy(layer, 0.5 + layer / 10, 0.02, [], 0.5, {}, {}, ci95=[0.5, 0.95], band95=[0.4, 0.97])
+        for layer in (1, 2, 4)
+    ],
     best_layer=4, best_layer_per_class={}, clips=10, backbone="tiny.en", strength=1.0, seed=0, device="cpu",
 )  # fmt: skip
 EXPECTED = {
     "name": "tiny.en", "metric": "accuracy", "layers": [1, 2, 4],
-    "value": pytest.approx([0.6, 0.7, 0.9]), "std": [0.02] * 3,
+    "value": pytest.approx([0.6, 0.7, 0.9]), "std": [0.02] * 3, "ci95": [[0.5, 0.95]] * 3,
+    "band": "95 % simultaneous band", "low": [0.4] * 3, "high": [0.97] * 3,
 }  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
 
-from whisper_at_cli.probe.scores import HeldOut, best_layers, class_f1
+from whisper_at_cli.extract.evaluation.metrics import class_f1
+from whisper_at_cli.probe.scores import HeldOut, best_layers
 
 NAMES = ("a", "b", "c", "d")
 TESTS = {1: np.arange(0, 30), 4: np.arange(30, 80)}
@@ -64,22 +65,31 @@ def test_best_layers_are_all_that_tie_in_order(values, best):
     assert best_layers([1, 2, 3], values) == best
 
 
-def test_map_is_the_mean_over_classes_with_positives_and_the_others_are_counted(logits):
+def test_map_is_the_mean_over_classes_with_positives_each_ranked_within_its_fold(logits):
     labels = np.random.default_rng(2).integers(0, 2, (100, 4))
     labels[:, 3] = 0
     labels[:30, 2] = 0
     score = HeldOut(NAMES, labels, TESTS).precision(2, logits)
-    first, second = (
-        np.mean([average_precision_score(labels[clips, c], logits[clips, c]) for c in classes])
-        for clips, classes in ((TESTS[1], (0, 1)), (TESTS[4], (0, 1, 2)))
-    )
-    assert score.mAP == pytest.approx((first + second) / 2)
-    assert [fold["mAP"] for fold in score.folds] == pytest.approx([first, second])
+
+    def ap(clips, c):
+        return average_precision_score(labels[clips, c], logits[clips, c])
+
+    def positives(clips, c):
+        return labels[clips, c].sum()
+
+    first, second = TESTS[1], TESTS[4]
+    of_class = {
+        c: (ap(first, c) * positives(first, c) + ap(second, c) * positives(second, c))
+        / (positives(first, c) + positives(second, c))
+        for c in (0, 1)
+    } | {2: ap(second, 2)}
+    assert list(score.class_ap.values()) == [*(pytest.approx(of_class[c]) for c in range(3)), None]
+    assert score.mAP == pytest.approx(np.mean(list(of_class.values())))
+    of_folds = [np.mean([ap(first, c) for c in (0, 1)]), np.mean([ap(second, c) for c in (0, 1, 2)])]
+    assert [fold["mAP"] for fold in score.folds] == pytest.approx(of_folds)
     assert [fold["classes_without_positives"] for fold in score.folds] == [2, 1]
     assert [(fold["fold"], fold["clips"]) for fold in score.folds] == [(1, 30), (4, 50)] and score.layer == 2
-    assert score.mAP_std == pytest.approx(abs(first - second) / 2)
-    assert score.classes_without_positives == 1 and score.class_ap["d"] is None
-    assert score.class_ap["a"] == pytest.approx(average_precision_score(labels[:80, 0], logits[:80, 0]))
+    assert score.mAP_std == pytest.approx(np.std(of_folds)) and score.classes_without_positives == 1
 
 
 def test_without_any_positives_map_is_undefined_and_not_zero(logits):

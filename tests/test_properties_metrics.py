@@ -13,8 +13,8 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
 from whisper_at_cli.extract.errors import WhisperATError
-from whisper_at_cli.heads import metrics
-from whisper_at_cli.heads.metrics import d_prime, evaluate_scores
+from whisper_at_cli.extract.evaluation import metrics
+from whisper_at_cli.extract.evaluation.metrics import d_prime, evaluate_scores
 from whisper_at_cli.probe.robustness.wer import Errors, count_errors, paper_normaliser
 
 SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 5))

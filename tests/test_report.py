@@ -117,7 +117,8 @@ def test_layer_ticks_are_whole_numbers_from_the_first():
 def test_a_curve_has_its_values_where_they_belong():
     page = render_report([Source("a.json", probe_result())])
     said = re.findall(r"<title>(tiny\.en: [^<]*)</title>", page)
-    assert said == ["tiny.en: 60.0 % ± 1.0 at 1", "tiny.en: 70.0 % ± 2.0 at 2", "tiny.en: 80.0 % ± 3.0 at 3"]
+    expected = [f"tiny.en: {v}.0 % ({v - std}.0 to {v + std}.0) at {std}" for v, std in ((60, 1), (70, 2), (80, 3))]
+    assert said == expected
     line = re.search(r'<polyline class="line s1" stroke-dasharray="" points="([^"]*)"', page)[1]
     points = [tuple(map(float, point.split(","))) for point in line.split()]
     assert points[0][0] < points[1][0] < points[2][0] and points[0][1] > points[1][1] > points[2][1]
@@ -125,14 +126,14 @@ def test_a_curve_has_its_values_where_they_belong():
 
 
 def test_axes_run_as_in_the_figures():
-    """Harder to the right: low SNR. Less disturbed is higher: a small increase of the word error rate."""
-    curve = Curve("tiny.en", [-10.0, 20.0], [90.0, 5.0], [0.0, 0.0])
+    """Harder to the right: low SNR. A larger increase of the word error rate is higher."""
+    curve = Curve("tiny.en", [-10.0, 20.0], [90.0, 5.0])
     chart = line_chart([curve], x_ticks=[-10, 20], x_label="", y_label="", about="", falling_x=True)
     (noisy, top), (quiet, bottom) = places(chart)
     assert noisy > quiet and top < bottom
-    chart = scatter_chart({"a": (1.0, 10.0), "b": (2.0, 40.0)}, x_label="", y_label="", about="", falling_y=True)
+    chart = scatter_chart({"a": (1.0, 10.0), "b": (2.0, 40.0)}, x_label="", y_label="", about="")
     (left, little), (right, much) = places(chart)
-    assert left < right and little < much
+    assert left < right and little > much
     page = render_report([Source("a.json", probe_result())], [Source("n.json", noise_result())])
     drawn = re.findall(r'aria-label="word error rate against.*?</svg>', page, re.DOTALL)[0]
     ticks = re.findall(r'x="([\d.]+)"[^>]*text-anchor="middle">([−\d]+)<', drawn)
@@ -266,3 +267,22 @@ def test_numbers_for_programs_are_those_of_the_page():
     ]
     assert numbers["heads"] == [{"head": "h", "source": "h", "metric": "mAP", "value": 0.4}]
     assert numbers["classes_and_noise"] == [{"probe": "tiny.en", "model": "tiny.en", "classes": 2, "r": None}]
+
+
+def test_intervals_of_layers_classes_and_heads_are_on_the_page():
+    result = probe_result(
+        best_layer_counts=[{"layer": layer, "classes": 1, "ci95": [0.0, 2.0]} for layer in (1, 2, 3)],
+        best_layer_per_class_kept={"dog": 0.9, "rain": 0.5, "sea_waves": None},
+        best_layer_per_class_ties={"rain": [1, 2]},
+    )
+    for row in result["layers"]:
+        row |= {"ci95": [row["accuracy"] - 0.031, row["accuracy"] + 0.021], "differs_from_best": row["layer"] == 1}
+        row["band95"] = [row["accuracy"] - 0.05, row["accuracy"] + 0.04]
+    page = render_report([Source("a.json", result)], heads=[Source("h.json", HEAD | {"ci95": [0.9, 0.951]})])
+    assert "tiny.en: 60.0 % (55.0 to 64.0) at 1" in page
+    assert "80.0 (76.9–82.1)" in page and "93.0 (90.0–95.1)" in page
+    assert page.count('class="whisker"') == 3
+    assert "a class keeps its layer in 70% of bootstrap draws" in page
+    assert "1 at 1, 1 of them as good in a higher layer" in page and 'class="bar tied s1"' in page
+    rows = re.search(r"95 % interval</th>.*?</table>", page, re.DOTALL)[0]
+    assert re.findall(r">(yes|no)<", rows) == ["yes", "no", "no"] and "56.9–62.1" in rows

@@ -8,8 +8,8 @@ import pytest
 
 from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.evaluation.metrics import mean_and_std
 from whisper_at_cli.heads import search_heads, train_head
-from whisper_at_cli.heads.metrics import mean_and_std
 from whisper_at_cli.heads.training import plan
 from whisper_at_cli.heads.training.batches import balancing_weights
 from whisper_at_cli.heads.training.recipe import Recipe

@@ -116,13 +116,16 @@ def taken_for_granted(document: Document) -> list[str]:
     return needed
 
 
+OUTPUT_OPTIONS = ("--out", "--csv", "--figure", "--predictions")
+
+
 def outputs(text: str, block: Block) -> set[str]:
     """The names that a command or a Python example makes."""
     if block.language == "python":
         return set(re.findall(r'out="([^"]+)"', text)) | set(re.findall(r'extract\([^\n]*?, "([^"]+)"', text))
     words, target = split(text)
     words = words or []
-    found = {target} | {words[at + 1] for at, word in enumerate(words[:-1]) if word in ("--out", "--csv", "--figure")}
+    found = {target} | {words[at + 1] for at, word in enumerate(words[:-1]) if word in OUTPUT_OPTIONS}
     return found | set(words[3:4] if words[1:2] and words[1] in ("extract", "import", "export", "slurm") else ())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from whisper_at_cli.extract.audio import SAMPLE_RATE
 from whisper_at_cli.extract.backbones import custom
+from whisper_at_cli.extract.backbones.controls import LOG_MEL, LogMelBackbone, is_control, random_weights
 from whisper_at_cli.extract.backbones.encoder import WhisperEncoder, clip_samples, encoder_from_state
 from whisper_at_cli.extract.backbones.huggingface import download_folder, is_hub_name
 from whisper_at_cli.extract.backbones.mel import as_float32, filters_and_window, log_mel
@@ -140,7 +141,8 @@ def load_backbone(model: str | Path, *, device: str = "auto", precision: str = "
     """A frozen encoder ready to encode.
 
     model is an OpenAI name (`tiny.en`), a `.pt` file, a CTranslate2 or Hugging Face folder, `module:function` or an
-    entry point that makes a backbone, or a name on the Hugging Face hub; precision float32, bfloat16,
+    entry point that makes a backbone, a name on the Hugging Face hub, or a control, `random:tiny.en` or `log-mel`;
+    precision float32, bfloat16,
     float16 or auto: float16 on CUDA, float32 elsewhere. Raises UsageError for an unknown model, device or precision,
     WeightsError for weights that cannot be read.
     """
@@ -149,6 +151,10 @@ def load_backbone(model: str | Path, *, device: str = "auto", precision: str = "
     path = Path(model)
     if path.is_dir():
         return _from_folder(path, None, device=chosen, precision=precision)
+    if not path.is_file() and is_control(str(model)):
+        if str(model) == LOG_MEL:
+            return LogMelBackbone(chosen)
+        return _whisper(lambda: random_weights(str(model)), device=chosen, precision=precision)
     if not path.is_file() and str(model) not in whisper_names():
         if loader := custom.find_loader(str(model)):
             return custom.load_custom(loader, str(model), device=chosen, precision=precision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from whisper_at_cli.extract.backbones import custom
+from whisper_at_cli.extract.backbones.controls import is_control
 from whisper_at_cli.extract.backbones.forms import WEIGHT_FILES, check_file
 from whisper_at_cli.extract.backbones.huggingface import is_hub_name
 from whisper_at_cli.extract.backbones.weights import check_single_file, folder_kind, no_such_model, whisper_names
@@ -21,6 +22,8 @@ def check_model(model: str | Path) -> None:
         backbone_kind(path)
     elif path.is_file():
         check_single_file(path)
+    elif is_control(str(model)):
+        return
     elif str(model) not in whisper_names() and not custom.find_loader(str(model)) and not is_hub_name(model):
         raise no_such_model(model)
 

@@ -18,8 +18,9 @@ def source_digests(dataset: Dataset) -> np.ndarray:
     """(N,) uint64, one for each clip; 0 where its file is not there.
 
     The last TIME_BITS are of the file's time, the others of all else. Of a file: its path within the dataset, the part
-    of it, its size and the time of its last change. Of a row of a pack or a member of a tar shard the same of that; of a row of a
-    table without the time, since tables are unpacked again and again. Of an object in a bucket its name and the part.
+    of it, its size and the time of its last change. Of a row of a pack, and of a member of a tar shard, the same of
+    that; of a row of a table without the time, since tables are unpacked again and again. Of an object in a bucket its
+    name and the part.
     """
     if type(dataset).source is Dataset.source:
         return _of_files(dataset)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from whisper_at_cli.extract.cache.store import LocalStore
-from whisper_at_cli.heads.metrics import mean_and_std
+from whisper_at_cli.extract.evaluation.metrics import mean_and_std
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,6 +26,7 @@ from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.evaluation.metrics import evaluate_scores, mean_and_std
 from whisper_at_cli.extract.folders import writable_folder
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import HeadDescription
@@ -38,7 +39,6 @@ from whisper_at_cli.heads.endtoend import (
     save_end_to_end,
 )
 from whisper_at_cli.heads.forms import build_head
-from whisper_at_cli.heads.metrics import evaluate_scores, mean_and_std
 from whisper_at_cli.heads.training.batches import Step, balancing_weights, draw_epoch, steps
 from whisper_at_cli.heads.training.data import every_clip_has_one_label
 from whisper_at_cli.heads.training.plan import training_side_warnings

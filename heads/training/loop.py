@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.devices import one_thread_per_operation
 from whisper_at_cli.extract.errors import WhisperATError
+from whisper_at_cli.extract.evaluation.metrics import Metrics, evaluate_scores
 from whisper_at_cli.heads.evaluate import predict
 from whisper_at_cli.heads.forms import Head
-from whisper_at_cli.heads.metrics import Metrics, evaluate_scores
 from whisper_at_cli.heads.training.batches import Draw, balancing_weights, draw_epoch
 from whisper_at_cli.heads.training.board import Board
 from whisper_at_cli.heads.training.data import Clips
@@ -56,6 +56,7 @@ class Trained:
     training: Training
     record: dict  # epochs, samples, seconds, waiting_seconds, metrics (or None), history
     module: nn.Module | None = None
+    scores: np.ndarray | None = None  # (n, C) of the final weights on the test clips
 
     @property
     def metrics(self) -> dict | None:
@@ -81,12 +82,16 @@ class Workplace:
     board: Board | None = None
     after_epoch: Callable[[int, float], None] | None = None  # told how many heads had an epoch, and their loss
 
-    def evaluate(self, module: nn.Module, training: Training) -> Metrics:
-        """Metrics over every one of a training's test clips. Raises WhisperATError where a score is not finite."""
+    def scores(self, module: nn.Module, training: Training) -> np.ndarray:
+        """(n, C) of every one of a training's test clips. Raises WhisperATError where a score is not finite."""
         scores = predict(module, self.clips, training.test)
         if not np.isfinite(scores).all():
             raise self.not_finite(training, "scores of validation clips are not finite")
-        return evaluate_scores(scores, self.labels[training.test])
+        return scores
+
+    def evaluate(self, module: nn.Module, training: Training) -> Metrics:
+        """Metrics over every one of a training's test clips."""
+        return evaluate_scores(self.scores(module, training), self.labels[training.test])
 
     def not_finite(self, training: Training, what: str) -> WhisperATError:
         """The error for a training with numbers that are not finite, which either came with the features or from it."""
@@ -259,13 +264,21 @@ class _Course:
         done = []
         for m, training in enumerate(self.trainings):
             module, history = self.fleet.head(m), self.history[m]
-            metrics = self.place.evaluate(module, training) if len(training.test) else None
+            scores = self.place.scores(module, training) if len(training.test) else None
+            metrics = None if scores is None else evaluate_scores(scores, self.place.labels[training.test])
             record = {
                 "epochs": len(history), "metrics": _plain(metrics), "history": history,
+                "layer_weights": _layer_weights(module),
                 **{name: sum(line[name] for line in history) for name in ("samples", "seconds", "waiting_seconds")},
             }  # fmt: skip
-            done.append(Trained(training, record, module))
+            done.append(Trained(training, record, module, scores))
         return done
+
+
+def _layer_weights(module: Head) -> list[float] | None:
+    """What each layer counts in a head that averages them, 1 in all; None of another head."""
+    weights = getattr(module, "layer_weight", None)
+    return None if weights is None else (weights / weights.sum()).tolist()
 
 
 def _new_module(training: Training, new_module: Callable[[], Head]) -> Head:

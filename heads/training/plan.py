@@ -14,7 +14,7 @@ from whisper_at_cli.extract.cache.folds import Fold, cache_folds, untrained_clas
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.forms import Head, build_head, head_form
 from whisper_at_cli.heads.training.data import choose_tier, every_clip_has_one_label, stored_bytes, why_not_accuracy
-from whisper_at_cli.heads.training.recipe import FAITHFUL, Recipe, default_recipe_name, named_recipe
+from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, faithful_changes, named_recipe
 
 STACKED_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 28}  # of heads side by side; more fall out of a processor's cache
 STACKED_INPUTS = {"cpu": 1 << 24, "cuda": 1 << 30}  # numbers in a step's inputs
@@ -102,7 +102,7 @@ def plan(
         recipe = default_recipe_name(single_label=single_label, clips=len(rows))
     if isinstance(recipe, str):
         recipe = named_recipe(recipe, head, dim=spec.dim, width=width)
-    recipe = recipe.with_changes(**((FAITHFUL if faithful else {}) | changes))
+    recipe = recipe.with_changes(**((faithful_changes(head) if faithful else {}) | changes))
     if recipe.precision == "auto":
         recipe = recipe.with_changes(precision=precision or fastest_precision(head, device))
     _check_recipe(recipe, head, single_label, spec.frames)

@@ -173,6 +173,12 @@ NAMED = {
 }  # fmt: skip
 
 FAITHFUL = {"mixup_partner": "uniform", "time_mask_layers": "same"}  # as the original code does it
+FAITHFUL_MASK = 9  # frames, for heads that read frames: the original draws a length from 0 to below 10
+
+
+def faithful_changes(head: str) -> dict[str, Any]:
+    """The settings with which a head is trained as the original code does it."""
+    return FAITHFUL | ({"time_mask_frames": FAITHFUL_MASK} if _reads_frames(head) else {})
 
 
 def named_recipe(name: str, head: str, *, dim: int, width: int | None = None) -> Recipe:

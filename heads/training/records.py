@@ -7,6 +7,7 @@ curve.png                     loss and validation metric over epochs
 tensorboard/                  the same for TensorBoard, if asked for
 .training/run.json            the command, what of it is finished, and its result
 .training/NAME.safetensors    trainings under way: weights, optimiser, averages, epochs
+.training/scores/NAME.npy     what each finished training says of its held-out clips
 
 Every file but metrics.jsonl is written whole or not at all.
 """
@@ -14,6 +15,7 @@ Every file but metrics.jsonl is written whole or not at all.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import time
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,6 +129,20 @@ class RunFolder:
         except Exception as error:
             raise WhisperATError(f"{path} is damaged ({error}); give --restart to train anew") from error
 
+    def save_scores(self, training: str, scores: np.ndarray) -> None:
+        """Keep the scores of held-out clips, so that a run that is continued still has them all."""
+        content = io.BytesIO()
+        np.save(content, scores, allow_pickle=False)
+        self.write(_scores_file(training), content.getvalue())
+
+    def load_scores(self, training: str) -> np.ndarray | None:
+        """None where an earlier version of this tool finished the training."""
+        path = self.path / _scores_file(training)
+        try:
+            return np.load(path, allow_pickle=False) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise WhisperATError(f"{path} is damaged ({error}); give --restart to train anew") from error
+
     def append_metrics(self, lines: list[dict]) -> None:
         if self._metrics is None:
             self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - until close()
@@ -164,7 +181,8 @@ class RunFolder:
         """Remove what runs leave in their folders, and nothing else."""
         folders = [*self.path.glob("fold-[0-9]*"), *self.path.glob("seed-[0-9]*/fold-[0-9]*")]
         files = [self.path / name for name in TOP_FILES] + [folder / name for folder in folders for name in HEAD_FILES]
-        for file in [*files, *self.path.glob(f"{HIDDEN}/*.safetensors"), self.path / HIDDEN / "run.json"]:
+        files += [*self.path.glob(f"{HIDDEN}/*.safetensors"), *self.path.glob(f"{HIDDEN}/scores/*.npy")]
+        for file in [*files, self.path / HIDDEN / "run.json"]:
             file.unlink(missing_ok=True)
         for events in self.path.glob("tensorboard/**/events.out.tfevents.*"):
             events.unlink()
@@ -172,6 +190,10 @@ class RunFolder:
         for folder in [*folders, *self.path.glob("seed-[0-9]*"), *boards]:
             with contextlib.suppress(OSError):  # what else lies in it is not ours
                 folder.rmdir()
+
+
+def _scores_file(training: str) -> str:
+    return f"{HIDDEN}/scores/{training.replace('/', '+')}.npy"
 
 
 def order_kept(path: str | Path) -> str | None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.evaluation.metrics import mean_and_std
 from whisper_at_cli.extract.progress import Progress
-from whisper_at_cli.heads.metrics import mean_and_std
 from whisper_at_cli.heads.training.loop import Trained, Training
 from whisper_at_cli.heads.training.plan import Job, plan
 from whisper_at_cli.heads.training.ranks import joined_ranks

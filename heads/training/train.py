@@ -16,12 +16,15 @@ import numpy as np
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.evaluation.metrics import mean_and_std
+from whisper_at_cli.extract.evaluation.predictions import Predictions, checked_path
+from whisper_at_cli.extract.evaluation.summary import value_and_interval
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import HeadDescription, save_head
-from whisper_at_cli.heads.metrics import mean_and_std
 from whisper_at_cli.heads.training.board import Board
 from whisper_at_cli.heads.training.curve import draw_curve
 from whisper_at_cli.heads.training.data import Clips, load_clips
+from whisper_at_cli.heads.training.held_out import LACKING, held_out_predictions
 from whisper_at_cli.heads.training.loop import Trained, Training, Workplace, train_group
 from whisper_at_cli.heads.training.plan import Job, plan
 from whisper_at_cli.heads.training.ranks import Ranks, joined_ranks
@@ -42,7 +45,7 @@ class TrainResult:
     dim: int  # channels inside the head
     params: int
     metric: str  # "accuracy" where every clip has one label, else "mAP"
-    value: float  # mean over folds, and over seeds
+    value: float  # accuracy: mean over folds, and over seeds; mAP: of positives ranked within their folds
     std: float  # population standard deviation over folds, of means over seeds
     folds: list[dict]  # fold, value, train_clips, validation_clips, mAP, mAUC, d_prime, accuracy, ...
     seconds: float  # of this call, reading included
@@ -60,6 +63,10 @@ class TrainResult:
     metrics_file: str | None = None
     curve: str | None = None
     backbone: str = ""  # whose features it was trained on; `figure` and `report` call the result by it
+    ci95: list[float] | None = None  # of value
+    intervals: dict = field(default_factory=dict)  # level, method, recordings, clips, draws
+    predictions_file: str | None = None
+    layer_weights: list[float] | None = None  # of heads that average layers: mean over the validated heads
 
 
 def train_head(
@@ -78,6 +85,7 @@ def train_head(
     together: str = "auto",
     restart: bool = False,
     tensorboard: bool = False,
+    predictions: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Validate a head on a cache's folds or split, and save one in the folder `out`.
@@ -86,11 +94,13 @@ def train_head(
     trained on all clips. With a split, the head in `out` is the validated one. `seeds` repeat all validation with the
     seeds after the first. `recipe` is a Recipe or the name of one; by default the data decide. `changes` replace some
     of its settings, `seed` its seed; `faithful` draws partners and masks as the original code does. The same call with
-    the same `out` continues a run that was stopped; another is refused unless `restart`. `progress` is told of epochs.
+    the same `out` continues a run that was stopped; another is refused unless `restart`. The scores of held-out clips
+    are written into `predictions`, an .npz file. `progress` is told of epochs.
     Under torchrun all processes call this; each returns the result, the first one writes.
     Raises UsageError for what cannot work, WhisperATError where memory is short or the loss is not finite.
     """
     started = time.monotonic()
+    predictions = checked_path(predictions) if predictions else None
     changes = (changes or {}) | ({} if seed is None else {"seed": seed})
     check_options(seeds, together, tensorboard, out)
     if out and tier == "auto" and not restart and order_kept(out) == "streamed":
@@ -107,12 +117,13 @@ def train_head(
         trainings = fold_trainings(job, seeds)
         runner.expect(trainings, also=int(bool(out and job.cross_validated)))
         save = partial(_save_validated, job=job, out=out) if out else None
-        done = runner.train(job, trainings, together, save)
+        done = runner.train(job, trainings, together, save, keep_scores=True)
         if out and job.cross_validated:
             values = [each.value(job.metric) for each in done]
             kept = [_on_all_clips(job, done)]
             done += runner.train(job, kept, together, partial(_save_kept, job=job, out=out, values=values))
         result = _result(job, done, runner, together, out, time.monotonic() - started)
+        result = _with_interval(result, held_out_predictions(job, done), predictions if ranks.lead else None)
         runner.finish(result, done)
     return result
 
@@ -169,15 +180,21 @@ class Runner:
         self.epochs += sum(training.recipe.epochs for training in trainings) + also * trainings[0].recipe.epochs
 
     def train(
-        self, job: Job, trainings: list[Training], together: str, save: Callable[[Trained], None] | None = None
+        self,
+        job: Job,
+        trainings: list[Training],
+        together: str,
+        save: Callable[[Trained], None] | None = None,
+        *,
+        keep_scores: bool = False,
     ) -> list[Trained]:
         """All these trainings, in groups side by side where that is faster; what an earlier call finished is not done
-        again. The first process saves each by `save`."""
+        again. The first process saves each by `save`, and with `keep_scores` what it says of held-out clips."""
         size, done = job.heads_side_by_side(together), []
         for start in range(0, len(trainings), size):
             group, self.groups = trainings[start : start + size], self.groups + 1
             if all(training.name in self.finished for training in group):
-                done += [Trained(training, self.finished[training.name]) for training in group]
+                done += [self._finished(training) for training in group]
                 self._after_epoch(sum(training.recipe.epochs for training in group), math.nan)
                 continue
             name = f"group-{self.groups}"
@@ -186,9 +203,16 @@ class Runner:
                 for each in trained:
                     if save:
                         save(each)
+                    if keep_scores and each.scores is not None:
+                        self.folder.save_scores(each.training.name, each.scores)
                 self.folder.finish({each.training.name: each.record for each in trained}, name)
             done += trained
         return done
+
+    def _finished(self, training: Training) -> Trained:
+        """A training that an earlier call finished."""
+        scores = self.folder.load_scores(training.name) if self.folder else None
+        return Trained(training, self.finished[training.name], scores=self.ranks.from_lead(scores))
 
     def finish(self, result: TrainResult | SearchResult, done: list[Trained]) -> None:
         """The run is over: its curve and its result."""
@@ -261,6 +285,28 @@ def _result(
         heads_side_by_side=min(job.heads_side_by_side(together), len(validated)),
         processes=runner.ranks.world, metrics_file=str(Path(out) / "metrics.jsonl") if out else None,
         curve=str(Path(out) / "curve.png") if out else None, backbone=job.cache.spec.backbone,
+        layer_weights=_layer_weights(validated),
+    )  # fmt: skip
+
+
+def _layer_weights(validated: list[Trained]) -> list[float] | None:
+    """None of heads that have none, or that an earlier version trained."""
+    found = [weights for each in validated if (weights := each.record.get("layer_weights"))]
+    return np.mean(found, axis=0).tolist() if found and len(found) == len(validated) else None
+
+
+def _with_interval(result: TrainResult, held_out: Predictions | None, file: Path | None) -> TrainResult:
+    """The result with its interval, and the predictions saved. Raises UsageError where there are none to save."""
+    if held_out is None and file:
+        raise UsageError(LACKING)
+    if held_out is None:
+        return dataclasses.replace(result, warnings=[*result.warnings, LACKING])
+    if file:
+        held_out.save(file)
+    value, ci95, made = value_and_interval(held_out, result.metric, seed=result.recipe["seed"])
+    return dataclasses.replace(
+        result, value=math.nan if value is None else value, ci95=ci95, intervals=made,
+        predictions_file=None if file is None else str(file),
     )  # fmt: skip
 
 

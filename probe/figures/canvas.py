@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".pdf", ".svg")
 COLUMN_INCHES = 3.15  # 80 mm, a column of Interspeech's template
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
-MARKERS = "os^Dv<>"
+MARKERS = "os^Dv<>PX"  # nine, so that they repeat with other colours and lines
+MARKS = 8  # on one curve, at most: more hide its dashes
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 FONTS: dict[RcKeyType, object] = {
     "pdf.fonttype": 42,
@@ -39,8 +40,14 @@ F1_NAMES = {"accuracy": "F1", "mAP": "average precision"}
 _settings = threading.Lock()  # matplotlib's are global
 
 
+def marks(points: int, number: int) -> tuple[int, int]:
+    """matplotlib's `markevery` of the n-th curve: at most MARKS, not at the same points as the next curve's."""
+    step = -(-points // MARKS)
+    return number % step, step
+
+
 def look(number: int) -> dict:
-    """Colour, marker and line of the n-th curve, counted from 0."""
+    """Colour, marker and line of the n-th curve, counted from 0. No two of the first 63 share colour and marker."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[number % len(MARKERS)],
@@ -61,11 +68,21 @@ def legend_above(figure: Figure, axes: Iterable[Axes]) -> None:
     for panel in axes:
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(name, handle)
-    columns = next((n for n in (3, 2) if max(map(len, entries)) <= 36 // n), 1)
     figure.legend(
-        entries.values(), entries.keys(), loc="outside upper left", ncols=columns, fontsize=TICKS, frameon=False,
-        handlelength=2.6, columnspacing=1.2, borderaxespad=0.1,
+        entries.values(), entries.keys(), loc="outside upper left", ncols=legend_columns(entries), fontsize=TICKS,
+        frameon=False, handlelength=2.6, columnspacing=1.2, borderaxespad=0.1,
     )  # fmt: skip
+
+
+def legend_columns(names: Collection[str]) -> int:
+    """How many of these names fit beside each other."""
+    return next((n for n in (3, 2) if max(map(len, names)) <= 36 // n), 1)
+
+
+def legend_height(names: Collection[str]) -> float:
+    """Of the lines of a legend after the first, in column widths."""
+    lines = -(-len(names) // legend_columns(names))
+    return 0.055 * (lines - 1)
 
 
 def tidy_axes(axes: Axes, x: str, y: str) -> None:

@@ -13,12 +13,15 @@ from whisper_at_cli.probe.figures.inputs import PROBE, ROBUSTNESS, Result, as_re
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BAND = "1 std over folds"
+BAND = "95 % simultaneous band"
+SPECTROGRAM = "log-mel"  # a backbone whose only layer lies before the encoder: layer 0
+FOLDS_BAND = "1 std over folds"  # of results that have no intervals
 
 
 def draw_layer_accuracy(curves: Sequence[tuple[str, object]], path: str | Path) -> dict:
-    """Draw a curve with a band of one standard deviation over folds for each (name, ProbeResult or its JSON).
+    """Draw a curve for each (name, ProbeResult or its JSON), with the 95 % band that holds all its layers at once.
 
+    Results without intervals have a band of one standard deviation over folds.
     Writes `path` as PNG, PDF or SVG by its suffix, and beside it the numbers that were drawn, which it returns.
     """
     path = canvas.checked_path(path)
@@ -32,9 +35,10 @@ def draw_layer_accuracy(curves: Sequence[tuple[str, object]], path: str | Path) 
     return canvas.save(figure, numbers, path)
 
 
-def draw_figure_1(results: Sequence[Result], path: str | Path, *, wer: str = "whisper") -> dict:
+def draw_figure_1(results: Sequence[Result], path: str | Path, *, wer: str = "whisper", chance: bool = False) -> dict:
     """Results of robustness above, of probes below; a model has the same look in both. A panel without results is left
-    out. Returns the numbers, which lie beside `path` too."""
+    out. With `chance` a line shows the score of a model that does not look at the clips. Returns the numbers, which lie
+    beside `path` too."""
     path = canvas.checked_path(path)
     probes, robust = of_kind(results, PROBE), of_kind(results, ROBUSTNESS)
     if len(probes) + len(robust) < len(results):
@@ -45,12 +49,13 @@ def draw_figure_1(results: Sequence[Result], path: str | Path, *, wer: str = "wh
     numbers: dict[str, Any] = {
         "figure": 1,
         "upper": _upper(robust, wer) if robust else None,
-        "lower": _lower(probes) if probes else None,
+        "lower": (_lower(probes) | {"chance": _chance(probes) if chance else None}) if probes else None,
     }
     names = list(dict.fromkeys(result.name for result in [*robust, *probes]))
     looks = {name: canvas.look(at) for at, name in enumerate(names)}
     panels = [numbers[panel] is not None for panel in ("upper", "lower")]
-    figure = canvas.new_figure(0.62 * sum(panels) + 0.08)
+    listed = [*names, "chance"] if chance and probes else names
+    figure = canvas.new_figure(0.62 * sum(panels) + 0.08 + canvas.legend_height(listed))
     axes = figure.subplots(sum(panels), 1, squeeze=False)[:, 0]
     if robust:
         _draw_wer(axes[0], numbers["upper"], looks)
@@ -73,26 +78,52 @@ def _lower(results: Sequence[Result]) -> dict:
     metrics = {curve["metric"] for curve in curves}
     if len(metrics) != 1:
         raise UsageError(f"curves of {' and '.join(sorted(metrics)) or 'nothing'} cannot share an axis")
-    return {"metric": metrics.pop(), "band": BAND, "curves": curves}
+    return {
+        "metric": metrics.pop(),
+        "band": ", ".join(dict.fromkeys(curve["band"] for curve in curves)),
+        "curves": curves,
+    }
+
+
+def _chance(results: Sequence[Result]) -> float:
+    """Of the first result that says it and whose labels are the dataset's own."""
+    found = (result.content for result in results if not result.content.get("permuted_labels"))
+    value = next((content["chance"] for content in found if content.get("chance") is not None), None)
+    if value is None:
+        raise UsageError("none of the results says what chance is; probe again with this version")
+    return value
 
 
 def _layer_curve(result: Result) -> dict:
     """Layers without a value are left out."""
     metric = result.content.get("metric", "accuracy")
     layers = [layer for layer in result.content["layers"] if layer[metric] is not None]
+    std = [layer.get(f"{metric}_std") or 0.0 for layer in layers]
+    bands = [layer.get("band95") for layer in layers]
+    if all(bands):
+        low, high = ([band[side] for band in bands] for side in (0, 1))
+    else:
+        low, high = ([layer[metric] + sign * s for layer, s in zip(layers, std, strict=True)] for sign in (-1, 1))
     return {
         "name": result.name,
         "metric": metric,
-        "layers": [layer["layer"] for layer in layers],
+        "layers": [layer["layer"] - (result.content.get("backbone") == SPECTROGRAM) for layer in layers],
         "value": [layer[metric] for layer in layers],
-        "std": [layer.get(f"{metric}_std") or 0.0 for layer in layers],
+        "std": std,
+        "ci95": [layer.get("ci95") for layer in layers],
+        "band": BAND if all(bands) else FOLDS_BAND,
+        "low": low,
+        "high": high,
     }
 
 
 def _draw_wer(axes: Axes, numbers: dict, looks: dict) -> None:
-    for curve in numbers["curves"]:
+    for at, curve in enumerate(numbers["curves"]):
         percent = [100 * value for value in curve["wer"]]
-        axes.plot(curve["snr"], percent, markersize=3, linewidth=1.2, label=curve["name"], **looks[curve["name"]])
+        axes.plot(
+            curve["snr"], percent, markersize=3, linewidth=1.2, label=curve["name"], **looks[curve["name"]],
+            markevery=canvas.marks(len(percent), at),
+        )  # fmt: skip
     canvas.tidy_axes(axes, "Signal-to-noise ratio (dB)", "Word error rate (%)")
     axes.invert_xaxis()  # as in the paper: harder to the right
     axes.set_ylim(bottom=0)
@@ -101,23 +132,28 @@ def _draw_wer(axes: Axes, numbers: dict, looks: dict) -> None:
 def _draw_layers(axes: Axes, numbers: dict, looks: dict) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for curve in numbers["curves"]:
-        _draw_layer_curve(axes, curve, looks[curve["name"]])
-    last = max((layer for curve in numbers["curves"] for layer in curve["layers"]), default=1)
+    for at, curve in enumerate(numbers["curves"]):
+        _draw_layer_curve(axes, curve, looks[curve["name"]], at)
+    every = [layer for curve in numbers["curves"] for layer in curve["layers"]]
+    first, last = min([1, *every]), max([1, *every])
+    if numbers.get("chance") is not None:
+        axes.axhline(100 * numbers["chance"], color="0.35", linewidth=1, linestyle=(0, (1, 2)), label="chance")
     canvas.tidy_axes(axes, "Encoder layer", canvas.AXIS_NAMES[numbers["metric"]])
-    axes.set_xlim(1 - 0.03 * last, last + 0.03 * last)
-    axes.set_xticks(layer_ticks(last))
+    axes.set_xlim(first - 0.03 * last, last + 0.03 * last)
+    axes.set_xticks([0, *layer_ticks(last)] if first == 0 else layer_ticks(last))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    axes.set_title(f"shaded: {numbers['band']}", fontsize=canvas.TICKS, loc="right")
 
 
-def _draw_layer_curve(axes: Axes, curve: dict, look: dict) -> None:
-    layers, value = curve["layers"], [100 * v for v in curve["value"]]
-    std = [100 * s for s in curve["std"]]
+def _draw_layer_curve(axes: Axes, curve: dict, look: dict, number: int) -> None:
+    layers = curve["layers"]
+    value, low, high = ([100 * v for v in curve[name]] for name in ("value", "low", "high"))
     if len(layers) == 1:  # too narrow for a band
-        axes.errorbar(layers, value, std, color=look["color"], linewidth=1.2, capsize=3)
-    low, high = ([v + sign * s for v, s in zip(value, std, strict=True)] for sign in (-1, 1))
+        reach = [[value[0] - low[0]], [high[0] - value[0]]]
+        axes.errorbar(layers, value, reach, color=look["color"], linewidth=1.2, capsize=3)
     axes.fill_between(layers, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    axes.plot(layers, value, markersize=3, linewidth=1.2, label=curve["name"], **look)
+    every = canvas.marks(len(layers), number)
+    axes.plot(layers, value, markersize=3, linewidth=1.2, label=curve["name"], markevery=every, **look)
 
 
 def layer_ticks(last: int) -> list[int]:

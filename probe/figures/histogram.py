@@ -1,7 +1,8 @@
 """Figure 3: how many classes are best recognised in each layer.
 
 Layers count from 1. A class that is equally well recognised in several layers counts in the lowest of them; the share
-of such classes in a bar is hatched, and their number is said in the figure.
+of such classes in a bar is hatched, and their number is said in the figure. Whiskers are 95 % intervals of the counts
+over bootstrap draws of recordings; the title says in which share of the draws a class keeps its layer, on average.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def _histogram(result: Result) -> dict:
     if len(layers) < 2:
         raise UsageError(f"{result.source} holds one layer, and figure 3 compares layers; probe with --layer all")
     scores = {layer["layer"]: layer[field] for layer in result.content["layers"]}
+    kept = result.content.get("best_layer_per_class_kept") or {}
     best, ties = {}, {}
     for name in scores[layers[0]]:
         at = best_layers(layers, [scores[layer][name] for layer in layers])
@@ -59,8 +61,16 @@ def _histogram(result: Result) -> dict:
         "best_layer_per_class": best,
         "ties": ties,
         "tie_rule": "a tied class counts in the lowest of its layers",
+        "classes_ci95": _intervals(result.content, layers),
+        "kept": {name: share for name, share in kept.items() if share is not None},
         "undefined": [name for name in scores[layers[0]] if name not in best],
     }
+
+
+def _intervals(content: dict, layers: list[int]) -> list[list[float]] | None:
+    """Of each layer's count; None of a result that has none."""
+    found = {row["layer"]: row["ci95"] for row in content.get("best_layer_counts") or ()}
+    return [found[layer] for layer in layers] if all(found.get(layer) for layer in layers) else None
 
 
 def _draw(axes: Axes, panel: dict) -> None:
@@ -74,10 +84,19 @@ def _draw(axes: Axes, panel: dict) -> None:
             layers, tied, width=0.8, bottom=alone, color="white", edgecolor=canvas.COLOURS[0], hatch="////",
             linewidth=0.6, label="as good in a higher layer",
         )  # fmt: skip
+    highest = panel["classes"]
+    if panel["classes_ci95"]:
+        low, high = zip(*panel["classes_ci95"], strict=True)
+        highest = [*highest, *high]
+        axes.vlines(layers, low, high, color="black", linewidth=1)
+        for ends in (low, high):
+            axes.plot(layers, ends, linestyle="", marker="_", markersize=5, color="black")
     canvas.tidy_axes(axes, "Best layer", "Number of classes")
     axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
     axes.set_xticks([tick for tick in layer_ticks(max(layers)) if tick >= min(layers)])
-    axes.set_ylim(top=max(1, *panel["classes"]) * 1.08)
+    axes.set_ylim(top=max(1, *highest) * 1.08)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     said = f"{sum(tied)} of {sum(panel['classes'])} classes tie" if any(tied) else "no class ties"
+    if panel["kept"]:
+        said += f"; kept in {sum(panel['kept'].values()) / len(panel['kept']):.0%} of draws"
     axes.set_title(f"{panel['name']}: {said}", fontsize=canvas.TICKS, loc="right")

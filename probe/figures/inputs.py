@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.output import as_data
 
@@ -20,6 +22,7 @@ COMMANDS = {
     HEAD: "whisper-at-cli train-head CACHE --head H --json",
 }
 WER_FIELDS = {"whisper": "wer", "paper": "wer_paper"}
+WER_DRAWS = 2_000
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,11 @@ def _rows(content: dict, field: str, column: str) -> bool:
 
 
 def _name_of(kind: str, content: dict, path: str) -> str:
-    """The backbone's or model's name. An older result of train-head names none: then the file's own."""
+    """The backbone's or model's name, and whether labels were permuted. An older result of train-head names none: then
+    the file's own."""
     name = content.get("model") if kind == ROBUSTNESS else content.get("backbone") or content.get("model")
-    return str(name) if name else Path(path).stem
+    permuted = ", labels permuted" if content.get("permuted_labels") else ""
+    return f"{name}{permuted}" if name else Path(path).stem
 
 
 def only(results: Sequence[Result], kind: str, figure: str) -> list[Result]:
@@ -140,3 +145,33 @@ def clean_wer(result: Result, wer: str) -> float:
     if value is None:
         raise UsageError(f"{result.source} has no WER of clean speech; give --snr for one at an SNR")
     return value
+
+
+def increase_intervals(results: Sequence[dict], low: float, high: float, wer: str) -> dict[str, list[float]]:
+    """By class of noise, the 95 % interval of the WER at one SNR minus that at another, over draws of utterances.
+
+    Nothing for results that do not say how many errors each utterance had, and for classes with one utterance.
+    """
+    levels = {float(row["snr"]): row.get("class_counts") or {} for row in results}
+    found = {}
+    for name in levels[low].keys() & levels[high].keys():
+        counts = [_by_utterance(levels[snr][name], WER_FIELDS[wer]) for snr in (low, high)]
+        both = sorted(counts[0].keys() & counts[1].keys())
+        if len(both) < 2:
+            continue
+        errors_words = np.array([[counts[side][utterance] for utterance in both] for side in (0, 1)], dtype=float)
+        drawn = np.random.default_rng(0).multinomial(len(both), np.full(len(both), 1 / len(both)), size=WER_DRAWS)
+        sums = drawn @ errors_words
+        increase = sums[0, :, 0] / np.maximum(sums[0, :, 1], 1) - sums[1, :, 0] / np.maximum(sums[1, :, 1], 1)
+        found[name] = np.quantile(increase, [0.025, 0.975]).tolist()
+    return found
+
+
+def _by_utterance(counts: dict, field: str) -> dict[str, list[int]]:
+    """Errors and words of each utterance."""
+    found: dict[str, list[int]] = {}
+    columns = (counts["utterances"], counts[f"{field}_errors"], counts[f"{field}_words"])
+    for utterance, errors, words in zip(*columns, strict=True):
+        known = found.get(utterance, [0, 0])
+        found[utterance] = [known[0] + errors, known[1] + words]
+    return found

@@ -20,13 +20,19 @@ LABEL_HEIGHT, LABEL_CHARACTER = 11, 5.6
 
 @dataclass(frozen=True)
 class Curve:
-    """A line with a band around it. Points without a value are left out."""
+    """A line with a band from `low` to `high`, where it has one. Points without a value are left out."""
 
     name: str
     x: list[float]
     y: list[float]
-    spread: list[float]
+    low: list[float] | None = None
+    high: list[float] | None = None
     level: float | None = None  # a horizontal line of its own, as of clean speech
+
+    @property
+    def band(self) -> list[tuple[float, float]]:
+        """Lower and upper end at each point."""
+        return list(zip(self.low or self.y, self.high or self.y, strict=True))
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,9 @@ class Frame:
 def line_chart(
     curves: list[Curve], *, x_ticks: Sequence[float], x_label: str, y_label: str, about: str, falling_x: bool = False
 ) -> str:
-    """Curves with bands of their spread, in percent, with a legend. `falling_x`: the largest x is at the left."""
-    low = min(value - spread for curve in curves for value, spread in zip(curve.y, curve.spread, strict=True))
-    high = max(value + spread for curve in curves for value, spread in zip(curve.y, curve.spread, strict=True))
+    """Curves with their bands, in percent, with a legend. `falling_x`: the largest x is at the left."""
+    low = min(ends[0] for curve in curves for ends in curve.band)
+    high = max(ends[1] for curve in curves for ends in curve.band)
     levels = [curve.level for curve in curves if curve.level is not None]
     y_ticks = nice_ticks(min([low, *levels]), max([high, *levels]))
     every_x = [x for curve in curves for x in curve.x]
@@ -90,12 +96,13 @@ def line_chart(
 def _curve(frame: Frame, curve: Curve, number: int) -> str:
     colour = f"s{number % SERIES + 1}"
     points = [frame.at(x, y) for x, y in zip(curve.x, curve.y, strict=True)]
-    upper = [frame.at(x, y + s) for x, y, s in zip(curve.x, curve.y, curve.spread, strict=True)]
-    lower = [frame.at(x, y - s) for x, y, s in zip(curve.x, curve.y, curve.spread, strict=True)]
+    upper = [frame.at(x, ends[1]) for x, ends in zip(curve.x, curve.band, strict=True)]
+    lower = [frame.at(x, ends[0]) for x, ends in zip(curve.x, curve.band, strict=True)]
     parts = []
-    if any(curve.spread) and len(points) > 1:
+    wide = any(high > low for low, high in curve.band)
+    if wide and len(points) > 1:
         parts.append(f'<polygon class="band {colour}" points="{_points(upper + lower[::-1])}"/>')
-    elif any(curve.spread):
+    elif wide:
         (x, y0), (_, y1) = upper[0], lower[0]
         parts.append(f'<line class="line {colour}" x1="{x:.1f}" x2="{x:.1f}" y1="{y0:.1f}" y2="{y1:.1f}"/>')
     if curve.level is not None:
@@ -103,44 +110,57 @@ def _curve(frame: Frame, curve: Curve, number: int) -> str:
         parts.append(f'<line class="level {colour}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     dash = DASHES[number % len(DASHES)]
     parts.append(f'<polyline class="line {colour}" stroke-dasharray="{dash}" points="{_points(points)}"/>')
-    for (px, py), x, y, spread in zip(points, curve.x, curve.y, curve.spread, strict=True):
-        said = f"{curve.name}: {y:.1f} %" + (f" ± {spread:.1f}" if spread else "") + f" at {_number(x)}"
+    for (px, py), x, y, (low, high) in zip(points, curve.x, curve.y, curve.band, strict=True):
+        said = f"{curve.name}: {y:.1f} %" + (f" ({low:.1f} to {high:.1f})" if high > low else "") + f" at {_number(x)}"
         parts.append(f"<g>{_marker(px, py, number)}<title>{escape(said)}</title></g>")
     return "".join(parts)
 
 
-def bar_chart(counts: dict[int, int], *, x_label: str, y_label: str, about: str) -> str:
-    """A bar for each whole number from the first to the last."""
+def bar_chart(
+    counts: dict[int, int], *, x_label: str, y_label: str, about: str, tied: dict[int, int] | None = None,
+    intervals: dict[int, tuple[float, float]] | None = None,
+) -> str:  # fmt: skip
+    """A bar for each whole number from the first to the last. The part that is `tied` stands on top, as an outline;
+    `intervals` are whiskers."""
     first, last = min(counts), max(counts)
-    most = max(counts.values())
+    most = max([*counts.values(), *(high for _, high in (intervals or {}).values())])
     y_ticks = [tick for tick in nice_ticks(0, most) if tick == int(tick)]
     top = max(most * 1.08, y_ticks[-1])
     frame = Frame((first - 0.6, last + 0.6), (0, top), whole_ticks(first, last), y_ticks, x_label, y_label)
     parts = []
     for number, count in counts.items():
-        (left, y), (right, bottom) = frame.at(number - 0.38, count), frame.at(number + 0.38, 0)
-        said = f"{count} at {number}"
-        parts.append(
-            f'<rect class="bar s1" x="{left:.1f}" y="{y:.1f}" width="{right - left:.1f}" height="{bottom - y:.1f}">'
-            f"<title>{escape(said)}</title></rect>"
-        )
-        if count and last - first < 16:
-            x = (left + right) / 2
+        shared = (tied or {}).get(number, 0)
+        said = f"{count} at {number}" + (f", {shared} of them as good in a higher layer" if shared else "")
+        parts.append(_bar(frame, number, 0, count - shared, "bar s1", said))
+        if shared:
+            parts.append(_bar(frame, number, count - shared, count, "bar tied s1", said))
+        if number in (intervals or {}):
+            assert intervals is not None
+            (x, low), (_, high) = (frame.at(number, end) for end in intervals[number])
+            ends = f"{intervals[number][0]:g} to {intervals[number][1]:g}"
+            parts.append(
+                f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} {low:.1f}h8M{x - 4:.1f} '
+                f'{high:.1f}h8"><title>{escape(f"{count} at {number}, 95 % interval {ends}")}</title></path>'
+            )
+        elif count and last - first < 16:
+            x, y = frame.at(number, count)
             parts.append(f'<text class="value" x="{x:.1f}" y="{y - 4:.1f}" text-anchor="middle">{count}</text>')
     return _svg(frame.draw() + "".join(parts), about)
 
 
-def scatter_chart(
-    points: dict[str, tuple[float, float]], *, x_label: str, y_label: str, about: str, falling_y: bool = False
-) -> str:
-    """A dot per name, as many names beside their dots as find room, and the line of least squares over all.
+def _bar(frame: Frame, number: int, low: float, high: float, kind: str, said: str) -> str:
+    (left, top), (right, bottom) = frame.at(number - 0.38, high), frame.at(number + 0.38, low)
+    return (
+        f'<rect class="{kind}" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}">'
+        f"<title>{escape(said)}</title></rect>"
+    )
 
-    `falling_y`: the smallest y is at the top.
-    """
+
+def scatter_chart(points: dict[str, tuple[float, float]], *, x_label: str, y_label: str, about: str) -> str:
+    """A dot per name, as many names beside their dots as find room, and the line of least squares over all."""
     xs, ys = [x for x, _ in points.values()], [y for _, y in points.values()]
     x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), nice_ticks(min(ys), max(ys))
-    ends = (y_ticks[0], y_ticks[-1])
-    frame = Frame((x_ticks[0], x_ticks[-1]), ends[::-1] if falling_y else ends, x_ticks, y_ticks, x_label, y_label)
+    frame = Frame((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), x_ticks, y_ticks, x_label, y_label)
     parts = [frame.draw()]
     fitted = fit_line(xs, ys)
     if fitted:

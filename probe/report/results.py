@@ -34,6 +34,8 @@ class Probe:
         self.title, self.per_class, self.measure = METRICS[self.metric]
         self.values = [row.get(self.metric) for row in self.rows]
         self.stds = [row.get(f"{self.metric}_std") or 0.0 for row in self.rows]
+        self.bands = [row.get("band95") for row in self.rows]
+        self.intervals = [row.get("ci95") for row in self.rows]
         self.best_layer = self.result.get("best_layer") or _best(self.layers, self.values)
         self.classes = list(self.rows[0].get(self.per_class, {}))
         self.class_values = {
@@ -43,6 +45,18 @@ class Probe:
         self.best_per_class = {
             name: given[name] if name in given else _best(self.layers, self.class_values[name]) for name in self.classes
         }
+
+    @property
+    def ties(self) -> dict[int, int]:
+        """By layer, how many of the classes that count there are as good in a higher layer."""
+        tied = [layers[0] for layers in (self.result.get("best_layer_per_class_ties") or {}).values()]
+        return {layer: tied.count(layer) for layer in self.layers}
+
+    @property
+    def count_intervals(self) -> dict[int, tuple[float, float]]:
+        """By layer, the 95 % interval of how many classes are best there."""
+        rows = self.result.get("best_layer_counts") or ()
+        return {row["layer"]: (row["ci95"][0], row["ci95"][1]) for row in rows if row["ci95"]}
 
     @property
     def best_row(self) -> dict | None:
@@ -77,6 +91,11 @@ def head_value(result: dict) -> dict:
         return {"metric": str(result.get("metric", "")), "value": result["value"]}
     metric = "mAP" if result.get("mAP") is not None else "accuracy"
     return {"metric": metric, "value": result.get(metric)}
+
+
+def head_interval(result: dict, metric: str) -> list[float] | None:
+    """95 % interval of the value of a trained or an evaluated head; None of a result that has none."""
+    return result.get("ci95") or result.get(f"{metric}_ci95")
 
 
 def head_name(head: Source) -> str:

@@ -11,6 +11,7 @@ from whisper_at_cli.probe.report.results import (
     Probe,
     Source,
     clean_wer,
+    head_interval,
     head_name,
     head_value,
     increase_between,
@@ -24,11 +25,13 @@ from whisper_at_cli.probe.report.results import (
 from whisper_at_cli.probe.report.tables import class_table, confusion_table, percent, table
 
 LAYERS_INTRO = (
-    "Layer 1 is the first encoder block. The band is one standard deviation over folds. Bars count for how many "
-    "classes each layer is the best by class-wise score; of layers that tie, the lowest counts."
+    "Layer 1 is the first encoder block. The band holds the true values of all layers at once with 95 % confidence "
+    "(bootstrap over recordings; of results without intervals it is one standard deviation over folds). Bars count for "
+    "how many classes each layer is the best by class-wise score, with 95 % intervals; of layers that tie, the lowest "
+    "counts, as an outline."
 )
 NOISE_INTRO = (
-    "Thin dotted lines are clean speech; a rate above 100 % means that more words were put in than were said. Where "
+    "Thin dotted lines are clean speech. WER can exceed 100 %, because insertions count as errors. Where "
     "the same model was probed, a dot per class shows whether the sounds it knows better disturb it less; the line is "
     "a least-squares fit over all classes."
 )
@@ -65,22 +68,29 @@ def glance(probes: Sequence[Probe], robustness: Sequence[Source], heads: Sequenc
         trained = []
         for head in heads:
             value = head_value(head.result)
-            shown = _with_std(value["value"], head.result.get("std"))
+            shown = _with_interval(value["value"], head_interval(head.result, value["metric"]), head.result.get("std"))
             size = (head.result.get("dim"), head.result.get("params"))
             trained.append((head_name(head), *size, shown, value["metric"], head.path))
         parts.append(table(("Head", "Channels", "Parameters", "Value (%)", "Metric", "From"), trained))
-    return section("At a glance", "".join(parts), "± is one standard deviation over folds.")
+    return section(
+        "At a glance",
+        "".join(parts),
+        "In brackets: 95 % intervals by bootstrap over recordings. ± is one standard deviation over folds.",
+    )
 
 
 def _glance_row(probe: Probe) -> tuple:
     best = probe.best_row or {}
-    value = _with_std(best.get(probe.metric), best.get(f"{probe.metric}_std"))
+    value = _with_interval(best.get(probe.metric), best.get("ci95"), best.get(f"{probe.metric}_std"))
     where = f"{probe.best_layer or '–'} of {probe.layers[-1]}"
     clips = probe.result.get("clips")
     return probe.name, clips, len(probe.classes), where, value, probe.title, percent(best.get("macro_f1"))
 
 
-def _with_std(value: float | None, std: float | None) -> str:
+def _with_interval(value: float | None, ci95: Sequence[float] | None, std: float | None) -> str:
+    """The interval where there is one, else the standard deviation."""
+    if value is not None and ci95:
+        return f"{percent(value)} ({percent(ci95[0])}–{percent(ci95[1])})"
     return percent(value) + (f" ± {percent(std)}" if value is not None and std else "")
 
 
@@ -93,13 +103,13 @@ def _layer_curves(probes: Sequence[Probe], metric: str) -> str:
     curves = []
     for probe in probes:
         points = [
-            (layer, 100 * value, 100 * std)
-            for layer, value, std in zip(probe.layers, probe.values, probe.stds, strict=True)
+            (layer, 100 * value, *(100 * end for end in band or (value - std, value + std)))
+            for layer, value, std, band in zip(probe.layers, probe.values, probe.stds, probe.bands, strict=True)
             if value is not None and probe.metric == metric
         ]
         if points:
-            numbers, values, stds = (list(column) for column in zip(*points, strict=True))
-            curves.append(Curve(probe.name, numbers, values, stds))
+            numbers, values, low, high = (list(column) for column in zip(*points, strict=True))
+            curves.append(Curve(probe.name, numbers, values, low, high))
     if not curves:
         return ""
     every = [int(layer) for curve in curves for layer in curve.x]
@@ -114,11 +124,15 @@ def _layer_curves(probes: Sequence[Probe], metric: str) -> str:
 
 def _layer_numbers(probe: Probe) -> str:
     folds = [fold["fold"] for fold in probe.rows[0].get("folds", [])]
-    header = ("Layer", f"{probe.title} (%)", "std", *(f"fold {number}" for number in folds))
+    sure = any(probe.intervals)
+    header = ("Layer", f"{probe.title} (%)", *(("95 % interval", "worse than best") if sure else ()), "std over folds",
+              *(f"fold {number}" for number in folds))  # fmt: skip
     rows = []
-    for row, value, std in zip(probe.rows, probe.values, probe.stds, strict=True):
+    for row, value, std, ci95 in zip(probe.rows, probe.values, probe.stds, probe.intervals, strict=True):
         by_fold = (percent(fold.get(probe.metric)) for fold in row.get("folds", []))
-        rows.append((row["layer"], percent(value), percent(std), *by_fold))
+        interval = "–" if not ci95 else f"{percent(ci95[0])}–{percent(ci95[1])}"
+        known = (interval, "yes" if row.get("differs_from_best") else "no") if sure else ()
+        rows.append((row["layer"], percent(value), *known, percent(std), *by_fold))
     return f"<h3>{escape(probe.name)}</h3>" + table(header, rows)
 
 
@@ -129,8 +143,13 @@ def _histograms(probes: Sequence[Probe]) -> list[str]:
         if len(probe.layers) < 2 or not best:
             continue
         counts = {layer: best.count(layer) for layer in probe.layers}
-        chart = bar_chart(counts, x_label="Encoder layer", y_label="Classes", about="classes by their best layer")
-        figures.append(_chart(f"Best layer of each of {len(best)} classes: {probe.name}", chart))
+        chart = bar_chart(
+            counts, x_label="Encoder layer", y_label="Classes", about="classes by their best layer", tied=probe.ties,
+            intervals=probe.count_intervals,
+        )  # fmt: skip
+        kept = [share for share in (probe.result.get("best_layer_per_class_kept") or {}).values() if share is not None]
+        said = f"; a class keeps its layer in {sum(kept) / len(kept):.0%} of bootstrap draws" if kept else ""
+        figures.append(_chart(f"Best layer of each of {len(best)} classes: {probe.name}{said}", chart))
     return figures
 
 
@@ -149,7 +168,7 @@ def _wer_curves(robustness: Sequence[Source], key: str) -> str:
         if levels:
             snrs, rates = [level["snr"] for level in levels], [100 * level[key] for level in levels]
             clean = None if clean is None else 100 * clean
-            curves.append(Curve(model_name(noisy), snrs, rates, [0.0] * len(snrs), clean))
+            curves.append(Curve(model_name(noisy), snrs, rates, level=clean))
     if not curves:
         return ""
     ticks = sorted({snr for curve in curves for snr in curve.x})
@@ -177,7 +196,7 @@ def _scatter(probe: Probe, noisy: Source) -> str:
         {name.replace("_", " "): point for name, point in points.items()},
         x_label=f"{probe.measure} of the class in layer {probe.layers[-1]} (%)",
         y_label=f"WER at {low:g} dB minus at {high:g} dB (%)".replace("-", "−"),
-        about=f"increase of the word error rate against class-wise {probe.measure}, a dot per class", falling_y=True,
+        about=f"increase of the word error rate against class-wise {probe.measure}, a dot per class",
     )  # fmt: skip
     fitted = fit_line(*zip(*points.values(), strict=True))
     correlated = f", Pearson's r {fitted[2]:.2f}".replace("-", "−") if fitted else ""
@@ -225,7 +244,10 @@ def provenance(probes: Sequence[Probe], robustness: Sequence[Source], heads: Seq
     """Every setting and origin that the results and the caches state."""
     blocks = []
     for probe in probes:
-        left_out = ("layers", "best_layer_per_class", "best_layer_per_class_ties", "warnings")
+        left_out = (
+            "layers", "best_layer_per_class", "best_layer_per_class_ties", "best_layer_per_class_kept",
+            "best_layer_counts", "warnings",
+        )  # fmt: skip
         known = _known(probe.source, left_out)
         if cache := probe.source.cache:
             known |= _without(cache, ("cache", "class_names", "failures", "made"))

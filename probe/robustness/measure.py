@@ -76,6 +76,7 @@ class Level:
     skipped: int
     over_full_scale: int  # mixtures whose peak lies above 1
     snr_measured: dict[str, float | None]  # lowest and highest
+    class_counts: dict[str, dict[str, list]]  # utterances and, for both scorings, errors and words of every mixture
 
 
 @dataclass(frozen=True)
@@ -327,10 +328,22 @@ def score(
                 skipped=sum(key.snr == snr for key in planned) - len(keys),
                 over_full_scale=sum((transcripts[key].peak or 0) > 1 for key in keys),
                 snr_measured={"lowest": min(measured, default=None), "highest": max(measured, default=None)},
+                class_counts={
+                    name: _counts([key for key in keys if key.noise_class == name], counted) for name in heard
+                },
             )
         )  # fmt: skip
     wer, wer_paper = rates(clean)
     return {"clean": Clean(wer=wer, wer_paper=wer_paper, utterances=len(clean)), "results": tuple(levels)}
+
+
+def _counts(keys: list[Key], counted: dict[Key, list[Errors]]) -> dict[str, list]:
+    """What intervals of a word error rate are made from: errors and words of each mixture, and of which utterance."""
+    found: dict[str, list] = {"utterances": [key.utterance for key in keys]}
+    for scoring, name in enumerate(("wer", "wer_paper")):
+        found[f"{name}_errors"] = [counted[key][scoring].errors for key in keys]
+        found[f"{name}_words"] = [counted[key][scoring].words for key in keys]
+    return found
 
 
 def _fixed_settings(recogniser: Recogniser, mixing: str, speech: Speech, noises: Dataset) -> dict:

@@ -47,8 +47,8 @@ GROUPS = {  # what is mutated, and the tests that are asked, in this order
          "test_fuzz*.py", "test_heads_batches.py", "test_bucket.py"],
     ),
     "metrics": (
-        ["heads/metrics.py", "heads/tagging/events.py", "probe/scores.py", "probe/robustness/wer.py"],
-        ["test_heads_metrics.py", "test_probe_scores.py", "test_robustness_wer.py", "test_tagging_events.py",
+        ["extract/evaluation/metrics.py", "heads/tagging/events.py", "probe/scores.py", "probe/robustness/wer.py"],
+        ["test_evaluation_metrics.py", "test_probe_scores.py", "test_robustness_wer.py", "test_tagging_events.py",
          "test_properties*metrics*.py"],
     ),
 }  # fmt: skip

@@ -1,8 +1,14 @@
-"""How good scores are: accuracy, average precision, AUC, d-prime and confusion matrix, computed where the scores lie.
+"""How good scores are: accuracy, F1, average precision, AUC, d-prime and confusion matrix, computed where scores lie.
 
 Scores may be logits or probabilities: only their order within a class (and, for accuracy, within a clip) matters.
 A metric that is undefined for a class (no positives; for AUC also no negatives) is NaN there, and such classes are left
 out of the means, counted, and named in `notes`. N clips, C classes, K positives of the class that has most.
+
+Over several folds, which different models scored:
+- accuracy is the mean over folds, each fold counting the same however many clips it has (`fold_weights`);
+- a class's F1 and the confusion matrix come from the predictions of all folds together;
+- a class's average precision ranks every positive among the clips of its own fold, since scores of different models
+  share no scale, and takes the mean over all its positives (`class_ap`). mAP is the mean over classes with positives.
 """
 
 from __future__ import annotations
@@ -70,10 +76,10 @@ def evaluate_scores(scores: np.ndarray | Tensor, labels: np.ndarray | Tensor) ->
     positives = labels.sum(dim=0, dtype=torch.int32).cpu().numpy()
     class_ap, class_auc = _ap_and_auc(scores.t(), labels.t(), positives)
     confusion = _confusion(scores, labels)
-    mAUC = _mean_of_defined(class_auc)
+    mAUC = mean_of_defined(class_auc)
     return Metrics(
         accuracy=math.nan if confusion is None else float(confusion.trace() / len(scores)),
-        mAP=_mean_of_defined(class_ap), mAUC=mAUC, d_prime=d_prime(mAUC), class_ap=class_ap, class_auc=class_auc,
+        mAP=mean_of_defined(class_ap), mAUC=mAUC, d_prime=d_prime(mAUC), class_ap=class_ap, class_auc=class_auc,
         classes_without_positives=int((positives == 0).sum()),
         classes_without_negatives=int(((positives == len(labels)) & (positives > 0)).sum()), confusion=confusion,
     )  # fmt: skip
@@ -84,6 +90,41 @@ def d_prime(auc: float) -> float:
     if auc in (0, 1):
         return math.copysign(math.inf, auc - 0.5)
     return math.sqrt(2) * NormalDist().inv_cdf(auc) if 0 < auc < 1 else math.nan
+
+
+def fold_weights(folds: np.ndarray) -> np.ndarray:
+    """(N,) weight of each clip, 1 in all: every fold counts the same."""
+    _, of_clip, clips = np.unique(folds, return_inverse=True, return_counts=True)
+    return 1 / (len(clips) * clips[of_clip])
+
+
+def class_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """(C,) F1 of class numbers (n,); NaN for a class that is not among the true ones."""
+    hits = np.bincount(truth[truth == predicted], minlength=classes)
+    true, claimed = np.bincount(truth, minlength=classes), np.bincount(predicted, minlength=classes)
+    return np.where(true > 0, 2 * hits / np.maximum(true + claimed, 1), np.nan)
+
+
+def class_ap(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray | None = None) -> np.ndarray:
+    """(C,) average precision of scores (N, C), -inf allowed; NaN for a class with no positives.
+
+    With `folds` (N,) a positive is ranked among the clips of its own fold.
+    """
+    total, positives = np.zeros(labels.shape[1]), np.zeros(labels.shape[1])
+    for number in np.unique(folds) if folds is not None else (None,):
+        here = slice(None) if number is None else folds == number
+        of_fold = torch.from_numpy(labels[here] != 0)
+        count = of_fold.sum(dim=0, dtype=torch.int32).numpy()
+        ap, _ = _ap_and_auc(torch.from_numpy(np.asarray(scores[here])).t(), of_fold.t(), count)
+        total += np.where(count > 0, ap * count, 0)
+        positives += count
+    return np.where(positives > 0, total / np.maximum(positives, 1), np.nan)
+
+
+def mean_of_defined(values: np.ndarray) -> float:
+    """NaN where no value is defined."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan
 
 
 def _checked(given_scores: np.ndarray | Tensor, given_labels: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
@@ -168,8 +209,3 @@ def _ascending(values: Tensor) -> Tensor:
         return values.sort(dim=1).values
     values.numpy().sort(axis=1)
     return values
-
-
-def _mean_of_defined(values: np.ndarray) -> float:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else math.nan

@@ -9,8 +9,8 @@ from scipy.stats import norm
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, roc_auc_score
 
 from whisper_at_cli.extract.errors import WhisperATError
-from whisper_at_cli.heads import metrics
-from whisper_at_cli.heads.metrics import d_prime, evaluate_scores
+from whisper_at_cli.extract.evaluation import metrics
+from whisper_at_cli.extract.evaluation.metrics import d_prime, evaluate_scores
 
 
 @pytest.mark.parametrize("ties", ["none", "some", "all"])

@@ -1,0 +1,1 @@
+"""What probes, heads and robustness share to judge results: held-out predictions, metrics, intervals, paired tests."""

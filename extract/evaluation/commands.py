@@ -1,0 +1,84 @@
+"""The command `compare`. Heavy imports sit inside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from whisper_at_cli.extract.options import SEED, command
+from whisper_at_cli.extract.output import interval, print_json, print_notes, print_table, score
+
+if TYPE_CHECKING:
+    from whisper_at_cli.extract.evaluation.compare import Comparison
+
+PAIRS_SHOWN = 15  # beyond, only those with the best
+
+
+@command("compare")
+@click.argument("inputs", nargs=-1, required=True, metavar="F.npz...")
+@click.option("--metric", help="accuracy, mAP or bits.  [default: accuracy where every clip has one label, else mAP]")
+@click.option("--draws", type=click.IntRange(min=100), help="Bootstrap draws.  [default: 10,000]")
+@SEED
+def compare_command(inputs: tuple[str, ...], metric: str | None, draws: int | None, seed: int, as_json: bool) -> None:
+    """Compare layers, heads, caches and models by held-out predictions: differences with intervals, exact tests.
+
+    Files are those of --predictions of `probe`, `train-head` and `evaluate`. F.npz:NAME takes one layer or head of a
+    file, F.npz all. Clips are matched by id; those that not all files have are left out.
+
+    \b
+        whisper-at-cli probe esc10.zarr --predictions probe.npz
+        whisper-at-cli train-head esc10.zarr --head wa-mlp --predictions wa-mlp.npz
+        whisper-at-cli compare probe.npz:layer-4 wa-mlp.npz
+        whisper-at-cli compare probe.npz --json
+    """
+    from whisper_at_cli.extract.evaluation.compare import compare, read_inputs
+
+    found = compare(read_inputs(inputs), metric=metric, draws=draws, seed=seed)
+    print_notes(found.warnings)
+    if as_json:
+        print_json(found)
+    else:
+        print_comparison(found)
+
+
+def print_comparison(found: Comparison) -> None:
+    print_table(
+        [
+            (each["name"], score(each["value"]), interval(each["ci95"]), interval(each["band95"]), each["seeds"])
+            for each in found.systems
+        ],
+        ("what", found.metric, "95 % interval", "95 % band of all", "seeds"),
+    )
+    pairs = found.pairs
+    if len(pairs) > PAIRS_SHOWN:
+        best = max(found.systems, key=lambda each: -1.0 if each["value"] is None else each["value"])["name"]
+        pairs = [pair for pair in pairs if best in (pair["a"], pair["b"])]
+    tests = dict.fromkeys(pair["test"] for pair in pairs)
+    print_table(
+        [
+            (
+                f"{pair['a']} - {pair['b']}", signed(pair["difference"]), interval(pair["ci95"], signed),
+                p_value(pair["p"]), p_value(pair["p_adjusted"]),
+            )
+            for pair in pairs
+        ],
+        ("difference", found.metric, "95 % interval", f"p ({', '.join(tests)})", "p for all pairs"),
+    )  # fmt: skip
+    if len(pairs) < len(found.pairs):
+        click.echo(f"{len(found.pairs) - len(pairs)} more pairs: --json has them all\n")
+    click.echo(
+        f"{found.clips} clips of {found.recordings} recordings, {found.draws:,} draws; p for all pairs is "
+        "adjusted by max-t"
+    )
+
+
+def signed(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:+.4f}"
+
+
+def p_value(p: float | None) -> str:
+    return "undefined" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
+
+
+COMMANDS = (compare_command,)
