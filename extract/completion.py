@@ -34,6 +34,8 @@ VALUES_OF = {  # of one command's parameter
     ("extract", "shard"): ("1/1", "auto"),
     ("extract", "engine"): ("local", "ray"),
     ("extract", "address"): ("auto",),
+    ("sync", "format"): DATASETS,
+    ("compare", "metric"): ("accuracy", "mAP", "bits"),
     ("export", "format"): ("npz", "hdf5"),
     ("probe", "layers"): ("all",),
     ("probe", "kind"): ("linear", "knn", "attentive"),
@@ -57,7 +59,7 @@ VALUES_OF = {  # of one command's parameter
     ("transcribe", "tag_window"): ("shared", "exact"),
 }
 PATHS = {  # that may be addresses or names too, and so are no click.Path
-    ("figure", "inputs"), ("figure", "robustness"), ("report", "sources"), ("evaluate", "data"),
+    ("figure", "inputs"), ("compare", "inputs"), ("figure", "robustness"), ("report", "sources"), ("evaluate", "data"),
     ("import-head", "cache"),
 }  # fmt: skip
 MODELS = {(name, "model") for name in ("extract", "robustness", "train-head", "transcribe", "tag")}

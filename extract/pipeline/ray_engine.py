@@ -84,15 +84,8 @@ def extract_on_ray(
     started = time.perf_counter()
     with DecodePool(cores()) as pool:
         dataset = prepare.open_clips(
-            dataset,
-            pool,
-            format=format,
-            labels=labels,
-            window=window,
-            hop=hop,
-            clip_seconds=clip_seconds,
-            limit=limit,
-        )
+            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, limit=limit
+        )  # fmt: skip
     dataset = dataset.absolute()
     seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
     cache = cache if "://" in str(cache) else Path(cache).resolve()
