@@ -18,8 +18,7 @@ from whisper_at_cli.extract import completion
 
 FREE_TEXT = {  # parameters for which there is nothing to suggest
     "time", "partition", "account", "name", "setup", "backbone", "parameters", "language", "title", "split",
-    "temperature", "suppress_tokens", "initial_prompt", "clip_timestamps", "options", "average_from_epoch",
-    "average_to_epoch", "patience",
+    "temperature", "suppress_tokens", "initial_prompt", "clip_timestamps", "options",
 }  # fmt: skip
 OPTIONS_OF_EXTRACT = (
     "--model --format --labels --window --hop --limit --dry-run --clip-seconds --dtype --precision "
