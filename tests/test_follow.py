@@ -7,19 +7,22 @@ import signal
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from conftest import array_bytes, make_backbone, noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract
-from whisper_at_cli.extract.cache import rebuild
+from whisper_at_cli.extract.cache import changes, rebuild
 from whisper_at_cli.extract.cache.rebuild import update_path
+from whisper_at_cli.extract.cache.schema import CacheSpec
 from whisper_at_cli.extract.cache.verify import verify
-from whisper_at_cli.extract.datasets import open_dataset
+from whisper_at_cli.extract.datasets import Clip, Dataset, open_dataset
 from whisper_at_cli.extract.datasets.digests import source_digests
 from whisper_at_cli.extract.errors import CacheError
 from whisper_at_cli.extract.pipeline.sync import sync
+from whisper_at_cli.extract.sparse import SparseLabels
 
 OPTIONS = {"clip_seconds": 1.0, "shard_mb": 4.2 * 3 * 25 * 64 * 2 / 1e6, "workers": 1, "batch_size": 2}
 
@@ -283,6 +286,45 @@ def wait_until_update(path: Path, child, seconds: float) -> None:
     while not update_path(path).exists() and child.is_alive() and time.monotonic() < end:
         time.sleep(0.002)
     time.sleep(seconds)
+
+
+def test_labels_are_compared_by_name_many_rows_at_a_time(monkeypatch):
+    """Sparse or not, and with another list of classes, as they are row by row."""
+    monkeypatch.setattr(changes, "ROWS_COMPARED", 3)
+    rng = np.random.default_rng(0)
+    old, new = (rng.integers(2, size=(20, 3)).astype(np.uint8) for _ in range(2))
+    spec = CacheSpec("b", "", 1, 1, 1.0, class_names=("x", "y", "z"))
+    here, ours = np.arange(0, 20, 2), rng.permutation(20)[:10]
+    new[ours[:5], :] = old[here[:5], :]
+    for names in (("x", "y", "z"), ("z", "x", "y"), ("x", "y", "w")):
+        told = SimpleNamespace(labels=old, spec=replace(spec, class_names=names))
+        expected = [
+            {names[c] for c in np.flatnonzero(old[a])} != {"xyz"[c] for c in np.flatnonzero(new[b])}
+            for a, b in zip(here, ours, strict=True)
+        ]
+        sparse = SparseLabels.of([np.flatnonzero(row).tolist() for row in new], 3)
+        for labels in (new, sparse):
+            assert changes._labels_differ(told, spec, here, labels, ours).tolist() == expected
+
+
+def test_digests_of_files_are_those_of_their_sources(tmp_path):
+    """Of whole files, parts, and files that are not there: read from columns, as one by one."""
+
+    class Others(Dataset):
+        def source(self, row):
+            return super().source(row)
+
+    write_wav(tmp_path / "a.wav", noise(1, 1.5))
+    clips = (
+        Clip("a", "a.wav"),
+        Clip("b", "a.wav", start=0.5),
+        Clip("c", "a.wav", start=0.5, end=1.0),
+        Clip("d", "d.wav"),
+    )
+    for some in (clips, clips[:1], clips[3:]):
+        found = source_digests(Dataset("d", tmp_path, some))
+        assert found.tolist() == source_digests(Others("d", tmp_path, some)).tolist()
+        assert (found == 0).tolist() == [clip.id == "d" for clip in some] and len(set(found)) == len(some)
 
 
 def test_digests_tell_files_parts_sizes_and_times_apart(listed):

@@ -19,6 +19,7 @@ from whisper_at_cli.extract.datasets.base import Clip, Dataset
 from whisper_at_cli.extract.datasets.clips import Clips
 from whisper_at_cli.extract.datasets.entries import read_rows
 from whisper_at_cli.extract.datasets.locate import located
+from whisper_at_cli.extract.datasets.rows import Entry, RowsBuilder
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.sparse import SparseLabels
 from whisper_at_cli.extract.texts import TextColumn, first_repeated, first_rows, mapped, text_column
@@ -36,12 +37,15 @@ COLUMNS = (
     "text",
     "Comment",
     "File Name",
+    "slice_file_name",
+    "onset",
 )
 PLAIN = {
     "audio": st.from_regex(r"[a-c]{1,2}/[a-d]{1,3}\.wav", fullmatch=True),
     "start": st.sampled_from(("", "0", "0.5", "1e0", " 2")),
     "end": st.sampled_from(("", "3", "4.25", "nan")),
-    "labels": st.sampled_from(("dog", "dog;rain", " cat ; dog;dog", "", "nan", "['a', 'b']", "1.0;2", "1", ";")),
+    "labels": st.sampled_from(("dog", "dog;rain", " cat ; dog;dog", "", "nan", "['a', 'b']", "1.0;2", "1", ";",
+                               "a|b", "a||b|a", "a,b", "a, b", "a;nan|b", "1.0", "1.0|2", "[", "|", "e\u0301", "é")),
     "fold": st.sampled_from(("", "1", "2.0", "fold_3", "0")),
     "split": st.sampled_from(("train", "", "test ", "NaN")),
     "id": st.from_regex(r"[a-z]{6}", fullmatch=True),
@@ -67,11 +71,14 @@ def rows_of_cells(draw, json_cells: bool):
     names = draw(st.lists(st.sampled_from(COLUMNS), min_size=1, max_size=7, unique=True))
     names = names if draw(st.booleans()) else ["audio", *(name for name in names if name != "audio")]
     clean = draw(st.booleans())
+    few = st.sampled_from(draw(st.lists(PLAIN["labels"], min_size=1, max_size=3)))  # so that all cells are of one kind
+    labels = draw(st.sampled_from((few, PLAIN["labels"])))
     rows = []
     for _ in range(draw(st.integers(0, 12))):
         row = {}
         for name in names:
-            row[name] = draw(PLAIN.get(name, PLAIN["labels"]) if clean else cell(name))
+            usual = labels if name in ("label", "labels", "category") else PLAIN.get(name, PLAIN["labels"])
+            row[name] = draw(usual if clean else cell(name))
             if json_cells and draw(st.integers(0, 0 if clean else 9)) == 9:
                 row[name] = draw(JSON_ODD)
         rows.append(row)
@@ -143,6 +150,8 @@ def test_jsonl_read_many_rows_at_a_time_is_jsonl_read_row_by_row(tmp_path_factor
     [
         "audio,labels,fold\n" + "".join(f"{n}.wav,dog;rain,{n % 3}\n" for n in range(500)),
         "audio,label,start,end\n" + "".join(f'{n}.wav,"a, b",{n},{n + 1}\n' for n in range(500)),
+        "audio,labels\n" + "".join(f"{n}.wav,dog|rain|{n % 3}\n" for n in range(500)),
+        "slice_file_name,class,start,end\n" + "".join(f"{n}.wav,a|b,{n},{n + 1}\n" for n in range(500)),
         'audio,text\na.wav,"x ""y"""\n\n,\nb.wav\n',
         "client_id\tpath\tsentence\n1\ta.mp3\t\"Stop.\n\n2\tb.mp3\tGo.\n",
         "sep=;\naudio;label\na.wav;dog\n",
@@ -272,6 +281,16 @@ def test_sparse_labels_are_the_table_that_they_stand_for(rows, data):
     ]
 
 
+def test_several_labels_of_one_cell_are_each_counted_once():
+    builder = RowsBuilder()
+    for number, labels in enumerate((("a|b",), (), ("b|b|",), ("|",), ("b|a",)), start=1):
+        builder.add(Entry(f"entry {number} of m.json", "a.wav", None, None, labels, None, "", "", ""))
+    rows = builder.rows(Path("m.json"))
+    split = rows.with_labels({"a|b": ("a", "b"), "b|b|": ("b", "b"), "|": (), "b|a": ("b", "a")})
+    assert split.names == ("a", "b") and split.counts.tolist() == [2, 0, 1, 0, 2]
+    assert split.labels.tolist() == [0, 1, 1, 1, 0] and split.place(2) == "entry 3 of m.json"
+
+
 def test_a_dataset_of_clips_is_one_of_columns(tmp_path):
     clips = (Clip("a", "a\udcff.wav", (0, 2), 1, "train", 0.5), Clip("b", "b.wav"), Clip("c", "c.wav", (1,), end=2.0))
     dataset = Dataset("d", tmp_path, clips, ("x", "y", "z"))
@@ -283,6 +302,9 @@ def test_a_dataset_of_clips_is_one_of_columns(tmp_path):
     assert table.ids.tolist() == ["a", "b", "c"] and table.paths[0] == "a\\udcff.wav"
     assert table.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]] and table.fold.tolist() == [1, 0, 0]
     assert np.array_equal(np.asarray(dataset.table(sparse=True).labels), table.labels)
+    turned, rows = dataset.table(sparse=True).take(np.array([2, 0])), table.take(np.array([2, 0]))
+    assert isinstance(turned.labels, SparseLabels) and np.array_equal(turned.labels[:], rows.labels)
+    assert turned.ids.tolist() == rows.ids.tolist() == ["c", "a"] and isinstance(rows.labels, np.ndarray)
     part = dataset.part([2, 0])
     assert part.clips == (clips[2], clips[0]) and part.source_rows == (2, 0)
 
