@@ -336,3 +336,52 @@ def test_digests_tell_files_parts_sizes_and_times_apart(listed):
     (listed.folder / "n1.wav").unlink()
     changed = source_digests(replace(dataset, clips=(*dataset.clips[:8], replace(dataset.clips[8], start=0.5))))
     assert np.flatnonzero(changed != first).tolist() == [0, 1, 8] and changed[1] == 0
+
+
+@pytest.mark.parametrize("where", ["chunk", "metadata", "gone"])
+@pytest.mark.parametrize("name", ["id", "path", "split", "fold", "labels", "digest", "error"])
+def test_repair_mends_every_column_from_the_dataset(tmp_path, listed, name, where):
+    path = tmp_path / "a.zarr"
+    listed.sound("n2.wav")
+    (listed.folder / "n2.wav").write_bytes(b"RIFF")
+    run(listed, path)
+    whole = held_or_failed(path)
+    files = [file for file in (path / name).rglob("*") if file.is_file()]
+    if where == "gone":
+        for file in files:
+            file.unlink()
+    else:
+        file = next(file for file in files if (file.name == "zarr.json") == (where == "metadata"))
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0x80
+        file.write_bytes(data)
+    assert not verify(path).ok
+    report = run(listed, path, repair=True)
+    assert any(f"damaged are written again from the dataset: {name}" in note for note in report.notes)
+    assert verify(path).ok and held_or_failed(path) == whole
+    assert run(listed, path).written == 0
+
+
+def held_or_failed(path: Path) -> dict[str, tuple]:
+    cache = FeatureCache.open(path)
+    found = {}
+    for row, name in enumerate(cache.ids):
+        features = cache.features([row]).tobytes() if cache.done[row] else str(cache.errors[row])
+        found[str(name)] = (
+            features, str(cache.paths[row]), int(cache.fold[row]), str(cache.split[row]),
+            cache.labels[row].tolist(), int(cache.digests[row]),
+        )  # fmt: skip
+    return found
+
+
+def test_columns_are_not_mended_where_nobody_knows_which_clip_is_which(tmp_path, listed):
+    path = tmp_path / "a.zarr"
+    run(listed, path)
+    for name in ("id", "labels"):
+        (path / name / "c").rename(path / name / "gone")
+    del listed.rows[0]
+    with pytest.raises(CacheError, match=r"damaged columns \(id.*no longer holds the same clips"):
+        run(listed, path, repair=True)
+    listed.add()
+    with pytest.raises(CacheError, match="no longer holds the same clips"):
+        run(listed, path, repair=True)

@@ -191,7 +191,7 @@ class CacheWriter:
         """Why clips failed, as it is on disk now; `rows` is a run of rows, all by default."""
         import zarr
 
-        with self.store.asking("error"):
+        with schema.readable(self.store, "error"):
             array = zarr.open_array(self.store.zarr(), path="error", mode="r", zarr_format=3)
             return np.asarray(array[:] if rows is None else array[rows[0] : rows[-1] + 1], dtype=object)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.cache.changes import Changes, changes, refuse
+from whisper_at_cli.extract.cache.mend import damaged_columns, mend_columns
 from whisper_at_cli.extract.cache.rebuild import Plan, rebuild, recover
 from whisper_at_cli.extract.cache.schema import METADATA, CacheSpec, ClipTable
 from whisper_at_cli.extract.cache.store import location
@@ -36,13 +37,14 @@ class Followed:
 
 def follow(
     cache: str | Path, dataset: Dataset, spec: CacheSpec, *, slot: tuple[int, int] = (1, 1), update: bool = False,
-    prune: bool = False,
+    prune: bool = False, repair: bool = False,
 ) -> Followed:  # fmt: skip
     """Have a cache that exists hold the clips, labels, folds and splits of `dataset`.
 
     New clips are put behind the others. Clips whose audio has changed since it was extracted are marked to be extracted
-    again with `update`, clips that the dataset no longer has are dropped with `prune`; else both are refused. Raises
-    CacheError for that, where settings differ, and where other processes are at work on the cache.
+    again with `update`, clips that the dataset no longer has are dropped with `prune`; else both are refused. With
+    `repair`, columns of the cache that are damaged are written again first. Raises CacheError for what is refused,
+    where settings differ, and where other processes are at work on the cache.
     """
     table = replace(dataset.table(sparse=True), digests=source_digests(dataset))
     store = location(cache)
@@ -52,15 +54,34 @@ def follow(
         return Followed(dataset, table)
     old = FeatureCache.open(cache)
     refuse_settings(old, spec)
+    mended = _mended(cache, old, spec, table, slot) if repair else None
+    old = FeatureCache.open(cache) if mended else old
     found = changes(old, spec, table)
     if (found.order == np.arange(len(dataset))).all():
         ordered, columns = dataset, table
     else:
         ordered, columns = dataset.part(found.order.tolist()), table.take(found.order)
     if not found.any:
-        return Followed(ordered, columns)
+        return Followed(ordered, columns, mended)
     refuse(found, old, update=update, prune=prune)
-    return _changed(cache, old, spec, found, Followed(ordered, columns), slot)
+    followed = _changed(cache, old, spec, found, Followed(ordered, columns), slot)
+    return replace(followed, note="; ".join(note for note in (mended, followed.note) if note) or None)
+
+
+def _mended(
+    cache: str | Path, old: FeatureCache, spec: CacheSpec, table: ClipTable, slot: tuple[int, int]
+) -> str | None:
+    """A note on the columns that were damaged and are written again from the dataset, if any were."""
+    names = damaged_columns(old)
+    if not names:
+        return None
+    listed = ", ".join(names)
+    if "://" in str(cache):
+        raise CacheError(f"{cache} has damaged columns ({listed}); a cache in a bucket cannot be mended: restore it")
+    if slot != (1, 1):
+        raise CacheError(f"{cache} has damaged columns ({listed}); run this command once without --shard to mend them")
+    mend_columns(Path(cache), names, spec, table)
+    return f"columns of the cache that were damaged are written again from the dataset: {listed}"
 
 
 def _changed(

@@ -73,7 +73,7 @@ def extract(
         size, notes = batch_size or fitting_batch_size(backbone, samples, dtype), [*dataset.notes, cost_note(backbone)]
         writer, dataset, changed = open_cache(
             cache, dataset, backbone, seconds, dtype, size, shard_mb=shard_mb, slot=shard, limit=limit, update=update,
-            prune=prune,
+            prune=prune, repair=repair,
         )  # fmt: skip
         with writer:
             notes.append(changed)

@@ -87,13 +87,14 @@ def precision_of(cache: str | Path, asked: str) -> str:
 def open_cache(
     cache: str | Path, dataset: Dataset, backbone: EncoderFacts, clip_seconds: float, dtype: str, batch_size: int, *,
     shard_mb: float, slot: tuple[int, int], limit: int | None = None, update: bool = False, prune: bool = False,
+    repair: bool = False,
 ) -> tuple[CacheWriter, Dataset, str | None]:  # fmt: skip
     """The cache of this extraction, new or continued; the dataset in its order; and a note on what was changed in it.
 
     Raises CacheError where the dataset differs from the cache in what `update` or `prune` would have to allow.
     """
     spec = spec_of(dataset, backbone, clip_seconds, dtype)
-    followed = follow(cache, dataset, spec, slot=slot, update=update, prune=prune)
+    followed = follow(cache, dataset, spec, slot=slot, update=update, prune=prune, repair=repair)
     provenance = _provenance(backbone, dataset, batch_size) | ({} if limit is None else {"limit": limit})
     writer = CacheWriter.create(cache, spec, followed.table, shard_mb=shard_mb, slot=slot, provenance=provenance)
     return writer, followed.dataset, followed.note

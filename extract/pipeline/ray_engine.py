@@ -98,7 +98,7 @@ def extract_on_ray(
         notes = [*dataset.notes, info.note]
         writer, dataset, changed = prepare.open_cache(
             cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard, limit=limit, update=update,
-            prune=prune,
+            prune=prune, repair=repair,
         )  # fmt: skip
         with writer:
             notes.append(changed)
