@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import posixpath
 from collections.abc import Callable, Sequence
@@ -242,17 +243,24 @@ def slurm_command(
 
 @command("verify")
 @CACHE
+@click.option(
+    "--sample", default="100%", show_default=True, metavar="SHARE", help="Read a share of the clips, drawn at random."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Threads that read.  [default: the number of cores]")
 @click.pass_context
-def verify_command(ctx: click.Context, cache: Path | str, as_json: bool) -> None:
+def verify_command(
+    ctx: click.Context, cache: Path | str, as_json: bool, sample: str, workers: int | None
+) -> None:  # fmt: skip
     """Read all of CACHE back and name what is damaged. Exit status 1 if anything is.
 
     \b
         whisper-at-cli verify esc50.zarr
+        whisper-at-cli verify as2m.zarr --sample 1%
     """
     from whisper_at_cli.extract.cache.verify import verify
 
     with progress_on_stderr("verify", "clips", quiet=ctx.obj["quiet"]) as progress:
-        report = verify(cache, progress=progress)
+        report = verify(cache, sample=_share(sample), workers=workers, progress=progress)
     if as_json:
         print_json(report)
     else:
@@ -260,9 +268,21 @@ def verify_command(ctx: click.Context, cache: Path | str, as_json: bool) -> None
             click.echo(
                 f"damaged: {', '.join(damage.clips[:5])}{' ...' if len(damage.clips) > 5 else ''}: {damage.problem}"
             )
-        click.echo(f"{cache}: {report.clips_read} clips read, {'all whole' if report.ok else 'damage found'}")
+        drawn = f" of {report.clips_done}" if report.clips_read < report.clips_done else ""
+        click.echo(f"{cache}: {report.clips_read}{drawn} clips read, {'all whole' if report.ok else 'damage found'}")
     if not report.ok:
         ctx.exit(1)
+
+
+def _share(text: str) -> float:
+    """A share such as `1%` or `0.01`. Raises UsageError."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise UsageError(f"--sample must be a share such as 1% or 0.01, above 0 and at most 100% (got {text})")
+    return share
 
 
 @command("export")

@@ -196,11 +196,11 @@ class ShardFile:
             buffers = [buffer for at in range(first, last) for buffer in (rows[at], checksums[at])]
             if readv(buffers, starts[chunks[first]]) != (last - first) * stride:
                 raise CacheError(f"{self.path} ended while it was read; {VERIFY}")
-            for at in range(first, last):
-                if crc32c(rows[at]) != checksums[at].tobytes():
-                    raise CacheError(
-                        f"chunk {chunks[at]} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}"
-                    )
+            found = row_checksums(rows, range(first, last)).view(np.uint8).reshape(-1, CRC_BYTES)
+            wrong = np.flatnonzero((found != checksums[first:last]).any(axis=1))
+            if len(wrong):
+                chunk = chunks[first + int(wrong[0])]
+                raise CacheError(f"chunk {chunk} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}")
 
         self._store.map(read_run, self._runs(chunks, file.run))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import numpy as np
 from whisper_at_cli.extract.cache import schema
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import Status, array_shapes
-from whisper_at_cli.extract.errors import CacheError, WhisperATError
+from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
+from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.progress import Progress
 
 COLUMNS = ("ids", "paths", "split", "errors", "fold", "labels", "digests")
@@ -28,29 +32,54 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """`ok` means that every clip that is marked done was read back whole."""
+    """`ok` means that every clip that is marked done, or that was drawn of them, was read back whole."""
 
     ok: bool
     clips_read: int
     damaged: tuple[Damage, ...]
+    clips_done: int = 0  # that are marked done
 
 
-def verify(path: str | Path, *, rows: np.ndarray | None = None, progress: Progress | None = None) -> VerifyReport:
-    """Read back every finished clip of a cache, or those in `rows`, (N,) bool.
+def verify(
+    path: str | Path, *, rows: np.ndarray | None = None, sample: float = 1.0, seed: int = 0,
+    workers: int | None = None, progress: Progress | None = None,
+) -> VerifyReport:  # fmt: skip
+    """Read back every finished clip of a cache, those in `rows`, (N,) bool, or a share of them that is drawn.
 
-    Raises UsageError or CacheError where the cache cannot even be opened.
+    What is known of the clips (columns, metadata, status) is read whole in any case. Shards are read by `workers`
+    threads, by default one for each core. Raises UsageError or CacheError where the cache cannot even be opened.
     """
+    if not 0 < sample <= 1:
+        raise UsageError(f"the sample must be above 0 and at most 1 (got {sample:g})")
     cache = FeatureCache.open(path)
     damaged = _metadata_damage(cache) + _column_damage(cache) + _chunk_damage(cache)
     asked = np.ones(len(cache), dtype=bool) if rows is None else rows
-    done = np.flatnonzero(cache.done & asked)
-    for shard in np.unique(done // cache.clips_per_shard).tolist():
-        rows = done[done // cache.clips_per_shard == shard]
-        damaged += _shard_damage(cache, shard, rows)
+    done = all_done = np.flatnonzero(cache.done & asked)
+    if sample < 1:
+        drawn = np.random.default_rng(seed).choice(len(done), size=math.ceil(sample * len(done)), replace=False)
+        done = np.sort(done[drawn])
+    for read, found in _read_shards(cache, done, workers or cores()):
+        damaged += found
         if progress:
-            progress(int(rows[-1]) + 1, len(cache), f"{len(damaged)} damaged" if damaged else "")
-    damaged += _empty_shard_damage(cache, np.flatnonzero((cache.status == Status.FAILED) & asked), done)
-    return VerifyReport(not damaged, len(done), tuple(damaged))
+            progress(read, len(done), f"{len(damaged)} damaged" if damaged else "")
+    damaged += _empty_shard_damage(cache, np.flatnonzero((cache.status == Status.FAILED) & asked), all_done)
+    return VerifyReport(not damaged, len(done), tuple(damaged), len(all_done))
+
+
+def _read_shards(cache: FeatureCache, done: np.ndarray, workers: int) -> Iterator[tuple[int, list[Damage]]]:
+    """Clips that were read so far, and what is wrong with the last shard of them; shards come in order."""
+    shards, first = np.unique(done // cache.clips_per_shard, return_index=True)
+    parts = deque(zip(shards.tolist(), np.split(done, first[1:]), strict=len(done) > 0))
+    waiting: deque[tuple[int, Future]] = deque()
+    read = 0
+    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+        while parts or waiting:
+            while parts and len(waiting) < 2 * workers:
+                shard, rows = parts.popleft()
+                waiting.append((len(rows), pool.submit(_shard_damage, cache, shard, rows)))
+            clips, damage = waiting.popleft()
+            read += clips
+            yield read, damage.result()
 
 
 def _metadata_damage(cache: FeatureCache) -> list[Damage]:
