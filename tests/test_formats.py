@@ -1,4 +1,4 @@
-"""A cache is a plain Zarr v3 group: xarray opens it as it is, tensorstore its numbers, with names and values as designed."""
+"""A cache is a plain Zarr v3 group: xarray opens it as it is, tensorstore its numbers, named as designed."""
 
 import numpy as np
 import pytest
