@@ -144,7 +144,7 @@ def _print_plan(dataset: Path | str, cache: Path | str, as_json: bool, **options
 
     if options["engine"] != "local" or "," in options["device"]:
         raise UsageError("--dry-run is for --engine local and one device")
-    for name in ("engine", "address", "encoders", "shard", "repair", "compile"):  # which change nothing of it
+    for name in ("engine", "address", "encoders", "shard", "repair", "update", "prune", "compile"):  # change nothing
         del options[name]
     plan = plan_extraction(dataset, cache, **options)
     if as_json:
@@ -153,6 +153,10 @@ def _print_plan(dataset: Path | str, cache: Path | str, as_json: bool, **options
     print_notes(plan.notes)
     known = asdict(plan)
     del known["notes"]
+    if not plan.exists:
+        del known["done"], known["changed"]
+    elif not plan.changed:
+        known["changed"] = "nothing"
     print_table([(name.replace("_", " "), plain(value)) for name, value in known.items()], ("what", "value"))
 
 

@@ -21,6 +21,7 @@ from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.datasets import Clip, Dataset, open_dataset
 from whisper_at_cli.extract.datasets.digests import source_digests
 from whisper_at_cli.extract.errors import CacheError
+from whisper_at_cli.extract.pipeline.plan import plan_extraction
 from whisper_at_cli.extract.pipeline.sync import sync
 from whisper_at_cli.extract.sparse import SparseLabels
 
@@ -226,6 +227,19 @@ def test_sync_follows_without_encoding_and_says_what_is_left(tmp_path, listed):
     assert run(listed, path, shard=(1, 2)).written + run(listed, path, shard=(2, 2)).written == 2
     run(listed, tmp_path / "anew.zarr")
     assert held(path) == held(tmp_path / "anew.zarr")
+
+
+def test_a_dry_run_says_what_differs_and_changes_nothing(tmp_path, listed):
+    path = tmp_path / "a.zarr"
+    run(listed, path)
+    listed.rows[0]["label"] = "new"
+    listed.add()
+    listed.sound("n4.wav")
+    del listed.rows[7]
+    before = array_bytes(path)
+    plan = plan_extraction(listed.write(), path, model=make_backbone(), clip_seconds=1.0)
+    assert plan.changed == "labels of 1 clip, audio of 1 clip, 1 clip added, 1 clip dropped"
+    assert (plan.clips, plan.done) == (9, 7) and array_bytes(path) == before
 
 
 def test_settings_that_differ_are_refused_before_anything_is_changed(tmp_path, listed):

@@ -30,9 +30,12 @@ def test_a_limit_takes_the_first_clips_and_is_recorded(tmp_path, sounds, random_
     assert ours.ids.tolist() == theirs.ids[:4].tolist() and ours.spec.class_names == ("cat", "dog")
     assert np.allclose(ours.features(range(4)), theirs.features(range(4)), atol=2e-3)
     assert ours.attributes["made"]["limit"] == 4 and "limit" not in theirs.attributes["made"]
-    with pytest.raises(CacheError, match="holds 4 clips and the dataset names 6"):
-        extract(sounds, tmp_path / "some.zarr", model=random_backbone, clip_seconds=1.0)
     assert extract(sounds, tmp_path / "some.zarr", model=random_backbone, clip_seconds=1.0, limit=4).skipped == 4
+    with pytest.raises(CacheError, match="no longer has 2 clips"):
+        extract(sounds, tmp_path / "some.zarr", model=random_backbone, clip_seconds=1.0, limit=2)
+    grown = extract(sounds, tmp_path / "some.zarr", model=random_backbone, clip_seconds=1.0)
+    assert (grown.written, grown.skipped) == (2, 4)
+    assert "limit" not in FeatureCache.open(tmp_path / "some.zarr").attributes["made"]
     windows = extract(sounds, tmp_path / "windows.zarr", model=random_backbone, window=1.0, limit=3)
     assert windows.written == 3 and FeatureCache.open(tmp_path / "windows.zarr").ids.tolist() == ["0_0", "0_1", "2_0"]
     assert extract(sounds, tmp_path / "all.zarr", model=random_backbone, clip_seconds=1.0, limit=99).written == 6

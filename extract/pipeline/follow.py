@@ -103,7 +103,8 @@ def _changed(
             else "run once: whisper-at-cli sync DATASET CACHE, then this command again"
         )
         raise CacheError(f"the dataset has changed since {cache} was made ({said}); {how}")
-    made = old.attributes.get("made", {}) | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
+    made = {name: value for name, value in old.attributes.get("made", {}).items() if name != "limit"}
+    made |= {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
     rebuild(Path(cache), Plan(spec, followed.table, found.rows, found.audio), made)
     return replace(followed, note=FOLLOWS + said if said else copied)
 

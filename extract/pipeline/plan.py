@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,17 @@ import torch
 from whisper_at_cli.extract.backbones.custom import checked_backbone, clip_samples
 from whisper_at_cli.extract.backbones.load import Backbone, load_backbone
 from whisper_at_cli.extract.backbones.recognise import check_model
+from whisper_at_cli.extract.cache.changes import NEW, changes
 from whisper_at_cli.extract.cache.reader import FeatureCache
-from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, METADATA, array_shapes, shard_count
+from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, METADATA, CacheSpec, array_shapes, shard_count
 from whisper_at_cli.extract.cache.store import location
 from whisper_at_cli.extract.datasets import Dataset
+from whisper_at_cli.extract.datasets.digests import source_digests
 from whisper_at_cli.extract.devices import fitting_batch_size
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.encode import encode_to_host
+from whisper_at_cli.extract.pipeline.follow import refuse_settings
 from whisper_at_cli.extract.pipeline.prepare import check_numbers, open_clips, precision_of, spec_of
 
 TIMED_BATCHES, TIMED_CLIPS, TIMED_SECONDS = 3, 64, 20.0  # at most, of which the encoder's rate is taken
@@ -38,7 +41,8 @@ class ExtractPlan:
     exists: bool
     dataset: str
     clips: int
-    done: int  # of them, in a cache that exists
+    done: int  # of them, in a cache that exists, and the same still
+    changed: str  # what differs between that cache and the dataset, in words
     hours: float  # of audio that is encoded, padding included
     clip_seconds: float
     classes: int
@@ -80,17 +84,26 @@ def plan_extraction(
     size = batch_size or fitting_batch_size(backbone, samples, dtype)
     spec = spec_of(clips, backbone, seconds, dtype)
     exists = location(cache).exists(METADATA)
-    done = int(FeatureCache.open(cache).done.sum()) if exists else 0
+    done, changed = _in_cache(cache, clips, spec) if exists else (0, "")
     todo, per_shard = max(0, len(clips) - done), spec.clips_per_shard(shard_mb, len(clips))
     rate = _rate(backbone, samples, size, dtype) if todo else None
     return ExtractPlan(
-        cache=str(cache), exists=exists, dataset=clips.name, clips=len(clips), done=done,
+        cache=str(cache), exists=exists, dataset=clips.name, clips=len(clips), done=done, changed=changed,
         hours=round(len(clips) * seconds / 3600, 3), clip_seconds=seconds, classes=len(spec.class_names),
         backbone=backbone.name, layers=spec.layers, dim=spec.dim, dtype=dtype, clips_per_shard=per_shard,
         shards=shard_count(len(clips), per_shard), bytes=array_bytes(array_shapes(spec, len(clips))), batch_size=size,
         device=str(backbone.device), clips_per_second=None if rate is None else round(rate, 2),
         seconds=None if rate is None else round(todo / rate, 1), notes=tuple(clips.notes),
     )  # fmt: skip
+
+
+def _in_cache(cache: str | Path, clips: Dataset, spec: CacheSpec) -> tuple[int, str]:
+    """How many clips a cache has already, and what differs between it and the dataset. May raise CacheError."""
+    old = FeatureCache.open(cache)
+    refuse_settings(old, spec)
+    found = changes(old, spec, replace(clips.table(sparse=True), digests=source_digests(clips)))
+    kept = found.rows != NEW
+    return int((old.done[found.rows[kept]] & ~found.audio[kept]).sum()), found.described()
 
 
 def array_bytes(shapes: dict[str, tuple[tuple[int, ...], str]]) -> int:
