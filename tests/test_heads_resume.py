@@ -99,7 +99,11 @@ def test_a_finished_run_is_not_done_again(cache, tmp_path, monkeypatch):
         ({"head": "tl-tr"}, r"head was wa-tr and is tl-tr now"),
         ({"seeds": 2}, r"seeds was 1 and is 2 now"),
         ({"tier": "stream"}, r"order was drawn and is streamed now"),
-        ({"faithful": True}, r"recipe.mixup_partner was batch and is uniform now; recipe.time_mask_layers was each"),
+        (
+            {"faithful": True},
+            r"recipe.mixup_partner was batch and is uniform now; recipe.time_mask_frames was 4 and is 9 now; "
+            r"recipe.time_mask_layers was each",
+        ),
     ],
 )
 def test_another_command_in_the_folder_is_refused_with_the_difference(cache, tmp_path, changed, said):
@@ -136,7 +140,8 @@ def test_leftovers_of_a_run_with_more_folds_do_not_survive_and_other_files_do(ca
     train_head(split, head="wa-mlp", recipe=few, out=out, restart=True, device="cpu")
     kept = sorted(file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file())
     assert kept == [
-        ".training/lock", ".training/run.json", "curve.png", "head.json", "head.safetensors", "metrics.jsonl",
+        ".training/lock", ".training/run.json", ".training/scores/fold-1.npy", "curve.png", "head.json",
+        "head.safetensors", "metrics.jsonl",
         "notes.txt", "seed-1/fold-3/notes.txt", "trained_on.safetensors",
     ]  # fmt: skip
 
