@@ -127,11 +127,12 @@ def stopped_at(step: int):
         return call
 
     with contextlib.ExitStack() as patches:
-        for module, names in ((store_module, ("replace", "fsync", "open")), (writer_module, ("rename",))):
-            proxy = SimpleNamespace(**{**vars(os), **{name: counted(getattr(os, name)) for name in names}})
-            patches.enter_context(mock.patch.object(module, "os", proxy))
+        proxy = SimpleNamespace(
+            **vars(os) | {name: counted(getattr(os, name)) for name in ("replace", "fsync", "open")}
+        )
+        patches.enter_context(mock.patch.object(store_module, "os", proxy))
         for owner, name in ((store_module, "_writev"), (CacheWriter, "_write_errors"), (CacheWriter, "_write_status"),
-                            (writer_module.schema, "create_arrays")):  # fmt: skip
+                            (writer_module.schema, "create_arrays"), (Path, "rename")):  # fmt: skip
             patches.enter_context(mock.patch.object(owner, name, counted(getattr(owner, name))))
         yield passed
 
