@@ -104,7 +104,7 @@ def test_shards_in_a_bucket_are_refused(monkeypatch):
         ({"a.wav": b"x", "a.json": '{"fold": "x"}'}, "clip 1 of .*a.tar: fold is 'x'"),
         ({"a.wav": b"x", "a.txt": b"\xff"}, "a.txt is not UTF-8"),
         ({"a.wav": b"x", "a.json": b" " * (tar.TEXT_BYTES + 1)}, "a.json has 1048577 bytes"),
-        ({"a.json": "{}", "b.png": b""}, "names no clip"),
+        ({"a.json": "{}", "b.png": b""}, "lists no clips"),
         ({"a.wav": b"x", "b.wav": b"x", "a.mp3": b"y"}, "the members of a do not stand one after another"),
     ],
 )  # fmt: skip
@@ -120,7 +120,7 @@ def test_damaged_and_compressed_shards_are_refused(tmp_path):
     flipped[5120 + 512 + 100] ^= 1
     for data in (whole[:7000], packed, b"", b"no tar" * 200, bytes(flipped)):
         (tmp_path / "c.tar").write_bytes(data)
-        with pytest.raises(UsageError, match=r"c.tar is not a readable tar file|names no clip"):
+        with pytest.raises(UsageError, match=r"c.tar is not a readable tar file|lists no clips"):
             if len(open_dataset(tmp_path / "c.tar")) == 1:  # tarfile takes damage behind a member for the end
                 raise UsageError("c.tar is not a readable tar file")
 

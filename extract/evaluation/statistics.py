@@ -102,7 +102,8 @@ class ClassAP:
     def __init__(self, predictions: Predictions, recording_N: np.ndarray, recordings: int):
         self.predictions, self.systems, self.recording_N = predictions, predictions.systems, recording_N
         self.classes = len(predictions.class_names)
-        self.folds = [np.flatnonzero(predictions.folds == number) for number in np.unique(predictions.folds)]
+        folds = [np.flatnonzero(predictions.folds == number) for number in np.unique(predictions.folds)]
+        self.folds = [rows for rows in folds if predictions.labels[rows].any()]  # others rank nothing
         self.rankings = [
             [_ranking(predictions.labels[rows], scores[rows]) for rows in self.folds] for scores in predictions.scores
         ]
@@ -112,16 +113,17 @@ class ClassAP:
         weights_Gb = np.ascontiguousarray(weights_bG.T, dtype=np.float32)
         weights = [weights_Gb[self.recording_N[rows]] for rows in self.folds]
         with ThreadPoolExecutor(max(1, min(cores(), len(self.rankings)))) as pool:
-            found = np.stack(list(pool.map(lambda rankings: self._class_ap(rankings, weights), self.rankings)))
+            draws = len(weights_bG)
+            found = np.stack(list(pool.map(lambda rankings: self._class_ap(rankings, weights, draws), self.rankings)))
         return _mean_over_seeds(found, self.predictions).transpose(2, 0, 1)
 
     def values(self, weights_bG: np.ndarray) -> np.ndarray:
         """(b, M): the mean over classes of which a positive was drawn."""
         return mean_over_classes(self.class_values(weights_bG))
 
-    def _class_ap(self, rankings: list[_Ranking], weights: list[np.ndarray]) -> np.ndarray:
-        """(C, b) of one run; `weights` are those of the clips (n, b) of each fold."""
-        total, positives = np.zeros((2, self.classes, weights[0].shape[1]))
+    def _class_ap(self, rankings: list[_Ranking], weights: list[np.ndarray], draws: int) -> np.ndarray:
+        """(C, b) of one run; `weights` are those of the clips (n, b) of each fold, for b draws."""
+        total, positives = np.zeros((2, self.classes, draws))
         for ranking, weights_nb in zip(rankings, weights, strict=True):
             of_classes, summed, drawn = ranking.precisions(weights_nb)
             total[of_classes] += summed
