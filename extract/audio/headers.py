@@ -31,7 +31,7 @@ def data_of(form: str, read: Read, size: int) -> Data | None:
         return _voc_data(read, size)
     if form == "au":
         return _au_data(read, size)
-    for name, length, at in CHUNKS[form](read, size):
+    for name, length, at in _chunks(form, read, size):
         if name in (W64_DATA, b"data", b"SSND"):
             before = {"caf": 4, "aiff": 8}.get(form, 0)  # bytes of the chunk that are no audio
             if length <= before or never_written(length):
@@ -47,38 +47,31 @@ def _au_data(read: Read, size: int) -> Data:
     return Data(held if never_written(length) else length, held)
 
 
-def _w64_chunks(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
-    """Name and length of each chunk, and the byte at which its content begins."""
-    at = 40
+class _Chunks(NamedTuple):
+    """How the chunks of a form are written."""
+
+    begin: int  # byte of the first one
+    head: str  # struct of a chunk's name and length
+    counted: bool  # whether the length is that of head and content, instead of the content alone
+    align: int  # bytes to a multiple of which the content is filled up
+
+
+CHUNKS = {
+    "w64": _Chunks(40, "<16sq", True, 8), "caf": _Chunks(8, ">4sq", False, 1), "aiff": _Chunks(12, ">4sI", False, 2),
+}  # fmt: skip
+
+
+def _chunks(form: str, read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
+    """Name of each chunk, length of its content, and the byte at which that begins."""
+    at, head, counted, align = CHUNKS[form]
+    taken = struct.calcsize(head)
     for _ in range(MOST_CHUNKS):
-        if at >= size or len(head := read(at, 24)) < 24:
+        if at >= size or len(data := read(at, taken)) < taken:
             return
-        name, length = struct.unpack("<16sq", head)
-        yield name, length - 24, at + 24
-        at += max(24, length + -length % 8)
-
-
-def _caf_chunks(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
-    at = 8
-    for _ in range(MOST_CHUNKS):
-        if at >= size or len(head := read(at, 12)) < 12:
-            return
-        name, length = struct.unpack(">4sq", head)
-        yield name, length, at + 12
-        at += 12 + max(0, length)
-
-
-def _aiff_chunks(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
-    at = 12
-    for _ in range(MOST_CHUNKS):
-        if at >= size or len(head := read(at, 8)) < 8:
-            return
-        name, length = struct.unpack(">4sI", head)
-        yield name, length, at + 8
-        at += 8 + length + length % 2
-
-
-CHUNKS = {"w64": _w64_chunks, "caf": _caf_chunks, "aiff": _aiff_chunks}
+        name, length = struct.unpack(head, data)
+        length -= taken if counted else 0
+        yield name, length, at + taken
+        at += taken + max(0, length + -length % align)
 
 
 def _voc_data(read: Read, size: int) -> Data:

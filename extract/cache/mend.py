@@ -13,25 +13,11 @@ from whisper_at_cli.extract.cache import schema
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable
 from whisper_at_cli.extract.cache.store import sync_tree
+from whisper_at_cli.extract.cache.verify import COLUMNS
 from whisper_at_cli.extract.cache.writer import lock_slot
 from whisper_at_cli.extract.errors import CacheError
 
-ATTRIBUTES = {  # of a FeatureCache, by the column that each comes from
-    "id": "ids", "path": "paths", "split": "split", "fold": "fold", "labels": "labels", "digest": "digests",
-    "error": "errors",
-}  # fmt: skip
 KEYS = ("id", "path", "digest")  # columns that tell clips apart, best first
-
-
-def damaged_columns(cache: FeatureCache) -> tuple[str, ...]:
-    """Names of the columns that are missing or damaged."""
-    found = []
-    for name, attribute in ATTRIBUTES.items():
-        try:
-            getattr(cache, attribute)
-        except CacheError:
-            found.append(name)
-    return tuple(found)
 
 
 def mend_columns(path: Path, names: Sequence[str], spec: CacheSpec, clips: ClipTable) -> None:
@@ -62,7 +48,7 @@ def _rows(cache: FeatureCache, damaged: Sequence[str], clips: ClipTable) -> np.n
     """(N,) int64: which clip of the dataset each row of the cache is, by the best column that can still be read."""
     columns = {"id": clips.ids, "path": clips.paths, "digest": clips.digests}
     for name in (name for name in KEYS if name not in damaged):
-        ours, theirs = getattr(cache, ATTRIBUTES[name]), columns[name]
+        ours, theirs = getattr(cache, COLUMNS[name]), columns[name]
         if ours is None or len(set(ours.tolist())) < len(ours):
             continue
         row_of = {value: row for row, value in enumerate(theirs.tolist())}

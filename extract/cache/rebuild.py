@@ -49,9 +49,7 @@ def rebuild(path: Path, plan: Plan, made: dict) -> None:
     with contextlib.closing(lock_slot(path, (1, 1))):
         shutil.rmtree(beside, ignore_errors=True)
         old = FeatureCache.open(path)
-        schema.create_arrays(
-            beside, plan.spec, plan.clips, clips_per_shard=old.clips_per_shard, provenance=made
-        )  # fmt: skip
+        schema.create_arrays(beside, plan.spec, plan.clips, clips_per_shard=old.clips_per_shard, provenance=made)
         with CacheWriter.join(beside) as writer:
             for shard in range(schema.shard_count(len(plan.clips), old.clips_per_shard)):
                 _fill_shard(old, writer, shard, plan)
@@ -69,9 +67,9 @@ def _fill_shard(old: FeatureCache, writer: CacheWriter, shard: int, plan: Plan) 
     known = rows >= 0
     if not known.any() or (old.status[rows[known]] == Status.PENDING).all():
         return
-    errors = {slot: str(old.errors[rows[slot]]) for slot in np.flatnonzero(known).tolist()}
     status = np.where(known & ~plan.redo[here], old.status[rows], Status.PENDING).astype(np.uint8)
-    errors = {slot: text for slot, text in errors.items() if text and status[slot] != Status.PENDING}
+    tried = np.flatnonzero(status != Status.PENDING).tolist()
+    errors = {slot: text for slot in tried if (text := str(old.errors[rows[slot]]))}
     source = _same_shard(rows, old.clips_per_shard, len(old))
     if source is not None:
         for name in ("features", "mean", "scale"):

@@ -18,7 +18,10 @@ from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.progress import Progress
 
-COLUMNS = ("ids", "paths", "split", "errors", "fold", "labels", "digests")
+COLUMNS = {  # in the cache: in a FeatureCache
+    "id": "ids", "path": "paths", "split": "split", "error": "errors", "fold": "fold", "labels": "labels",
+    "digest": "digests",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def verify(
     if not 0 < sample <= 1:
         raise UsageError(f"the sample must be above 0 and at most 1 (got {sample:g})")
     cache = FeatureCache.open(path)
-    damaged = _metadata_damage(cache) + _column_damage(cache) + _chunk_damage(cache)
+    damaged = _metadata_damage(cache) + [Damage(-1, (), problem) for problem in column_problems(cache).values()]
+    damaged += _chunk_damage(cache)
     asked = np.ones(len(cache), dtype=bool) if rows is None else rows
     done = all_done = np.flatnonzero(cache.done & asked)
     if sample < 1:
@@ -100,14 +104,14 @@ def _metadata_damage(cache: FeatureCache) -> list[Damage]:
     return found
 
 
-def _column_damage(cache: FeatureCache) -> list[Damage]:
-    """What the dataset said of each clip and is no longer readable."""
-    found = []
-    for column in COLUMNS:
+def column_problems(cache: FeatureCache) -> dict[str, str]:
+    """What is wrong with each column that is missing or damaged, by its name in the cache."""
+    found = {}
+    for name, attribute in COLUMNS.items():
         try:
-            getattr(cache, column)
+            getattr(cache, attribute)
         except CacheError as error:
-            found.append(Damage(-1, (), str(error)))
+            found[name] = str(error)
     return found
 
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -137,12 +137,7 @@ class CacheWriter:
         return cls(store, (1, 1), lock=False)
 
     def _refuse_differences(self, spec: CacheSpec, clips: ClipTable) -> None:
-        differences = self.spec.differences(spec)
-        if differences:
-            raise CacheError(
-                f"{self.path} was made with other settings ({'; '.join(differences)} as this run asks). "
-                "Choose another path or the settings it was made with"
-            )
+        refuse_settings(self.cache, spec)
         if not np.array_equal(self.cache.ids, clips.ids):
             shared = min(len(self.cache), len(clips))
             row = next((i for i in range(shared) if self.cache.ids[i] != clips.ids[i]), shared)
@@ -291,6 +286,16 @@ class CacheWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def refuse_settings(cache: FeatureCache, spec: CacheSpec, *, classes: bool = True) -> None:
+    """Raise CacheError where a cache was made with other settings, among them its classes unless `classes` is false."""
+    asked = spec if classes else replace(spec, class_names=cache.spec.class_names)
+    if differences := cache.spec.differences(asked):
+        raise CacheError(
+            f"{cache.path} was made with other settings ({'; '.join(differences)} as this run asks). "
+            "Choose another path or the settings it was made with"
+        )
 
 
 def _check_slot(slot: tuple[int, int]) -> None:

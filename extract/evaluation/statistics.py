@@ -160,9 +160,7 @@ class _FewPositives:
             for first, own in ((here[0], own_P[here]) for here in map(np.flatnonzero, self.class_cP.toarray()))
             for a, b in [np.nonzero(own[None, :] >= own[:, None])]
         ]
-        rows, columns = (
-            np.concatenate(side) if beside else np.zeros(0, dtype=int) for side in zip(*beside, strict=True)
-        )
+        rows, columns = (np.concatenate(side) for side in zip(*beside, strict=True))
         self.reached_PP = _counts(rows, columns, (len(places), len(places)))
 
     def precisions(self, weights_nb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,11 +10,12 @@ import numpy as np
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.cache.changes import Changes, changes, refuse
-from whisper_at_cli.extract.cache.mend import damaged_columns, mend_columns
+from whisper_at_cli.extract.cache.mend import mend_columns
 from whisper_at_cli.extract.cache.rebuild import Plan, rebuild, recover
 from whisper_at_cli.extract.cache.schema import METADATA, CacheSpec, ClipTable
 from whisper_at_cli.extract.cache.store import location
-from whisper_at_cli.extract.cache.writer import CacheWriter
+from whisper_at_cli.extract.cache.verify import column_problems
+from whisper_at_cli.extract.cache.writer import CacheWriter, refuse_settings
 from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.datasets.digests import source_digests
 from whisper_at_cli.extract.errors import CacheError
@@ -53,7 +54,7 @@ def follow(
     if not store.exists(METADATA):
         return Followed(dataset, table)
     old = FeatureCache.open(cache)
-    refuse_settings(old, spec)
+    refuse_settings(old, spec, classes=False)
     mended = _mended(cache, old, spec, table, slot) if repair else None
     old = FeatureCache.open(cache) if mended else old
     found = changes(old, spec, table)
@@ -72,7 +73,7 @@ def _mended(
     cache: str | Path, old: FeatureCache, spec: CacheSpec, table: ClipTable, slot: tuple[int, int]
 ) -> str | None:
     """A note on the columns that were damaged and are written again from the dataset, if any were."""
-    names = damaged_columns(old)
+    names = tuple(column_problems(old))
     if not names:
         return None
     listed = ", ".join(names)
@@ -107,13 +108,3 @@ def _changed(
     made |= {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
     rebuild(Path(cache), Plan(spec, followed.table, found.rows, found.audio), made)
     return replace(followed, note=FOLLOWS + said if said else copied)
-
-
-def refuse_settings(cache: FeatureCache, spec: CacheSpec) -> None:
-    """Raise CacheError where a cache was made with other settings; its classes may change."""
-    differences = cache.spec.differences(replace(spec, class_names=cache.spec.class_names))
-    if differences:
-        raise CacheError(
-            f"{cache.path} was made with other settings ({'; '.join(differences)} as this run asks). "
-            "Choose another path or the settings it was made with"
-        )

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from whisper_at_cli.extract.backbones.custom import checked_backbone, clip_samples
-from whisper_at_cli.extract.backbones.load import Backbone, load_backbone
+from whisper_at_cli.extract.backbones.custom import clip_samples
+from whisper_at_cli.extract.backbones.load import Backbone
 from whisper_at_cli.extract.backbones.precision import cost_note
 from whisper_at_cli.extract.backbones.recognise import check_model
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, METADATA
@@ -22,9 +22,9 @@ from whisper_at_cli.extract.pipeline.prepare import (
     check_numbers,
     clips_to_do,
     compile_backbone,
+    open_backbone,
     open_cache,
     open_clips,
-    precision_of,
     say_notes,
 )
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
@@ -65,10 +65,7 @@ def extract(
         if new:
             pool.start(len(dataset))  # they get ready while weights are loaded
         seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
-        if isinstance(model, str | Path):
-            backbone = load_backbone(model, device=device, precision=precision_of(cache, precision))
-        else:
-            backbone = checked_backbone(model, "model")
+        backbone = open_backbone(model, cache, device=device, precision=precision)
         samples = clip_samples(backbone, seconds)
         size, notes = batch_size or fitting_batch_size(backbone, samples, dtype), [*dataset.notes, cost_note(backbone)]
         writer, dataset, changed = open_cache(

@@ -10,21 +10,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from whisper_at_cli.extract.backbones.custom import checked_backbone, clip_samples
-from whisper_at_cli.extract.backbones.load import Backbone, load_backbone
+from whisper_at_cli.extract.backbones.custom import clip_samples
+from whisper_at_cli.extract.backbones.load import Backbone
 from whisper_at_cli.extract.backbones.recognise import check_model
 from whisper_at_cli.extract.cache.changes import NEW, changes
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, METADATA, CacheSpec, array_shapes, shard_count
 from whisper_at_cli.extract.cache.store import location
+from whisper_at_cli.extract.cache.writer import refuse_settings
 from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.datasets.digests import source_digests
 from whisper_at_cli.extract.devices import fitting_batch_size
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.encode import encode_to_host
-from whisper_at_cli.extract.pipeline.follow import refuse_settings
-from whisper_at_cli.extract.pipeline.prepare import check_numbers, open_clips, precision_of, spec_of
+from whisper_at_cli.extract.pipeline.prepare import check_numbers, open_backbone, open_clips, spec_of
 
 TIMED_BATCHES, TIMED_CLIPS, TIMED_SECONDS = 3, 64, 20.0  # at most, of which the encoder's rate is taken
 
@@ -76,10 +76,7 @@ def plan_extraction(
             dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, limit=limit
         )  # fmt: skip
     seconds = clips.clip_seconds if clip_seconds is None else clip_seconds
-    if isinstance(model, str | Path):
-        backbone = load_backbone(model, device=device, precision=precision_of(cache, precision))
-    else:
-        backbone = checked_backbone(model, "model")
+    backbone = open_backbone(model, cache, device=device, precision=precision)
     samples = clip_samples(backbone, seconds)
     size = batch_size or fitting_batch_size(backbone, samples, dtype)
     spec = spec_of(clips, backbone, seconds, dtype)
@@ -100,7 +97,7 @@ def plan_extraction(
 def _in_cache(cache: str | Path, clips: Dataset, spec: CacheSpec) -> tuple[int, str]:
     """How many clips a cache has already, and what differs between it and the dataset. May raise CacheError."""
     old = FeatureCache.open(cache)
-    refuse_settings(old, spec)
+    refuse_settings(old, spec, classes=False)
     found = changes(old, spec, replace(clips.table(sparse=True), digests=source_digests(clips)))
     kept = found.rows != NEW
     return int((old.done[found.rows[kept]] & ~found.audio[kept]).sum()), found.described()

@@ -14,8 +14,9 @@ import torch
 
 from whisper_at_cli import __version__
 from whisper_at_cli.extract import notes
+from whisper_at_cli.extract.backbones.custom import checked_backbone
 from whisper_at_cli.extract.backbones.encoder import PRECISIONS
-from whisper_at_cli.extract.backbones.load import Backbone, EncoderFacts
+from whisper_at_cli.extract.backbones.load import Backbone, EncoderFacts, load_backbone
 from whisper_at_cli.extract.backbones.precision import AUTO
 from whisper_at_cli.extract.cache.schema import METADATA, CacheSpec, Status, read_attributes, spec_from_attributes
 from whisper_at_cli.extract.cache.store import location
@@ -82,6 +83,13 @@ def precision_of(cache: str | Path, asked: str) -> str:
         return asked
     made_with = spec_from_attributes(read_attributes(store), store).precision
     return made_with if made_with in PRECISIONS else asked
+
+
+def open_backbone(model: str | Path | Backbone, cache: str | Path, *, device: str, precision: str) -> Backbone:
+    """The backbone that `model` stands for, in the precision in which `cache` can be continued; or `model` itself."""
+    if isinstance(model, str | Path):
+        return load_backbone(model, device=device, precision=precision_of(cache, precision))
+    return checked_backbone(model, "model")
 
 
 def open_cache(
