@@ -22,10 +22,10 @@ from whisper_at_cli.extract.output import print_json, print_notes
 @click.option("--update", is_flag=True, help="Mark clips whose audio file has changed, for `extract` to redo.")
 @click.option("--prune", is_flag=True, help="Drop clips from CACHE that DATASET no longer has.")
 def sync_command(dataset: Path | str, cache: Path | str, as_json: bool, **options: Any) -> None:
-    """Make CACHE follow DATASET after an edit, without encoding anything.
+    """Update CACHE after DATASET was edited, without encoding anything.
 
-    `extract` does the same by itself, unless it runs as one of several tasks or on several devices: then run `sync`
-    once before. Labels, folds and splits are taken over, new clips are added as pending.
+    Labels, folds and splits are replaced, and new clips are added as pending. `extract` does the same by itself; only
+    before `extract --shard I/N` or several devices, run `sync` once.
 
     \b
         whisper-at-cli sync my-sounds sounds.zarr

@@ -56,7 +56,7 @@ FAILURES_SHOWN = 20
 @LABELS
 @click.option("--window", type=float, help="Cut every file into clips of this many seconds.")
 @click.option("--hop", type=float, help="Seconds from one window to the next.  [default: the window's length]")
-@click.option("--limit", type=int, help="Take the dataset's first so many clips only.")
+@click.option("--limit", type=int, help="Extract only the first N clips of the dataset.", metavar="N")
 @click.option(
     "--dry-run", is_flag=True,
     help="Make no cache: print how many clips and hours there are, the cache's size, and the time that encoding takes.",
@@ -81,7 +81,7 @@ FAILURES_SHOWN = 20
 )
 @click.option("--compile", is_flag=True, help="Run torch.compile first; GPUs only, for long runs in float32.")
 @click.option("--repair", is_flag=True, help="Also redo clips that failed or that `verify` finds damaged.")
-@click.option("--update", is_flag=True, help="Also redo clips whose audio file has changed since.")
+@click.option("--update", is_flag=True, help="Also redo clips whose audio file has changed.")
 @click.option("--prune", is_flag=True, help="Drop clips from CACHE that DATASET no longer has.")
 @DEVICES
 @click.pass_context
@@ -96,8 +96,8 @@ def extract_command(
     of waveforms, a Hugging Face dataset on disk, tar shards, lhotse cuts. If CACHE exists, the same command continues
     it. A clip that cannot be read is reported and marked failed.
 
-    CACHE follows DATASET: new clips are added, and changed labels, folds and splits are taken over. A clip that is
-    gone, or whose audio has changed, is an error unless --prune or --update allows it.
+    If DATASET has changed, CACHE is updated: new clips are added, and labels, folds and splits are replaced. Clips that
+    were removed are an error without --prune, and clips whose audio has changed without --update.
 
     \b
         whisper-at-cli extract ESC-50 esc50.zarr --model tiny.en
@@ -248,8 +248,9 @@ def slurm_command(
 @command("verify")
 @CACHE
 @click.option(
-    "--sample", default="100%", show_default=True, metavar="SHARE", help="Read a share of the clips, drawn at random."
-)
+    "--sample", default="100%", show_default=True, metavar="SHARE",
+    help="Read only this share of the clips, chosen at random.",
+)  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that read.  [default: the number of cores]")
 @click.pass_context
 def verify_command(
