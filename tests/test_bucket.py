@@ -176,7 +176,7 @@ def test_one_layer_is_read_by_ranged_requests_for_its_bytes(bucket, monkeypatch)
     assert sum(length for _, length in asked) == 11 * (25 * 8 * 4 + 4)
     asked.clear()
     cache.features([5, 6])
-    assert asked == [("features/c/1/0/0/0", 3 * (25 * 8 * 4 + 4))] * 2
+    assert asked == [("features/c.1.0.0.0", 3 * (25 * 8 * 4 + 4))] * 2
 
 
 @needs_server
@@ -185,11 +185,11 @@ def test_a_flipped_byte_is_found_named_and_mended(bucket, noise_folder):
     extract(noise_folder, address, model=make_backbone(), **OPTIONS)
     whole = bucket_bytes(address)
     assert verify(address).ok
-    flip(address, "features/c/1/0/0/0", LAYERS * (25 * DIM * 2 + 4) + 5)  # of the shard's second clip
+    flip(address, "features/c.1.0.0.0", LAYERS * (25 * DIM * 2 + 4) + 5)  # of the shard's second clip
     report = verify(address)
     cache = FeatureCache.open(address)
     assert [damage.clips for damage in report.damaged] == [(cache.ids[5],)]
-    assert f"{address}/features/c/1/0/0/0" in report.damaged[0].problem and "CRC-32C" in report.damaged[0].problem
+    assert f"{address}/features/c.1.0.0.0" in report.damaged[0].problem and "CRC-32C" in report.damaged[0].problem
     flip(address, "status/c/2", 1)
     assert {damage.clips for damage in verify(address).damaged} == {(cache.ids[5],), tuple(cache.ids[8:])}
     report = extract(noise_folder, address, model=make_backbone(), repair=True, **OPTIONS)
@@ -201,9 +201,9 @@ def test_missing_and_truncated_objects_are_damage(bucket):
     address = f"{bucket}/a.zarr"
     planted(address)
     store = BucketStore(address)
-    store.write_whole("features/c/0/0/0/0", [store.read("features/c/0/0/0/0")[:300]])
+    store.write_whole("features/c.0.0.0.0", [store.read("features/c.0.0.0.0")[:300]])
     store.write_whole("mean/zarr.json", [b"{"])
-    store._obs.delete(store._store, "features/c/2/0/0/0")
+    store._obs.delete(store._store, "features/c.2.0.0.0")
     problems = " ".join(damage.problem for damage in verify(address).damaged)
     assert "truncated" in problems and "missing although" in problems and "mean/zarr.json is missing" in problems
     store._obs.delete(store._store, "mean/zarr.json")

@@ -76,7 +76,7 @@ def test_our_shard_bytes_are_those_of_zarr(tmp_path):
     )  # fmt: skip
     theirs[:] = group["features"][:]
     for shard in range(3):
-        ours = (cache.path / "features" / "c" / str(shard) / "0/0/0").read_bytes()
+        ours = (cache.path / f"features/c.{shard}.0.0.0").read_bytes()
         other = (tmp_path / "b.zarr" / "c" / str(shard) / "0/0/0").read_bytes()
         assert len(ours) == len(other)
         if shard < 2:  # in the last shard, zarr-python orders the chunks of absent clips as it likes
@@ -157,11 +157,11 @@ def test_one_layer_is_one_read_per_shard_of_that_layers_bytes_alone(tmp_path, mo
         ShardFile, "read", lambda self, chunks, out: read.append((self.path, list(chunks))) or whole(self, chunks, out)
     )
     cache.layer(2, [1, 3, 4, 6, 2])
-    first, second = (f"{cache.path}/features/c/{shard}/0/0/0" for shard in (0, 1))
+    first, second = (f"{cache.path}/features/c.{shard}.0.0.0" for shard in (0, 1))
     assert read == [(first, [1 * L + 1, 3 * L + 1]), (second, [0 * L + 1, 2 * L + 1]), (first, [2 * L + 1])]
     read.clear()
     cache.mean(3, [0, 9, 3, 8])
-    assert read == [(f"{cache.path}/mean/c/{shard}/0/0", [2]) for shard in (0, 2)]
+    assert read == [(f"{cache.path}/mean/c.{shard}.0.0", [2]) for shard in (0, 2)]
 
 
 def test_few_shard_files_are_open_at_once_and_the_least_used_is_closed(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path):
         change(cache.path)
         return verify(cache.path)
 
-    shard = "features/c/1/0/0/0"
+    shard = "features/c.1.0.0.0"
     assert verify(small_cache(tmp_path / "whole.zarr").path).ok
     one = damaged("flip", lambda path: flip(path / shard, 3 * (T * D * 4 + 4) + 5))
     assert not one.ok and [damage.clips for damage in one.damaged] == [("clip5",)]
@@ -232,7 +232,7 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path):
     assert "truncated" in short.damaged[0].problem
     empty = damaged("empty", lambda path: (path / shard).write_bytes(b""))
     assert "empty" in empty.damaged[0].problem
-    mean = damaged("mean", lambda path: flip(path / "mean/c/0/0/0", 9))
+    mean = damaged("mean", lambda path: flip(path / "mean/c.0.0.0", 9))
     assert mean.damaged[0].shard == 0
 
 
@@ -277,8 +277,8 @@ def test_a_damage_that_hits_all_clips_of_a_shard_is_named_once(tmp_path):
     group["features"][7, 0, 0, 0] = 0
     assert [damage.clips for damage in verify(cache.path).damaged] == [("clip4",), ("clip5",), ("clip6",)]
     assert verify(cache.path, rows=np.isin(np.arange(N), [5])).damaged[0].clips == ("clip5",)
-    flip(cache.path / "features/c/0/0/0/0", 3)
-    flip(cache.path / "features/c/0/0/0/0", L * (T * D * 4 + 4) + 3)
+    flip(cache.path / "features/c.0.0.0.0", 3)
+    flip(cache.path / "features/c.0.0.0.0", L * (T * D * 4 + 4) + 3)
     of_first = [damage for damage in verify(cache.path).damaged if damage.shard == 0]
     assert [damage.clips for damage in of_first] == [("clip0",), ("clip1",)], "two chunks are two damages"
 
@@ -287,7 +287,7 @@ def test_verify_says_how_far_it_is_and_leaves_out_what_is_not_done(tmp_path):
     cache, said = small_cache(tmp_path / "a.zarr", failed=(3, 8)), []
     assert verify(cache.path, progress=lambda *words: said.append(words)) == VerifyReport(True, 9, (), 9)
     assert said == [(3, 9, ""), (7, 9, ""), (9, 9, "")]
-    flip(cache.path / "features/c/1/0/0/0", 3)
+    flip(cache.path / "features/c.1.0.0.0", 3)
     said.clear()
     verify(cache.path, progress=lambda *words: said.append(words))
     assert said == [(3, 9, ""), (7, 9, "1 damaged"), (9, 9, "1 damaged")]
@@ -464,7 +464,7 @@ def test_a_damaged_index_of_a_shard_that_holds_no_features_is_found(tmp_path):
     """Zarr could read nothing of the array any more."""
     cache = small_cache(tmp_path / "a.zarr", failed=(4, 5, 6, 7))
     assert verify(cache.path).ok
-    flip(cache.path / "features" / "c" / "1" / "0/0/0", 3)
+    flip(cache.path / "features/c.1.0.0.0", 3)
     assert [damage.clips for damage in verify(cache.path).damaged] == [("clip4", "clip5", "clip6", "clip7")]
 
 

@@ -148,8 +148,8 @@ def test_shards_are_as_many_as_the_size_asks_and_equally_full():
 
 
 def test_rows_and_files_of_shards():
-    assert schema.shard_file("features", 3) == "features/c/3/0/0/0"
-    assert schema.shard_file("mean", 0) == "mean/c/0/0/0" and schema.shard_file("scale", 12) == "scale/c/12/0/0"
+    assert schema.shard_file("features", 3) == "features/c.3.0.0.0"
+    assert schema.shard_file("mean", 0) == "mean/c.0.0.0" and schema.shard_file("scale", 12) == "scale/c/12/0/0"
     assert schema.shard_file("status", 2) == "status/c/2" and schema.shard_file("valid_frames", 0) == "valid_frames/c/0"
     assert [schema.shard_rows(shard, 4, 10) for shard in range(3)] == [range(4), range(4, 8), range(8, 10)]
     assert [schema.shard_count(clips, 4) for clips in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]

@@ -48,10 +48,10 @@ def test_a_share_of_the_clips_is_drawn_and_all_else_is_read(tmp_path):
     assert (report.ok, report.clips_read, report.clips_done) == (True, 10, 40)
     assert verify(cache.path, sample=0.001).clips_read == 1
     for shard in range(10):
-        flip(cache.path / f"features/c/{shard}/0/0/0", 7)
+        flip(cache.path / f"features/c.{shard}.0.0.0", 7)
     found = verify(cache.path, sample=0.5)
     assert not found.ok and len(found.damaged) < len(verify(cache.path).damaged) == 10
-    flip(cache.path / "labels/c/0/0", 3)
+    flip(cache.path / "labels/c.0.0", 3)
     assert any("labels" in damage.problem for damage in verify(cache.path, sample=0.025).damaged)
     for wrong in (0, -1, 1.5, np.nan):
         with pytest.raises(UsageError, match="above 0 and at most 1"):
@@ -65,7 +65,7 @@ def test_any_number_of_threads_finds_the_same_in_the_same_order(tmp_path, worker
         shard_mb=4 * 2 * 25 * 4 * 4 / 1e6, failed=(5, 6),
     )  # fmt: skip
     for shard in (1, 4, 9):
-        flip(cache.path / f"features/c/{shard}/0/0/0", 7 + 408 * 4)
+        flip(cache.path / f"features/c.{shard}.0.0.0", 7 + 408 * 4)
     seen = []
     report = verify(cache.path, workers=workers, progress=lambda *at: seen.append(at[:2]))
     assert [damage.shard for damage in report.damaged] == [1, 4, 9] and report.clips_read == 38

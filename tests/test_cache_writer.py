@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from planted import planted_cache
-from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status, writer
+from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status, locks, writer
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
@@ -126,7 +126,7 @@ def test_a_shard_of_failed_clips_alone_has_no_means(tmp_path):
     means = group["mean"][:, 0, 0]
     assert np.isnan(means).tolist() == [True] * 6 + [False] + [True] * 4 and means[6] == 6.5
     assert np.isnan(group["scale"][:, 0, 0]).tolist() == [True] * 6 + [False] + [True] * 4
-    assert (tmp_path / "a.zarr/mean/c/0/0/0").stat().st_size == L * 16 + 4, "an index and no chunk"
+    assert (tmp_path / "a.zarr/mean/c.0.0.0").stat().st_size == L * 16 + 4, "an index and no chunk"
 
 
 def test_files_of_a_shard_are_written_status_last(tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def test_files_of_a_shard_are_written_status_last(tmp_path, monkeypatch):
     with created(tmp_path / "a.zarr", dtype="int8") as first:
         monkeypatch.setattr(LocalStore, "write_together", lambda *args: names.extend(args[1]) or write(*args))
         first.write(1, filled(range(4, 8), "int8"))
-    files = ["features/c/1/0/0/0", "mean/c/1/0/0", "scale/c/1/0/0", "valid_frames/c/1", "status/c/1"]
+    files = ["features/c.1.0.0.0", "mean/c.1.0.0", "scale/c.1.0.0", "valid_frames/c/1", "status/c/1"]
     assert names == files
 
 
@@ -154,11 +154,11 @@ def test_a_refused_writer_leaves_no_lock_behind(tmp_path):
     for wrong, clips, error in ((spec(layers=3), table(), CacheError), (spec(), table(10), CacheError)):
         with pytest.raises(error):
             CacheWriter.create(tmp_path / "a.zarr", wrong, clips)
-        assert writer.running_slots(tmp_path / "a.zarr") == set()
+        assert locks.running_slots(tmp_path / "a.zarr") == set()
     (tmp_path / "a.zarr/zarr.json").rename(tmp_path / "kept.json")
     with pytest.raises(UsageError):
         CacheWriter(writer.location(tmp_path / "a.zarr"), (1, 1))
-    assert writer.running_slots(tmp_path / "a.zarr") == set()
+    assert locks.running_slots(tmp_path / "a.zarr") == set()
 
 
 def test_clips_that_differ_are_named_by_where_they_begin_to(tmp_path):
@@ -253,39 +253,39 @@ def test_a_worker_that_joins_takes_no_lock(tmp_path):
         assert joined.pending_shards() == [0, 1, 2]
         joined.write(1, filled(range(4, 8)))
         joined.close()
-        assert writer.running_slots(tmp_path / "a.zarr") == {(1, 1)}
+        assert locks.running_slots(tmp_path / "a.zarr") == {(1, 1)}
     assert FeatureCache.open(tmp_path / "a.zarr").done.sum() == 4
 
 
 def test_locks_say_who_is_at_work_and_go_with_the_writer(tmp_path):
     path = tmp_path / "a.zarr"
-    assert writer.running_slots(path) == set() and writer.lock_files(path) == {}
+    assert locks.running_slots(path) == set() and locks.lock_files(path) == {}
     with created(path, slot=(1, 3)):
         with created(path, slot=(3, 3)):
-            assert writer.running_slots(path) == {(1, 3), (3, 3)}
+            assert locks.running_slots(path) == {(1, 3), (3, 3)}
             with pytest.raises(
                 CacheError, match="writing to .*a.zarr as --shard 3/3; wait for it, or give every process"
             ):
                 created(path, slot=(3, 3))
             with pytest.raises(CacheError, match="--shard [13]/3"):
                 created(path, slot=(1, 2))
-        assert writer.running_slots(path) == {(1, 3)}
+        assert locks.running_slots(path) == {(1, 3)}
         created(path, slot=(2, 3)).close()
-    assert writer.running_slots(path) == set()
-    folder = writer.lock_folder(path)
+    assert locks.running_slots(path) == set()
+    folder = locks.lock_folder(path)
     assert folder == path / "status" / ".locks"
-    assert writer.lock_files(path) == {(i, 3): folder / f"{i}-of-3" for i in (1, 2, 3)}
+    assert locks.lock_files(path) == {(i, 3): folder / f"{i}-of-3" for i in (1, 2, 3)}
     for name in ("a-of-3", "1-of-b", "1-of-", "-of-"):
         (folder / name).touch()
-    assert set(writer.lock_files(path)) == {(1, 3), (2, 3), (3, 3)}
+    assert set(locks.lock_files(path)) == {(1, 3), (2, 3), (3, 3)}
 
 
-@pytest.mark.parametrize("look", [writer.running_slots, lambda path: created(path, slot=(2, 2)).close()])
+@pytest.mark.parametrize("look", [locks.running_slots, lambda path: created(path, slot=(2, 2)).close()])
 def test_who_looks_at_the_locks_waits_for_who_does_already(tmp_path, look):
     path = tmp_path / "a.zarr"
     created(path, slot=(1, 2)).close()
-    with open(writer.lock_folder(path) / "door") as door:
-        assert writer.take_lock(door)
+    with open(locks.lock_folder(path) / "door") as door:
+        assert locks.take_lock(door)
         looking = threading.Thread(target=look, args=(path,))
         looking.start()
         looking.join(0.2)
@@ -334,7 +334,7 @@ def test_info_says_what_each_task_of_the_last_division_has_to_do(tmp_path):
     path = tmp_path / "a.zarr"
     created(path, provenance={"by": "us"}).close()
     assert summarise(path)["made"] == {"by": "us"}
-    os.utime(writer.lock_folder(path) / "1-of-1", (1, 1))  # long ago
+    os.utime(locks.lock_folder(path) / "1-of-1", (1, 1))  # long ago
     with created(path, slot=(2, 2), provenance={}) as second, created(path, slot=(1, 2)) as one:
         second.write(1, filled(range(4, 8), failed=(5,)))
         one.write(2, filled(range(8, 11)))
@@ -343,10 +343,10 @@ def test_info_says_what_each_task_of_the_last_division_has_to_do(tmp_path):
             {"shard": "1/2", "clips": 7, "pending": 4, "done": 3, "failed": 0, "running": False},
             {"shard": "2/2", "clips": 4, "pending": 0, "done": 3, "failed": 1, "running": True},
         ]
-    os.utime(writer.lock_folder(path) / "1-of-1")
+    os.utime(locks.lock_folder(path) / "1-of-1")
     for name in ("1-of-2", "2-of-2"):
-        os.utime(writer.lock_folder(path) / name, (1, 1))
+        os.utime(locks.lock_folder(path) / name, (1, 1))
     assert [slot["shard"] for slot in summarise(path)["slots"]] == ["1/1"]
-    for file in writer.lock_files(path).values():
+    for file in locks.lock_files(path).values():
         file.unlink()
     assert summarise(path)["slots"] == []

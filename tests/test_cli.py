@@ -211,7 +211,7 @@ def test_heads_prints_both_ways_of_counting(capsys):
 
 def test_verify_fails_on_damage(capsys, cache):
     assert run(capsys, "verify", cache)[0] == 0
-    shard = cache / "features" / "c" / "0" / "0/0/0"
+    shard = cache / "features/c.0.0.0.0"
     data = bytearray(shard.read_bytes())
     data[100] ^= 4
     shard.write_bytes(data)

@@ -178,7 +178,7 @@ def test_what_is_lost_of_a_clip_is_noted_in_report_cache_and_info(sounds, tmp_pa
     assert summarise(path)["notes"] == [{"id": name, "path": file, "note": "0.4 s of 10 s were lost"}]
     main(["info", str(path)], standalone_mode=False)
     assert f"note: {file}: 0.4 s of 10 s were lost" in capsys.readouterr().out
-    (path / "mean/c/0/0/0").unlink()  # the shard is written again, and keeps the note of a clip that is kept
+    (path / "mean/c.0.0.0").unlink()  # the shard is written again, and keeps the note of a clip that is kept
     again = extract(planted(open_dataset(sounds), row_3=Noted()), path, model=random_backbone, repair=True, **OPTIONS)
     assert again.clip_notes == report.clip_notes
 

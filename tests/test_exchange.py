@@ -316,7 +316,7 @@ def test_hdf5_takes_as_many_class_names_as_there_are(tmp_path):
 @pytest.mark.parametrize("export, name", [(export_npz, "npz"), (export_hdf5, "a.h5")])
 def test_an_export_appears_whole_or_not_at_all(tmp_path, export, name):
     cache = source(tmp_path / "a.zarr")
-    shard = cache.path / "features/c/1/0/0/0"
+    shard = cache.path / "features/c.1.0.0.0"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:100])
     with pytest.raises(CacheError, match="truncated"):

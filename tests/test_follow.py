@@ -196,11 +196,11 @@ def test_new_clips_come_behind_the_others_and_alone_are_encoded(tmp_path, listed
 def test_shards_that_stay_are_not_written_again(tmp_path, listed):
     path = tmp_path / "a.zarr"
     run(listed, path)
-    first = (path / "features/c/0/0/0/0").stat().st_ino
+    first = (path / "features/c.0.0.0.0").stat().st_ino
     listed.rows[0]["label"] = "new"
     listed.add()
     run(listed, path)
-    assert (path / "features/c/0/0/0/0").stat().st_ino == first
+    assert (path / "features/c.0.0.0.0").stat().st_ino == first
 
 
 def test_one_of_several_tasks_does_not_change_the_cache_under_the_others(tmp_path, listed):

@@ -234,7 +234,7 @@ def test_repair_brings_back_shards_that_are_gone_and_clips_that_were_mended(nois
     assert extract(noise_folder, path, **options).failed == 1
     (noise_folder / "low" / "04.wav").write_bytes(good)
     assert extract(noise_folder, path, **options).failed == 1, "without --repair nothing is redone"
-    (path / "features" / "c" / "0" / "0/0/0").unlink()
+    (path / "features/c.0.0.0.0").unlink()
     status = path / "status" / "c" / "2"
     status.write_bytes(status.read_bytes()[:3])
     report = extract(noise_folder, path, repair=True, **options)
@@ -242,7 +242,7 @@ def test_repair_brings_back_shards_that_are_gone_and_clips_that_were_mended(nois
     found, whole = array_bytes(path), array_bytes(tmp_path / "whole.zarr")
     different = {name for name in found if found[name] != whole.get(name)}
     # the clip that shared a batch with the failed one was then encoded alone: the same but for rounding
-    assert found.keys() == whole.keys() and different <= {"features/c/1/0/0/0", "mean/c/1/0/0"}
+    assert found.keys() == whole.keys() and different <= {"features/c.1.0.0.0", "mean/c.1.0.0"}
     caches = FeatureCache.open(path), FeatureCache.open(tmp_path / "whole.zarr")
     np.testing.assert_allclose(*(cache.features(range(12)) for cache in caches), rtol=2e-3, atol=1e-4)
     assert not FeatureCache.open(path).errors.any()
@@ -256,7 +256,7 @@ def test_repair_with_a_slot_reads_and_mends_only_what_the_slot_holds(
     extract(noise_folder, path, **options)
     whole = array_bytes(path)
     for shard in (0, 1):
-        file = path / "features" / "c" / str(shard) / "0/0/0"
+        file = path / f"features/c.{shard}.0.0.0"
         file.write_bytes(file.read_bytes()[:100])
     read = []
     monkeypatch.setattr(prepare, "verify", lambda *args, **how: read.append(verify(*args, **how)) or read[-1])

@@ -349,7 +349,7 @@ class CacheLife(RuleBasedStateMachine):
         done = np.flatnonzero(self.written & self.plan.done)
         if len(done):
             row = int(data.draw(st.sampled_from(done.tolist())))
-            file = self.path / "features" / "c" / str(row // 2) / "0/0/0"
+            file = self.path / f"features/c.{row // 2}.0.0.0"
             whole, slot = bytearray(file.read_bytes()), int((self.plan.done[row // 2 * 2 : row]).sum())
             at = slot * 2 * (2 * 3 + 4) + data.draw(st.integers(0, 2 * (2 * 3 + 4) - 1))
             whole[at] ^= data.draw(st.integers(1, 255))

@@ -115,7 +115,7 @@ def test_an_early_stop_leaves_no_thread_behind(cache, taken):
 
 def test_an_error_while_reading_is_raised_where_batches_are_taken(tmp_path):
     cache = planted_cache(tmp_path / "a.zarr", FEATURES, LABELS, shard_mb=4.5 * CLIP_MB)
-    shard = cache.path / "features/c/3/0/0/0"
+    shard = cache.path / "features/c.3.0.0.0"
     shard.write_bytes(shard.read_bytes()[:-50])
     seen = []
     with pytest.raises(CacheError, match="truncated"):

@@ -14,7 +14,9 @@ import numpy as np
 from numcodecs import zstd
 from numcodecs.vlen import VLenUTF8
 
+from whisper_at_cli.extract.cache.layout import Layout
 from whisper_at_cli.extract.cache.schema import MAX_CLIPS_PER_SHARD, CacheSpec, array_shapes, readable
+from whisper_at_cli.extract.cache.sealed import unpacked_bytes
 from whisper_at_cli.extract.cache.shards import CRC_BYTES, crc32c
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 
@@ -26,11 +28,10 @@ CODECS = {**dict.fromkeys(("fold", "digest"), ("bytes crc32c",)), "labels": tupl
 TEXT_CODECS = tuple(f"vlen-utf8 {rest}" for rest in PACKED)
 TEXT_BYTES, TEXT_RATIO = 1 << 26, 100  # a chunk of text is at most so large, or so many times what it takes on disk
 MAX_TEXT = 1 << 16  # characters of an id, a path or an error
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 def read_column(
-    store: LocalStore | BucketStore, group: zarr.Group, name: str, spec: CacheSpec, clips: int
+    store: LocalStore | BucketStore, layout: Layout, group: zarr.Group, name: str, spec: CacheSpec, clips: int
 ) -> np.ndarray:
     """A column of `clips` entries: text as Python strings, fold int16, digest uint64, labels (clips, classes) uint8.
 
@@ -51,9 +52,9 @@ def read_column(
         known: dict[str, str] = {}  # of a column with few different texts, each once
 
         def read(number: int) -> None:
-            data = store.read(f"{name}/c/{number}{'/0' if numbers else ''}")
+            data = store.read(layout.file(name, number))
             if data is None and name == "id":
-                raise ValueError(f"c/{number} is missing")
+                raise ValueError(f"chunk {number} is missing")
             if data is not None:
                 packed = _without_checksum(data) if checked else data
                 if numbers:
@@ -94,8 +95,8 @@ def _without_checksum(data: bytes) -> bytes:
 def _unpack_labels(packed: bytes, out: np.ndarray, first: int, chunk: tuple[int, ...]) -> None:
     """Put the labels of a chunk into `out` from row `first` on; only of a last chunk is there a copy."""
     size = math.prod(chunk)
-    if _unpacked_bytes(packed) != size:
-        raise ValueError(f"a chunk is {_unpacked_bytes(packed)} bytes unpacked, not {size}")
+    if unpacked_bytes(packed) != size:
+        raise ValueError(f"a chunk is {unpacked_bytes(packed)} bytes unpacked, not {size}")
     there = out[first : first + chunk[0]]
     if there.nbytes == size:
         zstd.decompress(packed, there)
@@ -105,7 +106,7 @@ def _unpack_labels(packed: bytes, out: np.ndarray, first: int, chunk: tuple[int,
 
 def _texts(packed: bytes, count: int) -> np.ndarray:
     """The texts of a chunk: their number, then the length and UTF-8 bytes of each."""
-    size = _unpacked_bytes(packed)
+    size = unpacked_bytes(packed)
     if size > max(TEXT_BYTES, TEXT_RATIO * len(packed)):
         raise ValueError(f"a chunk is {size} bytes unpacked")
     data = zstd.decompress(packed)
@@ -116,16 +117,3 @@ def _texts(packed: bytes, count: int) -> np.ndarray:
     if longest > MAX_TEXT:
         raise ValueError(f"it holds a text of {longest} characters")
     return texts
-
-
-def _unpacked_bytes(packed: bytes) -> int:
-    """How many bytes a Zstandard frame holds, by its own header. Raises ValueError where it does not say."""
-    if packed[:4] != ZSTD_MAGIC or len(packed) < 6:
-        raise ValueError("a chunk is no Zstandard frame")
-    flags = packed[4]
-    single = flags >> 5 & 1
-    width = (single, 2, 4, 8)[flags >> 6]
-    at = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
-    if not width:
-        raise ValueError("a chunk does not say how large it is")
-    return int.from_bytes(packed[at : at + width], "little") + (256 if width == 2 else 0)

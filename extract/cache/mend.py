@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.cache import schema
+from whisper_at_cli.extract.cache.locks import lock_slot
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable
 from whisper_at_cli.extract.cache.store import sync_tree
 from whisper_at_cli.extract.cache.verify import COLUMNS
-from whisper_at_cli.extract.cache.writer import lock_slot
 from whisper_at_cli.extract.errors import CacheError
 
 KEYS = ("id", "path", "digest")  # columns that tell clips apart, best first
@@ -36,7 +36,8 @@ def mend_columns(path: Path, names: Sequence[str], spec: CacheSpec, clips: ClipT
             )
         beside = path.with_name(f".{path.name}.columns")
         shutil.rmtree(beside, ignore_errors=True)
-        schema.create_arrays(beside, cache.spec, table, clips_per_shard=cache.clips_per_shard, provenance={})
+        S = cache.clips_per_shard
+        schema.create_arrays(beside, cache.spec, table, clips_per_shard=S, provenance={}, layout=cache.layout)
         sync_tree(beside)
         for name in names:
             shutil.rmtree(path / name, ignore_errors=True)

@@ -14,8 +14,11 @@ import numpy as np
 
 from whisper_at_cli.extract.cache import schema
 from whisper_at_cli.extract.cache.columns import read_column
+from whisper_at_cli.extract.cache.layout import Layout
 from whisper_at_cli.extract.cache.schema import CacheSpec, Status
-from whisper_at_cli.extract.cache.shards import ShardFile, read_chunk
+from whisper_at_cli.extract.cache.shards import ShardFile
+from whisper_at_cli.extract.cache.status import ClipStatus, Geometry, StatusChunks
+from whisper_at_cli.extract.cache.status_log import StatusLog
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
@@ -40,11 +43,12 @@ class FeatureCache:
         import zarr
 
         self.store, self.path, self.spec, self.attributes = store, store.address, spec, attributes
+        self.layout = Layout(attributes["format_version"])
         with schema.readable(store, "features"):
             self._group = zarr.open_group(store.zarr(), mode="r", zarr_format=3)
-            clips, self.clips_per_shard = schema.check_features(self._array("features"), spec, store)
-        self.damaged_chunks: dict[str, set[int]] = {"status": set(), "valid_frames": set()}
-        self.status = self._bytes_per_clip("status", clips)
+            clips, self.clips_per_shard = schema.check_features(self._array("features"), spec, store, self.layout)
+        geometry = Geometry(clips, self.clips_per_shard, spec.frames)
+        self.clip_status: ClipStatus = (StatusChunks if self.layout.version == 1 else StatusLog)(store, geometry)
         self._open: dict[str, OrderedDict[int, ShardFile]] = {}
         self._guard = threading.Lock()
 
@@ -63,6 +67,11 @@ class FeatureCache:
 
     def __repr__(self) -> str:
         return f"FeatureCache({str(self.path)!r}: {len(self)} clips, {self.spec.backbone}, {self.spec.dtype})"
+
+    @property
+    def status(self) -> np.ndarray:
+        """(N,) uint8 of `Status`."""
+        return self.clip_status.status
 
     @property
     def done(self) -> np.ndarray:
@@ -97,7 +106,7 @@ class FeatureCache:
     @cached_property
     def errors(self) -> np.ndarray:
         """(N,) of Python strings: why a clip failed; of one that is done, a note on it. Mostly empty."""
-        return self._column("error")
+        return self._column("error") if self.layout.version == 1 else self.clip_status.errors()
 
     @cached_property
     def fold(self) -> np.ndarray:
@@ -121,36 +130,12 @@ class FeatureCache:
 
     @property
     def has_digests(self) -> bool:
-        return self.attributes.get(schema.DIGESTS) is True
+        return self.layout.version > 1 or self.attributes.get(schema.DIGESTS) is True
 
-    @cached_property
+    @property
     def valid_frames(self) -> np.ndarray:
         """(N,) uint8: how many of a clip's frames are real audio rather than padding."""
-        return self._bytes_per_clip("valid_frames", len(self))
-
-    def _bytes_per_clip(self, name: str, clips: int) -> np.ndarray:
-        """(N,) uint8 of an array with a chunk file per shard, 0 where there is none yet.
-
-        A chunk that is damaged, or holds what no status is, reads as 0 too, which is `pending`: what is not known to
-        be done counts as not done. Its shard is kept in `damaged_chunks` for `verify`.
-        """
-        S = self.clips_per_shard
-        out = np.zeros(clips, dtype=np.uint8)
-
-        def read(shard: int) -> None:
-            try:
-                chunk = read_chunk(self.store, f"{name}/c/{shard}", S)
-            except CacheError:
-                self.damaged_chunks[name].add(shard)
-                return
-            most = max(Status) if name == "status" else self.spec.frames
-            if chunk is not None and chunk.max() > most:
-                self.damaged_chunks[name].add(shard)
-            elif chunk is not None:
-                out[shard * S : (shard + 1) * S] = chunk[: clips - shard * S]
-
-        self.store.map(read, range(schema.shard_count(clips, S)))
-        return out
+        return self.clip_status.valid_frames
 
     def _array(self, name: str) -> zarr.Array:
         import zarr
@@ -161,7 +146,14 @@ class FeatureCache:
         return array
 
     def _column(self, name: str) -> np.ndarray:
-        return read_column(self.store, self._group, name, self.spec, len(self))
+        return read_column(self.store, self.layout, self._group, name, self.spec, len(self))
+
+    def check_axis(self, name: str) -> None:
+        """Raise CacheError unless the array `layer` or `class` holds the cache's layers or classes."""
+        expected = schema.named_axes(self.spec)[name]
+        with schema.readable(self.store, name):
+            if not np.array_equal(np.asarray(self._array(name)[:], dtype=expected.dtype), expected):
+                raise ValueError("it is not what the cache's attributes say")
 
     def features(self, rows: Rows) -> np.ndarray:
         """All layers of some clips: (n, L, T, D), float16 or float32 as stored; int8 is decoded to float32."""
@@ -282,7 +274,7 @@ class FeatureCache:
 
     def _shard_file(self, name: str, shard: int) -> ShardFile:
         L, T, D, S = self.spec.layers, self.spec.frames, self.spec.dim, self.clips_per_shard
-        file = schema.shard_file(name, shard)
+        file = self.layout.file(name, shard)
         if name == "features":
             return ShardFile(self.store, file, chunk_count=S * L, chunk_bytes=T * D * self._stored.itemsize)
         size = S * D * self._per_layer_dtype(name).itemsize

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.cache import schema
+from whisper_at_cli.extract.cache.locks import lock_slot
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
 from whisper_at_cli.extract.cache.store import LocalStore, sync_tree
-from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock, lock_slot
+from whisper_at_cli.extract.cache.writer import SHARDED, CacheWriter, ShardBlock
 
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 AT_FDCWD = -100  # "relative to the working folder"
@@ -53,6 +54,7 @@ def rebuild(path: Path, plan: Plan, made: dict) -> None:
         with CacheWriter.join(beside) as writer:
             for shard in range(schema.shard_count(len(plan.clips), old.clips_per_shard)):
                 _fill_shard(old, writer, shard, plan)
+            writer.finish(rewrite=True)
         with contextlib.closing(lock_slot(beside, (1, 1))):  # whoever comes while names change waits for neither
             sync_tree(beside)
             exchange(beside, path)
@@ -72,8 +74,8 @@ def _fill_shard(old: FeatureCache, writer: CacheWriter, shard: int, plan: Plan) 
     errors = {slot: text for slot in tried if (text := str(old.errors[rows[slot]]))}
     source = _same_shard(rows, old.clips_per_shard, len(old))
     if source is not None:
-        for name in ("features", "mean", "scale"):
-            _link(old.store.path, schema.shard_file(name, source), writer.store.path, schema.shard_file(name, shard))
+        for name in SHARDED:
+            _link(old.store.path, old.layout.file(name, source), writer.store.path, writer.layout.file(name, shard))
         writer.mark(shard, np.where(known, old.valid_frames[rows], 0).astype(np.uint8), status, errors)
         return
     block = ShardBlock.empty(len(here), plan.spec)

@@ -5,11 +5,14 @@ N clips, L layers, T frames, D channels, C classes, S clips per shard.
 features      (N, L, T, D)  one shard file per S clips, one chunk per clip and layer, CRC-32C on each
 scale         (N, L, D)     only with int8: features = stored * scale; laid out as mean is, and compressed by zstd
 mean          (N, L, D)     mean over frames; one shard file per S clips, one chunk per layer
-valid_frames  (N,)          uint8, one chunk per S clips
-status        (N,)          uint8, one chunk per S clips, written last
+status, valid_frames  (N,)  uint8; see `status`, which also says how they are kept while a run goes on
 error         (N,)          why a clip failed; of one that is done, a note on it; mostly empty
 id, path, fold, split, labels   what the dataset says of each clip; written when the cache is created
-digest        (N,)          uint64, of a clip's file, part, size and time; 0 where unknown. Absent in caches of before
+digest        (N,)          uint64, of a clip's file, part, size and time; 0 where unknown
+layer, class  (L,), (C,)    numbers of the layers and names of the classes, as other readers of Zarr look for them
+
+Caches of version 1 have a chunk of status, valid_frames and error for each shard, and no `layer` and `class`; those of
+before digests no `digest`.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from whisper_at_cli.extract.cache.layout import NEWEST, VERSIONS, Layout
+from whisper_at_cli.extract.cache.metadata import COPY, METADATA, keep_copy
 from whisper_at_cli.extract.cache.shards import ZSTD_LEVEL
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
@@ -34,16 +40,23 @@ from whisper_at_cli.extract.texts import first_repeated, text_column
 if TYPE_CHECKING:
     import zarr
 
+LAYOUT = Layout()
 FORMAT_NAME = "whisper-at-cli feature cache"
-FORMAT_VERSION = 1
 FRAMES = 25
 DTYPES = ("float16", "float32", "int8")
 DEFAULT_SHARD_MB = 128
 MAX_CLIPS_PER_SHARD = 256  # so that a killed run of a small model loses little
 BATCH_STEPS = (32, 16)  # that the clips of a large shard are a multiple of
 DIGESTS = "source_digests"  # the attribute of a cache that has them
-METADATA = "zarr.json"  # of the group; with it a cache begins to be one
-SHARD_SUFFIX = {"features": "/0/0/0", "mean": "/0/0", "scale": "/0/0"}
+COORDINATES = "id path split fold digest status valid_frames error"  # of a clip, to xarray
+DIMENSIONS = {
+    "features": ("clip", "layer", "frame", "channel"),
+    **dict.fromkeys(("mean", "scale"), ("clip", "layer", "channel")),
+    "labels": ("clip", "class"),
+    **{name: (name,) for name in ("layer", "class")},
+    **dict.fromkeys(("id", "path", "split", "fold", "digest", "status", "valid_frames", "error"), ("clip",)),
+}
+LABEL_ROWS = 4096  # in a chunk of labels
 ROWS_PER_CHUNK = 65536  # of what the dataset says of each clip
 MAX_CLIP_BYTES = 1 << 28  # of features; 64 times a clip of the largest Whisper in float32
 FIELD_TYPES = {
@@ -155,61 +168,84 @@ class ClipTable:
         return ClipTable(ids, paths, fold, split, labels, self.digests[rows])
 
 
-def create_arrays(path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_shard: int, provenance: dict) -> None:
+def create_arrays(
+    path: Path, spec: CacheSpec, clips: ClipTable, *, clips_per_shard: int, provenance: dict, layout: Layout = LAYOUT
+) -> None:
     """Lay out an empty cache at `path`: every array's metadata, and what the dataset says of each clip."""
     import zarr
-    from zarr.codecs import Crc32cCodec, ZstdCodec
 
-    attributes = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **asdict(spec), "made": provenance}
-    attributes[DIGESTS] = True
+    attributes = {"format": FORMAT_NAME, "format_version": layout.version, **asdict(spec), "made": provenance}
     attributes["class_names"] = list(spec.class_names)
+    attributes["coordinates"] = COORDINATES
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
-    N, L, T, D, S = len(clips), spec.layers, spec.frames, spec.dim, clips_per_shard
-    packed = [ZstdCodec(level=0), Crc32cCodec()]
-
-    def add(
-        name: str, shape: tuple[int, ...], dtype: str, dims: tuple[str, ...], *, chunks: tuple[int, ...],
-        shards: tuple[int, ...] | None = None, fill_value: float = 0,
-    ) -> zarr.Array:  # fmt: skip
-        return group.create_array(
-            name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, dimension_names=dims,
-            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()] if name == "scale" else Crc32cCodec(),
-            fill_value=fill_value,
-        )  # fmt: skip
-
-    feature_fill = 0 if spec.dtype == "int8" else np.nan
-    add("features", (N, L, T, D), spec.dtype, ("clip", "layer", "frame", "channel"),
-        chunks=(1, 1, T, D), shards=(S, L, T, D), fill_value=feature_fill)  # fmt: skip
-    per_layer = [("mean", spec.mean_dtype)] + ([("scale", "float16")] if spec.dtype == "int8" else [])
-    for name, dtype in per_layer:
-        add(name, (N, L, D), dtype, ("clip", "layer", "channel"),
-            chunks=(S, 1, D), shards=(S, L, D), fill_value=np.nan)  # fmt: skip
-    add("valid_frames", (N,), "uint8", ("clip",), chunks=(S,))
-    add("status", (N,), "uint8", ("clip",), chunks=(S,))
-
-    def add_text(name: str, *, chunks: int) -> zarr.Array:
-        return group.create_array(
-            name, shape=(N,), dtype=str, chunks=(chunks,), dimension_names=("clip",),
-            compressors=packed,
-        )  # fmt: skip
-
-    add_text("error", chunks=S)
-    rows = max(1, min(N, ROWS_PER_CHUNK))
+    N, S = len(clips), clips_per_shard
+    create = partial(_create_array, group, layout)
+    _create_features(create, spec, N, S)
+    rows = rows_per_chunk(N)
+    for name in ("status", "valid_frames"):
+        create(name, (N,), "uint8", (S if layout.version == 1 else max(1, N),), packed=layout.version > 1)
+    create("error", (N,), "str", (S if layout.version == 1 else rows,))
     for name, column in (("id", clips.ids), ("path", clips.paths), ("split", clips.split)):
-        add_text(name, chunks=rows)[:] = np.asarray(column, dtype=object)
-    add("fold", (N,), "int16", ("clip",), chunks=(rows,))[:] = clips.fold
-    add("digest", (N,), "uint64", ("clip",), chunks=(rows,))[:] = clips.digests
+        create(name, (N,), "str", (rows,))[:] = np.asarray(column, dtype=object)
+    create("fold", (N,), "int16", (rows,))[:] = clips.fold
+    create("digest", (N,), "uint64", (rows,))[:] = clips.digests
+    for name, names in named_axes(spec).items() if layout.version > 1 else ():
+        create(name, names.shape, "str" if name == "class" else "uint16", names.shape)[:] = names
     if spec.class_names:
-        array = group.create_array(
-            "labels", shape=clips.labels.shape, dtype="uint8", chunks=(min(rows, 4096), len(spec.class_names)),
-            dimension_names=("clip", "class"), compressors=packed,
-        )  # fmt: skip
+        chunks = (min(rows, LABEL_ROWS), len(spec.class_names))
+        array = create("labels", clips.labels.shape, "uint8", chunks, packed=True)
         step = 16 * array.chunks[0]
         for first in range(0, N, step):
             array[first : first + step] = clips.labels[first : first + step]
+    if layout.version > 1:
+        keep_copy(LocalStore(path), list(array_shapes(spec, N)))
 
 
-def array_shapes(spec: CacheSpec, clips: int, *, digests: bool = True) -> dict[str, tuple[tuple[int, ...], str]]:
+def _create_features(create: Callable[..., zarr.Array], spec: CacheSpec, N: int, S: int) -> None:
+    """The arrays that have a shard for every S clips."""
+    L, T, D = spec.layers, spec.frames, spec.dim
+    features = create(
+        "features", (N, L, T, D), spec.dtype, (1, 1, T, D), shards=(S, L, T, D),
+        fill_value=0 if spec.dtype == "int8" else np.nan,
+    )  # fmt: skip
+    for name, dtype in [("mean", spec.mean_dtype)] + ([("scale", "float16")] if spec.dtype == "int8" else []):
+        create(name, (N, L, D), dtype, (S, 1, D), shards=(S, L, D), fill_value=np.nan, packed=name == "scale")
+    if spec.dtype == "int8":
+        features.attrs["ancillary_variables"] = "scale"
+        features.attrs["comment"] = "value = features * scale, by clip, layer and channel"
+
+
+def _create_array(
+    group: zarr.Group, layout: Layout, name: str, shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...], *,
+    shards: tuple[int, ...] | None = None, fill_value: float = 0, packed: bool = False,
+) -> zarr.Array:  # fmt: skip
+    """An array of a cache: checksums on all chunks, zstd before them where it is text or `packed`."""
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    level = ZSTD_LEVEL if shards or name in ("status", "valid_frames") else 0
+    text = dtype == "str"
+    return group.create_array(
+        name, shape=shape, dtype=str if text else dtype, chunks=chunks, shards=shards, dimension_names=DIMENSIONS[name],
+        compressors=[ZstdCodec(level=level), Crc32cCodec()] if packed or text else Crc32cCodec(),
+        fill_value="" if text else fill_value,
+        chunk_key_encoding={"name": "default", "separator": layout.separator},
+    )  # fmt: skip
+
+
+def named_axes(spec: CacheSpec) -> dict[str, np.ndarray]:
+    """What the arrays `layer` (L,) uint16 and `class` (C,) of text hold."""
+    axes = {"layer": np.arange(1, spec.layers + 1, dtype=np.uint16)}
+    return axes | ({"class": np.array(spec.class_names, dtype=object)} if spec.class_names else {})
+
+
+def rows_per_chunk(clips: int) -> int:
+    """Rows in a chunk of what the dataset says of each clip."""
+    return max(1, min(clips, ROWS_PER_CHUNK))
+
+
+def array_shapes(
+    spec: CacheSpec, clips: int, *, version: int = NEWEST, digests: bool = True
+) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and type of every array of a cache; no type for strings."""
     N, L, T, D = clips, spec.layers, spec.frames, spec.dim
     shapes = {
@@ -226,6 +262,8 @@ def array_shapes(spec: CacheSpec, clips: int, *, digests: bool = True) -> dict[s
         shapes["scale"] = ((N, L, D), "float16")
     if spec.class_names:
         shapes["labels"] = ((N, len(spec.class_names)), "uint8")
+    if version > 1:
+        shapes |= {name: (axis.shape, "" if name == "class" else "uint16") for name, axis in named_axes(spec).items()}
     return shapes
 
 
@@ -248,10 +286,11 @@ def read_attributes(store: LocalStore | BucketStore) -> dict:
         raise _damaged_metadata(store, "its attributes are no JSON object")
     if attributes.get("format") != FORMAT_NAME:
         raise UsageError(f"{path} is a Zarr group but not a feature cache; give the folder that `extract` wrote")
-    if attributes.get("format_version") != FORMAT_VERSION:
+    version = attributes.get("format_version")
+    if type(version) is not int or version not in VERSIONS:
         raise CacheError(
-            f"{path} has cache format version {attributes.get('format_version')}; this version of whisper-at-cli reads "
-            f"version {FORMAT_VERSION}"
+            f"{path} has cache format version {version}; this version of whisper-at-cli reads versions "
+            f"{', '.join(map(str, VERSIONS))}"
         )
     return attributes
 
@@ -293,7 +332,9 @@ def readable(store: LocalStore | BucketStore, name: str) -> Iterator[None]:
         ) from error
 
 
-def check_features(features: zarr.Array, spec: CacheSpec, store: LocalStore | BucketStore) -> tuple[int, int]:
+def check_features(
+    features: zarr.Array, spec: CacheSpec, store: LocalStore | BucketStore, layout: Layout
+) -> tuple[int, int]:
     """Clips, and clips per shard, of the array of features. Raises ValueError where it is not laid out as designed.
 
     Nothing is believed that would cost memory or time beyond what is really there.
@@ -304,18 +345,15 @@ def check_features(features: zarr.Array, spec: CacheSpec, store: LocalStore | Bu
         raise ValueError(f"its metadata say {features.shape} in shards of {features.shards}, not {clip} a clip")
     if features.dtype != spec.dtype or not 1 <= per_shard <= max(clips, MAX_CLIPS_PER_SHARD):
         raise ValueError(f"its metadata say {features.dtype}, {per_shard} clips a shard")
-    if clips > ROWS_PER_CHUNK and not store.exists(f"id/c/{(clips - 1) // ROWS_PER_CHUNK}"):
+    last = layout.file("id", (clips - 1) // ROWS_PER_CHUNK)
+    if clips > ROWS_PER_CHUNK and len(store.names(last.rpartition("/")[0])) < clips // ROWS_PER_CHUNK:
         raise ValueError(f"its metadata say {clips} clips, which have no id")
     return clips, per_shard
 
 
 def _damaged_metadata(store: LocalStore | BucketStore, problem: str) -> CacheError:
-    return CacheError(f"{store}/{METADATA} is damaged ({problem}); restore it or extract again to another path")
-
-
-def shard_file(name: str, shard: int) -> str:
-    """Name of the file that holds a shard (from 0) of an array: below it, a number for each further dimension."""
-    return f"{name}/c/{shard}{SHARD_SUFFIX.get(name, '')}"
+    how = "extract with --repair restores it" if store.exists(COPY) else "restore it or extract again to another path"
+    return CacheError(f"{store}/{METADATA} is damaged ({problem}); {how}")
 
 
 def shard_rows(shard: int, clips_per_shard: int, clips: int) -> range:

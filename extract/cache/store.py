@@ -7,6 +7,8 @@ write_together(files)        the same for several, {name: buffers}, with one wai
 read(name)                   all bytes of a file, None where there is none
 open(name)                   for reading parts: its `size`, and `readv` into the caller's buffers
 exists(name), sizes()        whether there is such a file; bytes of every file, by name
+names(folder)                of the files right in a folder, in full
+remove(name)                 a file that may be gone already
 sync(name)                   a file that somebody else wrote is safe when this returns
 zarr()                       what zarr-python opens
 map(function, items)         a list of results; a bucket is asked for many things side by side
@@ -103,7 +105,7 @@ class LocalStore:
                     os.fsync(number)
             for name, path in paths.items():
                 partial[name].replace(path)
-                if path.parent.name != "c":  # of shards that have a folder each
+                if path.parent.name == "0":  # of shards that have a folder each
                     _remove(path.parent.glob(f".{path.name}.*.partial"))  # what a writer that was killed left
         except OSError:
             _remove(partial.values())
@@ -140,6 +142,32 @@ class LocalStore:
     def sizes(self) -> dict[str, int]:
         files = [entry for entry in self.path.rglob("*") if entry.is_file()]
         return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            return [f"{folder}/{entry.name}" for entry in os.scandir(self.path / folder) if entry.is_file()]
+        except FileNotFoundError:
+            return []
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def append(self, name: str, data: bytes) -> None:
+        """Add to the end of a file, or begin it. All of it is safe when this returns, or nothing of it is there."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with open(path, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                _writev(file.fileno(), [data])
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(file.fileno(), size)
+                raise
+        if new:
+            _sync_folder(path.parent)
 
     def sync(self, name: str) -> None:
         path = self.path / name
@@ -248,6 +276,15 @@ class BucketStore:
     def sizes(self) -> dict[str, int]:
         with self.asking(""):
             return {entry["path"]: entry["size"] for page in self._obs.list(self._store) for entry in page}
+
+    def names(self, folder: str) -> list[str]:
+        with self.asking(folder):
+            entries = [entry["path"] for page in self._obs.list(self._store, prefix=folder) for entry in page]
+            return [name for name in entries if name.rpartition("/")[0] == folder]
+
+    def remove(self, name: str) -> None:
+        with self.asking(name), contextlib.suppress(FileNotFoundError):
+            self._obs.delete(self._store, name)
 
     def read_range(self, name: str, start: int, length: int) -> memoryview:
         """These bytes of a file, or as many of them as it has."""

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from whisper_at_cli.extract.cache.locks import lock_files, running_slots
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import Status, shard_count
 from whisper_at_cli.extract.cache.store import LocalStore
-from whisper_at_cli.extract.cache.writer import lock_files, running_slots
 
 MOST_SLOTS = 10_000  # tasks that are all listed
 

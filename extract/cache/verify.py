@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.cache import schema
+from whisper_at_cli.extract.cache.metadata import METADATA, metadata_problems
 from whisper_at_cli.extract.cache.reader import FeatureCache
-from whisper_at_cli.extract.cache.schema import Status, array_shapes
+from whisper_at_cli.extract.cache.schema import Status, array_shapes, named_axes
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.progress import Progress
@@ -56,7 +57,7 @@ def verify(
         raise UsageError(f"the sample must be above 0 and at most 1 (got {sample:g})")
     cache = FeatureCache.open(path)
     damaged = _metadata_damage(cache) + [Damage(-1, (), problem) for problem in column_problems(cache).values()]
-    damaged += _chunk_damage(cache)
+    damaged += _status_damage(cache)
     asked = np.ones(len(cache), dtype=bool) if rows is None else rows
     done = all_done = np.flatnonzero(cache.done & asked)
     if sample < 1:
@@ -90,26 +91,37 @@ def _metadata_damage(cache: FeatureCache) -> list[Damage]:
     """Arrays that zarr and xarray would not open as designed, because of their metadata."""
     import zarr
 
-    found = []
-    for name, (shape, dtype) in array_shapes(cache.spec, len(cache), digests=cache.has_digests).items():
+    found = metadata_problems(cache.store)
+    shapes = array_shapes(cache.spec, len(cache), version=cache.layout.version, digests=cache.has_digests)
+    for name, (shape, dtype) in shapes.items():
+        if f"{name}/{METADATA}" in found:
+            continue
         try:
             with cache.store.asking(name):
                 array = zarr.open_array(cache.store.zarr(), path=name, mode="r", zarr_format=3)
             if array.shape != shape or (dtype and array.dtype != dtype):
-                found.append(Damage(-1, (), f"{name}/zarr.json says {array.shape} {array.dtype}, not {shape} {dtype}"))
+                found[name] = f"{name}/{METADATA} says {array.shape} {array.dtype}, not {shape} {dtype}"
         except WhisperATError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever damaged bytes bring zarr to
-            found.append(Damage(-1, (), f"{name}/zarr.json is missing or damaged: {error}"))
-    return found
+            found[name] = f"{name}/{METADATA} is missing or damaged: {error}"
+    return [Damage(-1, (), problem) for problem in found.values()]
 
 
 def column_problems(cache: FeatureCache) -> dict[str, str]:
     """What is wrong with each column that is missing or damaged, by its name in the cache."""
     found = {}
+    newer = cache.layout.version > 1
     for name, attribute in COLUMNS.items():
+        if newer and name == "error":  # made of the log
+            continue
         try:
             getattr(cache, attribute)
+        except CacheError as error:
+            found[name] = str(error)
+    for name in named_axes(cache.spec) if newer else ():
+        try:
+            cache.check_axis(name)
         except CacheError as error:
             found[name] = str(error)
     return found
@@ -123,16 +135,14 @@ def _names(cache: FeatureCache, rows: Iterable[int]) -> tuple[str, ...]:
         return tuple(f"row {row}" for row in rows)
 
 
-def _chunk_damage(cache: FeatureCache) -> list[Damage]:
-    """Shards of which it is no longer known which clips are done, or how much of them is real."""
+def _status_damage(cache: FeatureCache) -> list[Damage]:
+    """Where it is no longer known which clips are done, or how much of them is real."""
     cache.valid_frames  # noqa: B018 - reading it finds its damage
-    found = []
-    for name, shards in cache.damaged_chunks.items():
-        for shard in sorted(shards):
-            rows = schema.shard_rows(shard, cache.clips_per_shard, len(cache))
-            clips = _names(cache, rows)
-            found.append(Damage(shard, clips, f"{name}/c/{shard} is damaged: its CRC-32C does not match"))
-    return found
+    problems = [*cache.clip_status.problems, *((-1, problem) for problem in cache.clip_status.array_problems())]
+    return [
+        Damage(shard, _names(cache, schema.shard_rows(shard, cache.clips_per_shard, len(cache))), problem)
+        for shard, problem in problems
+    ]
 
 
 def _shard_damage(cache: FeatureCache, shard: int, rows: np.ndarray) -> list[Damage]:
@@ -157,7 +167,7 @@ def _empty_shard_damage(cache: FeatureCache, failed: np.ndarray, done: np.ndarra
         names = _names(cache, failed[failed // S == shard])
         for array in ("features", "mean", "scale")[: 3 if cache.spec.dtype == "int8" else 2]:
             try:
-                if cache.store.exists(schema.shard_file(array, shard)):
+                if cache.store.exists(cache.layout.file(array, shard)):
                     cache._shard(array, shard).check([])
             except CacheError as error:
                 found.append(Damage(shard, names, str(error)))

@@ -1,12 +1,14 @@
 """Writing a cache: one process's hold on it, whole shards at a time.
 
-A shard is written in this order: features (and scale), mean, valid_frames, error, status. Each file appears whole or
-not at all, and status comes last, so a process killed anywhere leaves shards that are either done or still pending.
+A shard is written in this order: features (and scale), mean, then what is known of its clips (`status`). Each file
+appears whole or not at all, so a process killed anywhere leaves shards that are either done or still pending.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import re
 import secrets
 import shutil
 import tempfile
@@ -14,17 +16,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from whisper_at_cli.extract.cache import schema, shards
+from whisper_at_cli.extract.cache.locks import at_door, lock_slot
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
+from whisper_at_cli.extract.cache.status import ShardStatus
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location, sync_tree
-from whisper_at_cli.extract.errors import CacheError, UsageError
-from whisper_at_cli.extract.folders import take_lock
+from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
 
+SHARDED = ("features", "mean", "scale")  # arrays with a file for each shard
+PARTIAL_FILE = re.compile(r"/\.c\.(\d+)\..*\.partial$")
 LEFT_SECONDS = 24 * 3600  # laying out a cache takes seconds
 
 
@@ -82,12 +86,16 @@ class CacheWriter:
     def __init__(self, store: LocalStore | BucketStore, slot: tuple[int, int], *, lock: bool = True):
         self.store, self.path, self.slot = store, store.address, slot
         self._lock = lock_slot(store.path, slot) if lock and isinstance(store, LocalStore) else None
+        self._merges, self.rewrites_status = lock, False
         try:
             self.cache = FeatureCache.open(self.path)
+            self.cache.clip_status.slot = slot
+            if lock:
+                self._remove_partial_files()
         except BaseException:
             self.close()
             raise
-        self.spec, self.clips_per_shard = self.cache.spec, self.cache.clips_per_shard
+        self.spec, self.clips_per_shard, self.layout = self.cache.spec, self.cache.clips_per_shard, self.cache.layout
 
     @classmethod
     def create(
@@ -126,15 +134,15 @@ class CacheWriter:
         return writer
 
     @classmethod
-    def join(cls, path: str | Path) -> CacheWriter:
-        """Write shards of a cache for a process that holds its lock and hands each shard to one writer.
+    def join(cls, path: str | Path, slot: tuple[int, int] = (1, 1)) -> CacheWriter:
+        """Write shards of a cache for a process that holds the lock of `slot` and hands each shard to one writer.
 
         A writer that counts as lost may still be at a shard that another was given: they write files of their own.
         """
         store = location(path)
         if isinstance(store, LocalStore):
             store = LocalStore(store.path, mark=secrets.token_hex(4))
-        return cls(store, (1, 1), lock=False)
+        return cls(store, slot, lock=False)
 
     def _refuse_differences(self, spec: CacheSpec, clips: ClipTable) -> None:
         refuse_settings(self.cache, spec)
@@ -179,16 +187,8 @@ class CacheWriter:
             block.valid_frames[kept] = self.cache.valid_frames[at]
             block.status[kept] = Status.DONE
         if len(others):
-            errors = self.read_errors(rows)
+            errors = self.cache.clip_status.errors(self.rows(shard))
             block.errors = {slot: str(errors[slot]) for slot in others.tolist() if errors[slot]}
-
-    def read_errors(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """Why clips failed, as it is on disk now; `rows` is a run of rows, all by default."""
-        import zarr
-
-        with schema.readable(self.store, "error"):
-            array = zarr.open_array(self.store.zarr(), path="error", mode="r", zarr_format=3)
-            return np.asarray(array[:] if rows is None else array[rows[0] : rows[-1] + 1], dtype=object)
 
     def update_paths(self, rows: np.ndarray, paths: list[str]) -> None:
         """Say where the files of these clips are, which were missing when the cache was made."""
@@ -220,28 +220,24 @@ class CacheWriter:
         if len(rows) != len(block.status):
             raise ValueError(f"shard {shard} has {len(rows)} clips, the block {len(block.status)}")
         try:
-            files = {schema.shard_file("features", shard): self._features_file(block, done)}
+            files = {self.layout.file("features", shard): self._features_file(block, done)}
             for name, values in (("mean", block.mean), ("scale", block.scale)):
                 if values is not None:
-                    files[schema.shard_file(name, shard)] = self._per_layer_file(name, values, done)
-            files[schema.shard_file("valid_frames", shard)] = self._rows_file(block.valid_frames)
+                    files[self.layout.file(name, shard)] = self._per_layer_file(name, values, done)
             self.store.write_together(files)
-            if block.errors or self.store.exists(f"error/c/{shard}"):
-                self._write_errors(rows, block.errors)
-            self._write_status(shard, block.status)
+            self.mark(shard, block.valid_frames, block.status, block.errors)
         except OSError as error:
-            raise CacheError(
-                f"cannot write to {self.path}: {error.strerror or error}. What was finished is kept; make room or mend "
-                "the disk and run the same command again"
-            ) from error
-        self.cache.status[rows.start : rows.stop] = block.status
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> CacheError:
+        return CacheError(
+            f"cannot write to {self.path}: {error.strerror or error}. What was finished is kept; make room or mend "
+            "the disk and run the same command again"
+        )
 
     def mark(self, shard: int, valid_frames: np.ndarray, status: np.ndarray, errors: dict[int, str]) -> None:
         """Say of a shard whose features are in place what is known of its clips."""
-        self.store.write_whole(schema.shard_file("valid_frames", shard), self._rows_file(valid_frames))
-        if errors:
-            self._write_errors(self.rows(shard), errors)
-        self._write_status(shard, status)
+        self.cache.clip_status.write(shard, ShardStatus(status, valid_frames, errors))
 
     def _features_file(self, block: ShardBlock, done: np.ndarray) -> list:
         L, T, D, S = self.spec.layers, self.spec.frames, self.spec.dim, self.clips_per_shard
@@ -260,22 +256,30 @@ class CacheWriter:
         chunks = np.ascontiguousarray(full.transpose(1, 0, 2))  # one chunk per layer
         return shards.shard_buffers(chunks, np.full(len(chunks), done.any()), compressed=name == "scale")
 
-    def _rows_file(self, values: np.ndarray) -> list:
-        chunk = np.zeros(self.clips_per_shard, dtype=np.uint8)
-        chunk[: len(values)] = values
-        return shards.chunk_buffers(chunk)
+    def finish(self, *, rewrite: bool = False) -> None:
+        """Say that this process writes no more; what is made of what is known of the clips is made.
 
-    def _write_status(self, shard: int, status: np.ndarray) -> None:
-        self.store.write_whole(schema.shard_file("status", shard), self._rows_file(status))
+        With `rewrite`, also where nothing was written. Raises CacheError where the disk refuses.
+        """
+        try:
+            with self._door():
+                self.cache.clip_status.finish(rewrite=rewrite)
+        except OSError as error:
+            raise self._refused(error) from error
 
-    def _write_errors(self, rows: range, errors: dict[int, str]) -> None:
-        import zarr
+    def _remove_partial_files(self) -> None:
+        """Remove what processes that were killed left of files of this slot's shards, which lie among many."""
+        index, of = self.slot
+        if isinstance(self.store, LocalStore) and self.cache.layout.version > 1:
+            for file in (file for name in SHARDED for file in self.store.names(name)):
+                left = PARTIAL_FILE.search(file)
+                if left and int(left[1]) % of == index - 1:
+                    self.store.remove(file)
 
-        text = np.array([errors.get(row - rows.start, "") for row in rows], dtype=object)
-        with self.store.asking("error"):
-            array = zarr.open_array(self.store.zarr(), path="error", mode="r+", zarr_format=3)
-            array[rows.start : rows.stop] = text
-        self.store.sync(f"error/c/{rows.start // self.clips_per_shard}")
+    def _door(self) -> contextlib.AbstractContextManager:
+        if self._lock and isinstance(self.store, LocalStore):
+            return at_door(self.store.path)
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         if self._lock:
@@ -284,8 +288,15 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            if self._merges:
+                self.finish(rewrite=self.rewrites_status)
+        except WhisperATError:
+            if kind is None:
+                raise
+        finally:
+            self.close()
 
 
 def refuse_settings(cache: FeatureCache, spec: CacheSpec, *, classes: bool = True) -> None:
@@ -345,52 +356,3 @@ def _create_in_bucket(store: BucketStore, create_arrays: Callable[[Path], None])
         if not others:
             store.map(lambda name: store.write_whole(name, [here.read(name)]), names)
             store.write_first(schema.METADATA, (here.path / schema.METADATA).read_bytes())
-
-
-def lock_slot(path: Path, slot: tuple[int, int]) -> IO:
-    """Hold this process's slot. Raises CacheError if a running process holds a slot whose shards overlap."""
-    index, of = slot
-    folder = lock_folder(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "door", "w") as door:  # one process at a time looks at the other locks
-        take_lock(door, wait=True)
-        for (other_index, other_of), file in lock_files(path).items():
-            if other_of == of and other_index != index:
-                continue
-            if _is_held(file):
-                raise CacheError(
-                    f"another process is writing to {path} as --shard {other_index}/{other_of}; wait for it, or "
-                    "give every process its own --shard I/N with the same N"
-                )
-        held = open(folder / f"{index}-of-{of}", "w")  # noqa: SIM115 - the lock lasts as long as it is open
-        take_lock(held)
-    return held
-
-
-def lock_folder(path: Path) -> Path:
-    return path / "status" / ".locks"  # within an array, where no reader of Zarr looks for other arrays
-
-
-def lock_files(path: Path) -> dict[tuple[int, int], Path]:
-    """The lock file of every slot (i, n) that was ever at work on a cache in a folder."""
-    files = {}
-    for file in lock_folder(path).glob("*-of-*"):
-        index, _, of = file.name.partition("-of-")
-        if file.name.isascii() and index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of):
-            files[int(index), int(of)] = file
-    return files
-
-
-def running_slots(path: Path) -> set[tuple[int, int]]:
-    """The slots that running processes hold. Empty where the file system has no locks: then nobody can know."""
-    files = lock_files(path)
-    if not files or not (lock_folder(path) / "door").exists():
-        return set()
-    with open(lock_folder(path) / "door") as door:  # else a process that starts now would find its lock taken
-        take_lock(door, wait=True)
-        return {slot for slot, file in files.items() if _is_held(file)}
-
-
-def _is_held(path: Path) -> bool:
-    with open(path) as file:
-        return not take_lock(file)

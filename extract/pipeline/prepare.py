@@ -159,6 +159,7 @@ def clips_to_do(writer: CacheWriter, dataset: Dataset, repair: bool) -> np.ndarr
     """
     todo = writer.cache.status == Status.PENDING
     if repair:
+        writer.rewrites_status = True
         damaged = {name for damage in verify(writer.path, rows=writer.mine()).damaged for name in damage.clips}
         todo |= writer.cache.status == Status.FAILED
         if damaged:
@@ -174,7 +175,7 @@ def _clips_found(writer: CacheWriter, dataset: Dataset) -> np.ndarray:
     found = np.zeros(len(dataset), dtype=bool)
     failed = np.flatnonzero(writer.mine() & (writer.cache.status == Status.FAILED))
     if len(failed):
-        errors = writer.read_errors()
+        errors = writer.cache.clip_status.errors()
         missing = [row for row in failed.tolist() if str(errors[row]).startswith(MISSING)]
         found[[row for row in missing if dataset.is_there(row)]] = True
     return found

@@ -111,6 +111,7 @@ def extract_on_ray(
             drive = _Drive(dataset, writer, fleet, info.samples, size, todo, in_tasks, progress)
             drive.all_shards()
             elapsed = time.perf_counter() - started
+            writer.cache.clip_status.reload()
             report = report_of(writer, dataset, drive.written, elapsed, drive.encoder_busy, drive.disk_wait_seconds)
     said += prepare.say_notes(drive.notes, notify)
     report = replace(report, notes=said, redone_in_float32=drive.redone)
@@ -293,7 +294,7 @@ class _Drive:
         rows = self.writer.rows(number)
         needed = [rows[slot] for slots in batch_slots(rows, self.redo, self.batch_size) for slot in slots]
         todo = tuple(row for row in rows if self.redo[row])
-        shard = Shard(str(self.writer.path), number, todo, self.samples, self.batch_size)
+        shard = Shard(str(self.writer.path), self.writer.slot, number, todo, self.samples, self.batch_size)
         if not self.in_tasks:
             return actor.extract_shard.remote(shard, PartOfDataset(self.dataset, needed))
         parts = [tuple(needed[at : at + DECODE_CLIPS]) for at in range(0, len(needed), DECODE_CLIPS)]

@@ -42,6 +42,7 @@ class Shard:
     """What an encoder needs to know of a shard: which cache, which of its clips, in which batches."""
 
     cache: str
+    slot: tuple[int, int]  # of the process that hands it out
     number: int
     todo: tuple[int, ...]  # clips of the cache
     samples: int
@@ -92,7 +93,7 @@ class Encoder:
         from whisper_at_cli.extract.devices import FITTING
 
         if shard.cache not in self.writers:
-            self.writers[shard.cache] = CacheWriter.join(shard.cache)
+            self.writers[shard.cache] = CacheWriter.join(shard.cache, shard.slot)
         writer = self.writers[shard.cache]
         if self.compile:
             compile_backbone(self.backbone, shard.batch_size)

@@ -1,0 +1,69 @@
+"""A second copy of a cache's metadata, its `zarr.json` files: without them nothing else could be read.
+
+From version 2 of the format on, `metadata.zst` holds them all, packed by zstd and with a CRC-32C.
+"""
+
+from __future__ import annotations
+
+import json
+
+from whisper_at_cli.extract.cache.sealed import sealed, unsealed
+from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
+from whisper_at_cli.extract.errors import CacheError
+
+COPY = "metadata.zst"
+METADATA = "zarr.json"
+MOST_BYTES = 1 << 26
+
+
+def keep_copy(store: LocalStore | BucketStore, arrays: list[str]) -> None:
+    """Write the copy of the metadata of a new cache and of these arrays."""
+    names = [METADATA, *(f"{name}/{METADATA}" for name in sorted(arrays))]
+    texts = {name: (store.read(name) or b"").decode() for name in names}
+    store.write_whole(COPY, sealed(json.dumps(texts, ensure_ascii=False).encode()))
+
+
+def metadata_problems(store: LocalStore | BucketStore) -> dict[str, str]:
+    """What is wrong with metadata files, by name; the copy is one of them. Nothing in a cache that has no copy."""
+    try:
+        kept = _kept(store)
+    except CacheError as error:
+        return {COPY: str(error)}
+    if kept is None:
+        return {}
+    found = store.map(store.read, list(kept))
+    return {
+        name: f"{name} is {'missing' if data is None else f'not what {COPY} says'}"
+        for (name, text), data in zip(kept.items(), found, strict=True)
+        if data != text.encode()
+    }
+
+
+def restore_metadata(store: LocalStore | BucketStore) -> list[str]:
+    """Write metadata that are missing or damaged as the copy says; a damaged copy, as they say. Names of the files."""
+    problems = metadata_problems(store)
+    if COPY in problems:
+        arrays = [name.partition("/")[0] for name in store.sizes() if name.count("/") == 1 and name.endswith(METADATA)]
+        keep_copy(store, arrays)
+    elif problems:
+        kept = _kept(store) or {}
+        for name in problems:
+            store.write_whole(name, [kept[name].encode()])
+    return sorted(problems)
+
+
+def _kept(store: LocalStore | BucketStore) -> dict[str, str] | None:
+    """The text of every metadata file by name, None where there is no copy. Raises CacheError where it is damaged."""
+    data = store.read(COPY)
+    if data is None:
+        return None
+    try:
+        kept = json.loads(unsealed(data, COPY, MOST_BYTES))
+    except ValueError as error:
+        raise CacheError(f"{COPY} is damaged: {error}") from error
+    if not isinstance(kept, dict) or not all(
+        isinstance(text, str) and (name == METADATA or (name.endswith(f"/{METADATA}") and ".." not in name))
+        for name, text in kept.items()
+    ):
+        raise CacheError(f"{COPY} is damaged: it holds no metadata files")
+    return kept

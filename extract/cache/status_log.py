@@ -1,0 +1,276 @@
+"""What is known of each clip, from version 2 of the format on: a log, so that any cache is opened by a few reads.
+
+status/log/merged              a record for each shard that was written, of all processes that have ended
+status/log/I-of-N.TOKEN        those of one process at work, or of one that was killed
+status, valid_frames, error    the same as arrays, for other readers of Zarr; written when a process ends
+
+A record is MAGIC, the shard, the generation and the length of what follows (uint32 each), zstd of what is said of the
+shard's clips (status, valid frames, errors as JSON), and a CRC-32C of all but MAGIC. Of two records of a shard that of
+the higher generation counts; a process takes the next one after those that it finds. Where a record is damaged, the
+arrays still have what it said.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import struct
+import threading
+
+import numpy as np
+from numcodecs import zstd
+from numcodecs.vlen import VLenUTF8
+
+from whisper_at_cli.extract.cache.layout import Layout
+from whisper_at_cli.extract.cache.schema import ROWS_PER_CHUNK, Status, rows_per_chunk
+from whisper_at_cli.extract.cache.sealed import sealed, unpacked, unsealed
+from whisper_at_cli.extract.cache.shards import CRC_BYTES, ZSTD_LEVEL, crc32c
+from whisper_at_cli.extract.cache.status import ClipStatus, Geometry, ShardStatus
+from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
+from whisper_at_cli.extract.errors import CacheError
+from whisper_at_cli.extract.texts import empty_texts
+
+LOG = "status/log"
+MERGED = f"{LOG}/merged"
+MAGIC = b"\x89SHARD\r\n"
+HEADER = struct.Struct("<III")  # shard, generation, bytes of what follows
+DERIVED = ("status", "valid_frames", "error")  # arrays that are made of the log
+END = 2**32 - 1  # in place of a shard: the process that wrote this file has ended
+SEGMENT_BYTES = 1 << 20  # of a log in a bucket, which is sent whole each time; then another one is begun
+MOST_SAID = 1 << 26  # bytes that are said of one shard
+
+
+class StatusLog(ClipStatus):
+    """The log of a cache, and the arrays that are made of it."""
+
+    layout = Layout(2)
+
+    def __init__(self, store: LocalStore | BucketStore, geometry: Geometry):
+        super().__init__(store, geometry)
+        self._guard = threading.Lock()
+        self._log, self._sent = "", bytearray()  # the file that this process appends to, and what it holds
+        self.reload()
+
+    def reload(self) -> None:
+        """Take in what was merged and all logs. Logs are read first: what is merged is written before they go."""
+        self.problems = []
+        self._records: dict[int, tuple[int, bytes]] = {}  # by shard: generation, record
+        self._logs: dict[str, bool] = {}  # by name: whether its process has ended
+        names = sorted(name for name in self.store.names(LOG) if name != MERGED)
+        logs = self.store.map(self.store.read, names)
+        merged = self.store.read(MERGED)
+        for name, data in zip([MERGED, *names], [merged, *logs], strict=True):
+            if data is not None:
+                self._take_log(name, data)
+        if self.problems or merged is None:
+            self._take_arrays()
+        self._status = np.zeros(self.geometry.clips, dtype=np.uint8)
+        self._valid_frames = np.zeros(self.geometry.clips, dtype=np.uint8)
+        self._errors: dict[int, str] = {}  # by row
+        for shard, (_, record) in self._records.items():
+            self._show(shard, _said(record, len(self.geometry.rows(shard))))
+        self.generation = 1 + max((generation for generation, _ in self._records.values()), default=0)
+
+    @property
+    def status(self) -> np.ndarray:
+        return self._status
+
+    @property
+    def valid_frames(self) -> np.ndarray:
+        return self._valid_frames
+
+    def errors(self, rows: range | None = None) -> np.ndarray:
+        first, count = (0, self.geometry.clips) if rows is None else (rows.start, len(rows))
+        out = empty_texts(count)
+        for row, text in self._errors.items():
+            if 0 <= row - first < count:
+                out[row - first] = text
+        return out
+
+    def _show(self, shard: int, said: ShardStatus) -> None:
+        rows = self.geometry.rows(shard)
+        self._status[rows.start : rows.stop] = said.status
+        self._valid_frames[rows.start : rows.stop] = said.valid_frames
+        self._errors |= {rows.start + slot: text for slot, text in said.errors.items()}
+
+    def _take_log(self, name: str, data: bytes) -> None:
+        """Take the records of one file. Of a log that grows, the last record may be cut off."""
+        at, ended = 0, False
+        while at < len(data):
+            size = self._record_size(data, at)
+            if size:
+                shard, generation, _ = HEADER.unpack_from(data, at + len(MAGIC))
+                if shard == END:
+                    ended = True
+                elif shard not in self._records or self._records[shard][0] <= generation:
+                    self._records[shard] = generation, data[at : at + size]
+                at += size
+            else:
+                following = data.find(MAGIC, at + 1)
+                if following >= 0 or name == MERGED or not _is_cut_off(data[at:]):
+                    self.problems.append((-1, f"{name} is damaged at byte {at}: its CRC-32C does not match"))
+                at = following if following >= 0 else len(data)
+        if name != MERGED:
+            self._logs[name] = ended
+
+    def _record_size(self, data: bytes, at: int) -> int:
+        """Bytes of the record at `at`, 0 where there is none that is whole and of this cache."""
+        body = at + len(MAGIC)
+        if not data.startswith(MAGIC, at) or body + HEADER.size > len(data):
+            return 0
+        shard, _, length = HEADER.unpack_from(data, body)
+        end = body + HEADER.size + length
+        if data[end : end + CRC_BYTES] != crc32c(data[body:end]):
+            return 0
+        if shard != END:
+            try:
+                said = _said(data[at : end + CRC_BYTES], len(self.geometry.rows(shard)))
+            except ValueError:
+                return 0
+            if said.status.max() > max(Status) or said.valid_frames.max() > self.geometry.frames:
+                return 0
+        return end + CRC_BYTES - at
+
+    def _take_arrays(self) -> None:
+        """Where there is no record, take what the arrays say, which were made of records that are lost."""
+        try:
+            status, valid_frames = (self._array(name) for name in DERIVED[:2])
+            errors = self._array_errors() if status.any() else {}
+        except (CacheError, ValueError) as error:
+            self.problems.append((-1, str(error)))
+            return
+        for shard in np.unique(np.flatnonzero(status) // self.geometry.clips_per_shard).tolist():
+            if shard not in self._records:
+                rows = self.geometry.rows(shard)
+                said = ShardStatus(
+                    status[rows.start : rows.stop], valid_frames[rows.start : rows.stop],
+                    {row - rows.start: text for row, text in errors.items() if row in rows},
+                )  # fmt: skip
+                self._records[shard] = 0, _record(shard, 0, said)
+
+    def write(self, shard: int, said: ShardStatus) -> None:
+        record = _record(shard, self.generation, said)
+        with self._guard:
+            self._append(record)
+            self._records[shard] = self.generation, record
+            for row in self.geometry.rows(shard) if self._errors else ():
+                self._errors.pop(row, None)
+            self._show(shard, said)
+
+    def _append(self, record: bytes) -> None:
+        if not self._log:
+            index, of = self.slot
+            self._log = f"{LOG}/{index}-of-{of}.{secrets.token_hex(4)}"
+        if isinstance(self.store, LocalStore):
+            self.store.append(self._log, record)
+            return
+        self._sent += record
+        self.store.write_whole(self._log, [bytes(self._sent)])
+        if len(self._sent) > SEGMENT_BYTES:
+            self._log, self._sent = "", bytearray()
+
+    def finish(self, *, rewrite: bool = False) -> None:
+        with self._guard:
+            if self._log:
+                self._append(_record(END, self.generation, None))
+            self._log, self._sent = "", bytearray()
+            self.reload()
+            if any(not ended and self._may_run(name) for name, ended in self._logs.items()):
+                return
+            if not (self._logs or self.problems or rewrite):
+                return
+            self.store.write_whole(MERGED, [b"".join(record for _, (_, record) in sorted(self._records.items()))])
+            self._write_arrays()
+            for name in self._logs:
+                self.store.remove(name)
+            self.problems = []
+
+    def _may_run(self, name: str) -> bool:
+        """Whether a log may be that of a process at work. Slots that overlap with this one's have no such process."""
+        index, of = self.slot
+        slot = name.rpartition("/")[2].rpartition(".")[0]
+        return slot.endswith(f"-of-{of}") and slot != f"{index}-of-{of}"
+
+    def array_problems(self) -> list[str]:
+        """What is damaged in the arrays, or is not what the log says although no process is at work."""
+        found, wrong = [], {}
+        for name in DERIVED:
+            try:
+                if name == "error":
+                    wrong[name] = self._array_errors() != self._errors
+                else:
+                    wrong[name] = not np.array_equal(self._array(name), getattr(self, name))
+            except (CacheError, ValueError) as error:
+                found.append(str(error))
+        if not self._logs:
+            found += [f"{name} is not what {MERGED} says" for name, differs in wrong.items() if differs]
+        return found
+
+    def _array(self, name: str) -> np.ndarray:
+        """(N,) uint8 of `status` or `valid_frames`. Raises CacheError where it is damaged, ValueError where crafted."""
+        clips, file = self.geometry.clips, self.layout.file(name, 0)
+        data = self.store.read(file)
+        values = np.zeros(clips, np.uint8) if data is None else np.frombuffer(unsealed(data, file, clips), np.uint8)
+        most = max(Status) if name == "status" else self.geometry.frames
+        if len(values) != clips or values.max(initial=0) > most:
+            raise CacheError(f"{file} is damaged: it holds {len(values)} values, of at most {values.max(initial=0)}")
+        return values
+
+    def _array_errors(self) -> dict[int, str]:
+        """By row: what the array `error` says. Raises CacheError where it is damaged."""
+        found: dict[int, str] = {}
+        for number in range(-(-self.geometry.clips // ROWS_PER_CHUNK)):
+            file = self.layout.file("error", number)
+            if (data := self.store.read(file)) is not None:
+                texts = VLenUTF8().decode(unsealed(data, file, MOST_SAID))
+                found |= {number * ROWS_PER_CHUNK + at: text for at, text in enumerate(texts) if text}
+        return found
+
+    def _write_arrays(self) -> None:
+        """Make the arrays that other readers of Zarr see."""
+        for name in DERIVED[:2]:
+            self.store.write_whole(self.layout.file(name, 0), sealed(getattr(self, name).tobytes()))
+        texts: dict[int, dict[int, str]] = {}
+        for row, text in self._errors.items():
+            texts.setdefault(row // ROWS_PER_CHUNK, {})[row % ROWS_PER_CHUNK] = text
+        names = {self.layout.file("error", number): some for number, some in texts.items()}
+        for name in self.store.names("error"):
+            if name not in names and name != "error/zarr.json":
+                self.store.remove(name)
+        rows = rows_per_chunk(self.geometry.clips)
+        for name, some in names.items():
+            column = np.array([some.get(row, "") for row in range(rows)], dtype=object)
+            self.store.write_whole(name, sealed(VLenUTF8().encode(column)))
+
+
+def _record(shard: int, generation: int, said: ShardStatus | None) -> bytes:
+    packed = b""
+    if said is not None:
+        errors = json.dumps(said.errors, ensure_ascii=False).encode("utf-8", "backslashreplace") if said.errors else b""
+        packed = zstd.compress(said.status.tobytes() + said.valid_frames.tobytes() + errors, ZSTD_LEVEL)
+    body = HEADER.pack(shard, generation, len(packed)) + packed
+    return MAGIC + body + crc32c(body)
+
+
+def _said(record: bytes, clips: int) -> ShardStatus:
+    """What a record says of so many clips. Raises ValueError where it means nothing."""
+    try:
+        data = unpacked(record[len(MAGIC) + HEADER.size : -CRC_BYTES], MOST_SAID)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    if clips < 1 or len(data) < 2 * clips:
+        raise ValueError(f"it says {len(data)} bytes of {clips} clips")
+    status, valid_frames = np.frombuffer(data, np.uint8, 2 * clips).reshape(2, clips)
+    texts = json.loads(data[2 * clips :].decode()) if len(data) > 2 * clips else {}
+    errors = {int(slot): text for slot, text in texts.items()} if isinstance(texts, dict) else {-1: ""}
+    if not all(0 <= slot < clips and isinstance(text, str) for slot, text in errors.items()):
+        raise ValueError("its errors are of other clips")
+    return ShardStatus(status, valid_frames, errors)
+
+
+def _is_cut_off(end: bytes) -> bool:
+    """Whether these last bytes of a log begin a record whose end is missing."""
+    if len(end) < len(MAGIC) + HEADER.size:
+        return MAGIC.startswith(end[: len(MAGIC)]) or end.startswith(MAGIC)
+    length = HEADER.unpack_from(end, len(MAGIC))[2]
+    return end.startswith(MAGIC) and len(MAGIC) + HEADER.size + length + CRC_BYTES > len(end)
