@@ -1,4 +1,4 @@
-"""The commands that change or make caches without encoding: sync. Heavy imports sit inside them."""
+"""The commands that change or make caches without encoding: sync, merge, select, copy. Heavy imports sit inside."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from typing import Any
 import click
 
 from whisper_at_cli.extract.commands import FORMAT, LABELS
-from whisper_at_cli.extract.options import CACHE, DATASET, command
+from whisper_at_cli.extract.options import CACHE, DATASET, Address, command, layer_numbers
 from whisper_at_cli.extract.output import print_json, print_notes
+from whisper_at_cli.extract.progress import progress_on_stderr
+
+SKIP_PENDING = click.option(
+    "--skip-pending", is_flag=True, help="Leave out clips that are not extracted yet; without it they are refused."
+)
+OUT = click.argument("out", type=Address(path_type=Path))
 
 
 @command("sync")
@@ -40,4 +46,105 @@ def sync_command(dataset: Path | str, cache: Path | str, as_json: bool, **option
     click.echo(f"{report.cache}: {report.clips} clips, {report.pending} pending; {report.changed or 'nothing changed'}")
 
 
-COMMANDS = (sync_command,)
+@command("merge")
+@click.argument("caches", nargs=-1, required=True, type=Address(path_type=Path), metavar="CACHE...")
+@OUT
+@SKIP_PENDING
+@click.pass_context
+def merge_command(
+    ctx: click.Context, caches: tuple[Path | str, ...], out: Path | str, skip_pending: bool, as_json: bool
+) -> None:
+    """Join two caches or more of one backbone and one setting into the new cache OUT.
+
+    Clips come in the order of the caches, and their ids must differ. Classes are joined by name. Whole shards of the
+    first cache become hard links where that is possible, so that they take no room twice.
+
+    \b
+        whisper-at-cli merge as20k.zarr esc50.zarr both.zarr
+    """
+    from whisper_at_cli.extract.cache.derive import merge
+
+    with progress_on_stderr("merge", "clips", quiet=ctx.obj["quiet"]) as progress:
+        report = merge(caches, out, skip_pending=skip_pending, progress=progress)
+    _print_derived(report, as_json)
+
+
+@command("select")
+@CACHE
+@OUT
+@click.option("--split", "splits", multiple=True, help="Keep clips of this split. May be given again.")
+@click.option(
+    "--class", "classes", multiple=True, help="Keep clips with this label, and the label. May be given again."
+)
+@click.option(
+    "--layers", multiple=True, metavar="LAYERS", help="Keep these layers, as 4 or 1,2 or 1-4; all by default."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float16", "float32", "int8"]), help="Store features so; as CACHE does by default."
+)
+@SKIP_PENDING
+@click.pass_context
+def select_command(
+    ctx: click.Context, cache: Path | str, out: Path | str, splits: tuple[str, ...], classes: tuple[str, ...],
+    layers: tuple[str, ...], dtype: str | None, skip_pending: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write a part of CACHE into the new cache OUT, for instance to share it.
+
+    Layers keep their numbers. With no option OUT holds all of CACHE, in the newest version of the format.
+
+    \b
+        whisper-at-cli select as20k.zarr small.zarr --layers 4,8,16 --dtype int8
+        whisper-at-cli select fsd50k.zarr dogs.zarr --split test --class Bark --class Growling
+    """
+    from whisper_at_cli.extract.cache.derive import select
+
+    given = [part for name, values in (("--split", splits), ("--class", classes), ("--layers", layers))
+             for value in values for part in (name, value)] + (["--dtype", dtype] if dtype else [])  # fmt: skip
+    with progress_on_stderr("select", "clips", quiet=ctx.obj["quiet"]) as progress:
+        report = select(
+            cache, out, splits=splits, classes=classes, layers=layer_numbers(layers, "--layers") if layers else None,
+            dtype=dtype, skip_pending=skip_pending, command=["select", str(cache), str(out), *given], progress=progress,
+        )  # fmt: skip
+    _print_derived(report, as_json)
+
+
+@command("copy")
+@CACHE
+@OUT
+@click.pass_context
+def copy_command(ctx: click.Context, cache: Path | str, out: Path | str, as_json: bool) -> None:
+    """Copy CACHE to OUT, each a folder or an address in a bucket.
+
+    Every checksum is checked on the way, and a copy that was stopped is completed by the same command. OUT is no cache
+    before it is whole.
+
+    \b
+        whisper-at-cli copy esc50.zarr s3://my-bucket/esc50.zarr
+        whisper-at-cli copy s3://my-bucket/esc50.zarr here.zarr
+    """
+    from whisper_at_cli.extract.cache.copying import copy
+
+    with progress_on_stderr("copy", "files", quiet=ctx.obj["quiet"]) as progress:
+        report = copy(cache, out, progress=progress)
+    if as_json:
+        print_json(report)
+        return
+    skipped = f", {report.skipped} of them by an earlier run" if report.skipped else ""
+    click.echo(f"{report.cache}: {report.files} files copied{skipped}; {report.bytes / 1e6:.1f} MB")
+
+
+def _print_derived(report: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(report)
+        return
+    failed = f", {report.failed} failed" if report.failed else ""
+    left_out = f"; {report.left_out} pending clips were left out" if report.left_out else ""
+    there = report.clips - report.written
+    already = f"; {there} were there already" if there else ""
+    click.echo(
+        f"{report.cache}: {report.clips} clips ({report.done} done{failed}), {report.layers} layers, {report.dtype}, "
+        f"{report.bytes / 1e6:.1f} MB{already}{left_out}"
+    )
+
+
+COMMANDS = (sync_command, merge_command, select_command, copy_command)

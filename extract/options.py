@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
+from whisper_at_cli.extract.errors import UsageError
 
-class _Address(click.Path):
+
+class Address(click.Path):
     """A path, or the address of something in a bucket as it is: `s3://...`, which a Path would mangle."""
 
     def convert(
@@ -18,8 +21,8 @@ class _Address(click.Path):
         return value if "://" in str(value) else super().convert(value, param, ctx)
 
 
-CACHE = click.argument("cache", type=_Address(path_type=Path))
-DATASET = click.argument("dataset", type=_Address(path_type=Path))
+CACHE = click.argument("cache", type=Address(path_type=Path))
+DATASET = click.argument("dataset", type=Address(path_type=Path))
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="cuda, cuda:1, mps or cpu; auto takes the best."
 )
@@ -38,3 +41,17 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
         return click.command(name)(function)
 
     return register
+
+
+def layer_numbers(given: tuple[str, ...], option: str) -> list[int]:
+    """The layers that an option names, as `4`, `1,2` or `1-4`, in that order. Raises UsageError for anything else."""
+    numbers: list[int] = []
+    for part in ",".join(given).split(","):
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
+        if not match:
+            raise UsageError(f"{option} {part} is not a layer: give numbers from 1, as 4 or 1,2 or 1-4")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UsageError(f"{option} {part} is empty: give the lower layer first, as {last}-{first}")
+        numbers += range(first, last + 1)
+    return numbers

@@ -9,7 +9,16 @@ import pytest
 import zarr
 
 from planted import planted_cache
-from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status, locks, writer
+from whisper_at_cli.extract.cache import (
+    CacheSpec,
+    CacheWriter,
+    ClipTable,
+    FeatureCache,
+    ShardBlock,
+    Status,
+    locks,
+    writer,
+)
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.errors import CacheError, UsageError
 

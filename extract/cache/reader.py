@@ -36,7 +36,8 @@ class FeatureCache:
     Safe between threads; each process opens its own. Any number of readers, also while a writer is at work: what is
     done is read when the cache is opened. Only `status` says that a row is real; rows that are not done are refused.
 
-    N clips, L layers, T frames, D channels, C classes; rows count from 0, layers from 1.
+    N clips, L layers, T frames, D channels, C classes; rows count from 0, layers from 1 as in the
+    encoder, also where a cache has but some of them.
     """
 
     def __init__(self, store: LocalStore | BucketStore, spec: CacheSpec, attributes: dict):
@@ -254,12 +255,21 @@ class FeatureCache:
             raise CacheError(f"clip {str(self.ids[unreal[0]])!r} of {self.path} has no features: it is {state}")
         return rows
 
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The encoder's layers that it holds, from 1 as in the paper: all, unless `select` left some out."""
+        return self.spec.numbered_layers
+
     def _layer_index(self, layer: int) -> int:
-        if not 1 <= layer <= self.spec.layers:
-            raise UsageError(
-                f"{self.path} ({self.spec.backbone}) has layers 1 to {self.spec.layers}; layer {layer} was asked for"
+        numbers = self.layer_numbers
+        if layer not in numbers:
+            held = (
+                f"layers 1 to {numbers[-1]}"
+                if not self.spec.layer_numbers
+                else "layers " + ", ".join(map(str, numbers))
             )
-        return layer - 1
+            raise UsageError(f"{self.path} ({self.spec.backbone}) has {held}; layer {layer} was asked for")
+        return numbers.index(layer)
 
     def _shard(self, name: str, shard: int) -> ShardFile:
         with self._guard:

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.cache import schema
+from whisper_at_cli.extract.cache.gather import Origins, fill_shard
 from whisper_at_cli.extract.cache.locks import lock_slot
 from whisper_at_cli.extract.cache.reader import FeatureCache
-from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
-from whisper_at_cli.extract.cache.store import LocalStore, sync_tree
-from whisper_at_cli.extract.cache.writer import SHARDED, CacheWriter, ShardBlock
+from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable
+from whisper_at_cli.extract.cache.store import sync_tree
+from whisper_at_cli.extract.cache.writer import CacheWriter
 
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 AT_FDCWD = -100  # "relative to the working folder"
@@ -51,64 +52,15 @@ def rebuild(path: Path, plan: Plan, made: dict) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         old = FeatureCache.open(path)
         schema.create_arrays(beside, plan.spec, plan.clips, clips_per_shard=old.clips_per_shard, provenance=made)
+        origins = Origins.one(old, plan.rows, plan.redo)
         with CacheWriter.join(beside) as writer:
             for shard in range(schema.shard_count(len(plan.clips), old.clips_per_shard)):
-                _fill_shard(old, writer, shard, plan)
+                fill_shard(writer, shard, origins)
             writer.finish(rewrite=True)
         with contextlib.closing(lock_slot(beside, (1, 1))):  # whoever comes while names change waits for neither
             sync_tree(beside)
             exchange(beside, path)
             shutil.rmtree(beside, ignore_errors=True)
-
-
-def _fill_shard(old: FeatureCache, writer: CacheWriter, shard: int, plan: Plan) -> None:
-    """Put into one shard of the new cache what the old one has of its clips."""
-    assert isinstance(old.store, LocalStore) and isinstance(writer.store, LocalStore), "of folders alone"
-    here = np.array(writer.rows(shard))
-    rows = plan.rows[here]
-    known = rows >= 0
-    if not known.any() or (old.status[rows[known]] == Status.PENDING).all():
-        return
-    status = np.where(known & ~plan.redo[here], old.status[rows], Status.PENDING).astype(np.uint8)
-    tried = np.flatnonzero(status != Status.PENDING).tolist()
-    errors = {slot: text for slot in tried if (text := str(old.errors[rows[slot]]))}
-    source = _same_shard(rows, old.clips_per_shard, len(old))
-    if source is not None:
-        for name in SHARDED:
-            _link(old.store.path, old.layout.file(name, source), writer.store.path, writer.layout.file(name, shard))
-        writer.mark(shard, np.where(known, old.valid_frames[rows], 0).astype(np.uint8), status, errors)
-        return
-    block = ShardBlock.empty(len(here), plan.spec)
-    block.status[:], block.errors = status, errors
-    done = np.flatnonzero(status == Status.DONE)
-    at = rows[done]
-    block.features[done], block.mean[done] = old.stored_features(at), old.mean(rows=at)
-    if block.scale is not None:
-        block.scale[done] = old.scale(at)
-    block.valid_frames[done] = old.valid_frames[at]
-    writer.write(shard, block)
-
-
-def _same_shard(rows: np.ndarray, clips_per_shard: int, clips: int) -> int | None:
-    """The old shard whose files serve a new one: each clip is where it was, and new ones are where none was."""
-    known = np.flatnonzero(rows >= 0)
-    shards, slots = np.divmod(rows[known], clips_per_shard)
-    if (shards != shards[0]).any() or (slots != known).any():
-        return None
-    held = len(schema.shard_rows(int(shards[0]), clips_per_shard, clips))
-    return int(shards[0]) if held == len(known) else None
-
-
-def _link(old: Path, old_name: str, new: Path, new_name: str) -> None:
-    """The same file in another cache, without its bytes being copied where the file system allows it."""
-    source, target = old / old_name, new / new_name
-    if not source.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def exchange(first: Path, second: Path) -> None:

@@ -88,13 +88,24 @@ class CacheSpec:
     dataset: str = ""
     class_names: tuple[str, ...] = ()
     frames: int = FRAMES
+    layer_numbers: tuple[int, ...] = ()  # of the encoder, from 1, where a cache has but some; empty for all
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        object.__setattr__(self, "layer_numbers", tuple(self.layer_numbers))
         if self.dtype not in DTYPES:
             raise UsageError(f"storage type {self.dtype!r} is not known; choose from {', '.join(DTYPES)}")
         if min(self.layers, self.dim, self.frames) < 1 or self.clip_seconds <= 0:
             raise ValueError(f"a cache needs at least one layer, channel, frame and sample: {self}")
+        if self.layer_numbers and (
+            len(self.layer_numbers) != self.layers or list(self.layer_numbers) != sorted(set(self.layer_numbers))
+        ):
+            raise ValueError(f"layer_numbers {self.layer_numbers} of {self.layers} layers")
+
+    @property
+    def numbered_layers(self) -> tuple[int, ...]:
+        """The numbers of its layers in the encoder, from 1."""
+        return self.layer_numbers or tuple(range(1, self.layers + 1))
 
     @property
     def mean_dtype(self) -> str:
@@ -176,6 +187,7 @@ def create_arrays(
 
     attributes = {"format": FORMAT_NAME, "format_version": layout.version, **asdict(spec), "made": provenance}
     attributes["class_names"] = list(spec.class_names)
+    attributes["layer_numbers"] = list(spec.numbered_layers)
     attributes["coordinates"] = COORDINATES
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
     N, S = len(clips), clips_per_shard
@@ -234,7 +246,7 @@ def _create_array(
 
 def named_axes(spec: CacheSpec) -> dict[str, np.ndarray]:
     """What the arrays `layer` (L,) uint16 and `class` (C,) of text hold."""
-    axes = {"layer": np.arange(1, spec.layers + 1, dtype=np.uint16)}
+    axes = {"layer": np.array(spec.numbered_layers, dtype=np.uint16)}
     return axes | ({"class": np.array(spec.class_names, dtype=object)} if spec.class_names else {})
 
 
@@ -298,7 +310,10 @@ def read_attributes(store: LocalStore | BucketStore) -> dict:
 def spec_from_attributes(attributes: dict, store: LocalStore | BucketStore) -> CacheSpec:
     """The spec that a cache's own attributes hold."""
     try:
-        spec = CacheSpec(**{name: attributes[name] for name in CacheSpec.__dataclass_fields__})
+        numbers = attributes.get("layer_numbers", [])
+        every = numbers == list(range(1, len(numbers) + 1))
+        values = {name: attributes[name] for name in CacheSpec.__dataclass_fields__ if name != "layer_numbers"}
+        spec = CacheSpec(**values, layer_numbers=() if every else numbers)
         _check_fields(spec, attributes)
     except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise _damaged_metadata(store, f"attribute {error} is missing or wrong") from error
@@ -313,6 +328,8 @@ def _check_fields(spec: CacheSpec, attributes: dict) -> None:
         for name in names:
             if type(getattr(spec, name)) not in (kind, int if kind is float else kind):
                 raise TypeError(name)
+    if any(type(number) is not int or number < 1 for number in spec.layer_numbers):
+        raise TypeError("layer_numbers")
     if not math.isfinite(spec.clip_seconds) or not all(isinstance(name, str) for name in attributes["class_names"]):
         raise ValueError("clip_seconds or class_names")
 

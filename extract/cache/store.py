@@ -7,6 +7,7 @@ write_together(files)        the same for several, {name: buffers}, with one wai
 read(name)                   all bytes of a file, None where there is none
 open(name)                   for reading parts: its `size`, and `readv` into the caller's buffers
 exists(name), sizes()        whether there is such a file; bytes of every file, by name
+stamps()                     of every file, by name: its bytes, and what changes when it is written again
 names(folder)                of the files right in a folder, in full
 remove(name)                 a file that may be gone already
 sync(name)                   a file that somebody else wrote is safe when this returns
@@ -143,6 +144,11 @@ class LocalStore:
         files = [entry for entry in self.path.rglob("*") if entry.is_file()]
         return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
 
+    def stamps(self) -> dict[str, tuple[int, str]]:
+        files = [entry for entry in self.path.rglob("*") if entry.is_file()]
+        found = {file.relative_to(self.path).as_posix(): file.stat() for file in files}
+        return {name: (known.st_size, str(known.st_mtime_ns)) for name, known in found.items()}
+
     def names(self, folder: str) -> list[str]:
         try:
             return [f"{folder}/{entry.name}" for entry in os.scandir(self.path / folder) if entry.is_file()]
@@ -276,6 +282,13 @@ class BucketStore:
     def sizes(self) -> dict[str, int]:
         with self.asking(""):
             return {entry["path"]: entry["size"] for page in self._obs.list(self._store) for entry in page}
+
+    def stamps(self) -> dict[str, tuple[int, str]]:
+        with self.asking(""):
+            entries = [entry for page in self._obs.list(self._store) for entry in page]
+            return {
+                entry["path"]: (entry["size"], entry.get("e_tag") or str(entry["last_modified"])) for entry in entries
+            }
 
     def names(self, folder: str) -> list[str]:
         with self.asking(folder):

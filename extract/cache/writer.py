@@ -100,24 +100,21 @@ class CacheWriter:
     @classmethod
     def create(
         cls, path: str | Path, spec: CacheSpec, clips: ClipTable, *, shard_mb: float = schema.DEFAULT_SHARD_MB,
-        slot: tuple[int, int] = (1, 1), provenance: dict | None = None,
+        slot: tuple[int, int] = (1, 1), provenance: dict | None = None, clips_per_shard: int | None = None,
     ) -> CacheWriter:  # fmt: skip
         """Start a new cache at `path`, or continue the one that is there if it was made with the same settings.
 
-        `path` is a folder or a bucket's address. Raises UsageError where it holds something else, CacheError where
+        `path` is a folder or a bucket's address. How many clips a shard has follows from `shard_mb`, unless it is
+        given. Raises UsageError where it holds something else, CacheError where
         settings or clips differ or another process is at work on it.
         """
         store = location(path)
         _check_slot(slot)
 
+        per_shard = clips_per_shard or spec.clips_per_shard(shard_mb, len(clips))
+
         def create_arrays(folder: Path) -> None:
-            schema.create_arrays(
-                folder,
-                spec,
-                clips,
-                clips_per_shard=spec.clips_per_shard(shard_mb, len(clips)),
-                provenance=provenance or {},
-            )
+            schema.create_arrays(folder, spec, clips, clips_per_shard=per_shard, provenance=provenance or {})
 
         if isinstance(store, BucketStore):
             if store.read(schema.METADATA) is None:
