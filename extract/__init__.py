@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from whisper_at_cli.extract.backbones.load import load_whisper as load_whisper
     from whisper_at_cli.extract.cache import FeatureCache as FeatureCache
     from whisper_at_cli.extract.pipeline.local import extract as extract
+    from whisper_at_cli.extract.pipeline.options import ExtractOptions as ExtractOptions
     from whisper_at_cli.extract.pipeline.several_devices import extract_on_devices as extract_on_devices
 
 _NAMES = {
+    "ExtractOptions": "pipeline.options",
     "FeatureCache": "cache",
     "extract": "pipeline.local",
     "extract_on_devices": "pipeline.several_devices",

@@ -27,7 +27,9 @@ OUT = click.argument("out", type=Address(path_type=Path))
 @click.option("--hop", type=float, help="As given to `extract`.")
 @click.option("--update", is_flag=True, help="Mark clips whose audio file has changed, for `extract` to redo.")
 @click.option("--prune", is_flag=True, help="Drop clips from CACHE that DATASET no longer has.")
-def sync_command(dataset: Path | str, cache: Path | str, as_json: bool, **options: Any) -> None:
+def sync_command(
+    dataset: Path | str, cache: Path | str, as_json: bool, update: bool, prune: bool, **reading: Any
+) -> None:
     """Update CACHE after DATASET was edited, without encoding anything.
 
     Labels, folds and splits are replaced, and new clips are added as pending. `extract` does the same by itself; only
@@ -37,9 +39,11 @@ def sync_command(dataset: Path | str, cache: Path | str, as_json: bool, **option
         whisper-at-cli sync my-sounds sounds.zarr
         whisper-at-cli sync clips.csv clips.zarr --update --prune
     """
+    from whisper_at_cli.extract.pipeline.options import ReadOptions
     from whisper_at_cli.extract.pipeline.sync import sync
 
-    report = sync(dataset, cache, notify=lambda note: print_notes([note]), **options)
+    options = ReadOptions(**reading)
+    report = sync(dataset, cache, options, update=update, prune=prune, notify=lambda note: print_notes([note]))
     if as_json:
         print_json(report)
         return

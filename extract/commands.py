@@ -7,6 +7,7 @@ import os
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from whisper_at_cli.extract.progress import progress_on_stderr
 
 if TYPE_CHECKING:
     from whisper_at_cli.extract.pipeline.local import ExtractReport
+    from whisper_at_cli.extract.pipeline.options import ExtractOptions
 
 DEVICES = click.option(
     "--device", default="auto", show_default=True, help="cuda, mps or cpu, or several: cuda:0,cuda:1."
@@ -87,7 +89,7 @@ FAILURES_SHOWN = 20
 @click.pass_context
 def extract_command(
     ctx: click.Context, /, dataset: Path | str, cache: Path | str, as_json: bool, shard: str, batch_size: str,
-    seed: int | None, dry_run: bool, **options: Any,
+    seed: int | None, dry_run: bool, engine: str, address: str | None, encoders: int | None, **given: Any,
 ) -> None:  # fmt: skip
     """Run a frozen encoder over DATASET once; store every layer, pooled to 25 frames, in CACHE.
 
@@ -106,17 +108,22 @@ def extract_command(
         whisper-at-cli extract field-recordings.csv field.zarr --model tiny.en --window 10 --hop 5
         whisper-at-cli extract 'shards/train-{000..001}.tar' shards.zarr --model tiny.en
     """
-    options |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
+    from whisper_at_cli.extract.pipeline.options import ExtractOptions
+
+    given |= {"shard": _slot(shard), "batch_size": _batch_size(batch_size)}
     if seed is not None:
         from whisper_at_cli.extract.backbones.controls import with_seed
 
-        options["model"] = with_seed(options["model"], seed)
+        given["model"] = with_seed(given["model"], seed)
+    options = ExtractOptions(**given)
     if dry_run:
-        _print_plan(dataset, cache, as_json, **options)
+        if engine != "local" or "," in options.device:
+            raise UsageError("--dry-run is for --engine local and one device")
+        _print_plan(dataset, cache, options, as_json)
         return
-    run, options = _engine(**options)
+    run = _engine(options, engine=engine, address=address, encoders=encoders)
     with progress_on_stderr("extract", "clips", quiet=ctx.obj["quiet"]) as progress:
-        report = run(dataset, cache, progress=progress, notify=lambda note: print_notes([note]), **options)
+        report = run(dataset, cache, options, progress=progress, notify=lambda note: print_notes([note]))
     if report.redone_in_float32:
         print_notes([AGAIN_IN_FLOAT32(clips=report.redone_in_float32)])
     _print_first([f"note: {printable(noted.path)}: {noted.note}" for noted in report.clip_notes], "note", cache)
@@ -138,15 +145,11 @@ def extract_command(
         ctx.exit(1)
 
 
-def _print_plan(dataset: Path | str, cache: Path | str, as_json: bool, **options: Any) -> None:
+def _print_plan(dataset: Path | str, cache: Path | str, options: ExtractOptions, as_json: bool) -> None:
     """What `extract` would do with these options."""
     from whisper_at_cli.extract.pipeline.plan import plan_extraction
 
-    if options["engine"] != "local" or "," in options["device"]:
-        raise UsageError("--dry-run is for --engine local and one device")
-    for name in ("engine", "address", "encoders", "shard", "repair", "update", "prune", "compile"):  # change nothing
-        del options[name]
-    plan = plan_extraction(dataset, cache, **options)
+    plan = plan_extraction(dataset, cache, options)
     if as_json:
         print_json(plan)
         return
@@ -382,25 +385,23 @@ def _print_first(lines: list[str], what: str, cache: Path | str) -> None:
 
 
 def _engine(
-    *, engine: str, device: str, address: str | None, encoders: int | None, workers: int | None, **options: Any
-) -> tuple[Callable[..., ExtractReport], dict[str, Any]]:
-    """The function that does the work, and its options."""
-    devices = device.split(",")
+    options: ExtractOptions, *, engine: str, address: str | None, encoders: int | None
+) -> Callable[..., ExtractReport]:
+    """The function that does the work; it takes dataset, cache and options."""
+    devices = options.device.split(",")
     if engine == "ray":
         from whisper_at_cli.extract.pipeline.ray_engine import extract_on_ray
 
-        if workers is not None or len(devices) > 1:
+        if options.workers is not None or len(devices) > 1:
             raise UsageError("--workers and several devices are for --engine local; Ray's nodes say what they have")
-        return extract_on_ray, options | {"device": device, "address": address, "encoders": encoders}
+        return partial(extract_on_ray, address=address, encoders=encoders)
     if engine != "local":
         raise UsageError(f"--engine {engine} is not known; choose local or ray")
     if address is not None or encoders is not None:
         raise UsageError("--address and --encoders need --engine ray")
     from whisper_at_cli.extract import extract, extract_on_devices
 
-    if len(devices) > 1:
-        return extract_on_devices, options | {"devices": devices, "workers": workers}
-    return extract, options | {"device": device, "workers": workers}
+    return partial(extract_on_devices, devices=devices) if len(devices) > 1 else extract
 
 
 def _slot(text: str) -> tuple[int, int]:

@@ -6,16 +6,16 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from whisper_at_cli.extract.backbones.custom import clip_samples
 from whisper_at_cli.extract.backbones.load import Backbone
-from whisper_at_cli.extract.backbones.recognise import check_model
 from whisper_at_cli.extract.cache.changes import NEW, changes
 from whisper_at_cli.extract.cache.reader import FeatureCache
-from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, METADATA, CacheSpec, array_shapes, shard_count
+from whisper_at_cli.extract.cache.schema import METADATA, CacheSpec, array_shapes, shard_count
 from whisper_at_cli.extract.cache.store import location
 from whisper_at_cli.extract.cache.writer import refuse_settings
 from whisper_at_cli.extract.datasets import Dataset
@@ -24,7 +24,8 @@ from whisper_at_cli.extract.devices import fitting_batch_size
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.encode import encode_to_host
-from whisper_at_cli.extract.pipeline.prepare import check_numbers, open_backbone, open_clips, spec_of
+from whisper_at_cli.extract.pipeline.options import ExtractOptions
+from whisper_at_cli.extract.pipeline.prepare import open_backbone, open_clips, seconds_of, spec_of
 
 TIMED_BATCHES, TIMED_CLIPS, TIMED_SECONDS = 3, 64, 20.0  # at most, of which the encoder's rate is taken
 
@@ -61,28 +62,21 @@ class ExtractPlan:
 
 
 def plan_extraction(
-    dataset: str | Path | Dataset, cache: str | Path, *, model: str | Path | Backbone, format: str = "auto",
-    labels: str | Path | None = None, window: float | None = None, hop: float | None = None,
-    clip_seconds: float | None = None, dtype: str = "float16", precision: str = "auto", device: str = "auto",
-    batch_size: int | None = None, workers: int | None = None, shard_mb: float = DEFAULT_SHARD_MB,
-    limit: int | None = None,
-) -> ExtractPlan:  # fmt: skip
+    dataset: str | Path | Dataset, cache: str | Path, options: ExtractOptions | None = None, **given: Any
+) -> ExtractPlan:
     """What `extract` with these options would do. Makes no cache, and reads no more of the audio than some headers."""
-    check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb, limit=limit)
-    if isinstance(model, str | Path):
-        check_model(model)
-    with DecodePool(workers or cores()) as pool:
-        clips = open_clips(
-            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, limit=limit
-        )  # fmt: skip
-    seconds = clips.clip_seconds if clip_seconds is None else clip_seconds
-    backbone = open_backbone(model, cache, device=device, precision=precision)
+    options = ExtractOptions.of(options, given)
+    dtype = options.dtype
+    with DecodePool(options.workers or cores()) as pool:
+        clips = open_clips(dataset, pool, options)
+    seconds = seconds_of(clips, options)
+    backbone = open_backbone(cache, options)
     samples = clip_samples(backbone, seconds)
-    size = batch_size or fitting_batch_size(backbone, samples, dtype)
-    spec = spec_of(clips, backbone, seconds, dtype)
+    size = options.batch_size or fitting_batch_size(backbone, samples, dtype)
+    spec = spec_of(clips, backbone, options)
     exists = location(cache).exists(METADATA)
     done, changed = _in_cache(cache, clips, spec) if exists else (0, "")
-    todo, per_shard = max(0, len(clips) - done), spec.clips_per_shard(shard_mb, len(clips))
+    todo, per_shard = max(0, len(clips) - done), spec.clips_per_shard(options.shard_mb, len(clips))
     rate = _rate(backbone, samples, size, dtype) if todo else None
     return ExtractPlan(
         cache=str(cache), exists=exists, dataset=clips.name, clips=len(clips), done=done, changed=changed,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,19 +27,11 @@ from whisper_at_cli.extract.errors import MISSING, UsageError
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.decode_worker import DONE, measure_length
 from whisper_at_cli.extract.pipeline.follow import follow
+from whisper_at_cli.extract.pipeline.options import ExtractOptions, ReadOptions
 
 
-def check_numbers(**numbers: float | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and not (0 < value < math.inf):
-            raise UsageError(f"{name} is {value:g}, and must be above 0")
-
-
-def open_clips(
-    dataset: str | Path | Dataset, pool: DecodePool, *, format: str, labels: str | Path | None, window: float | None,
-    hop: float | None, clip_seconds: float | None, look: bool = True, limit: int | None = None,
-) -> Dataset:  # fmt: skip
-    """The dataset that was asked for, its files cut into windows where that was asked for too; its first `limit` clips.
+def open_clips(dataset: str | Path | Dataset, pool: DecodePool, options: ReadOptions, *, look: bool = True) -> Dataset:
+    """The dataset that was asked for, its files cut into windows where that was asked for too; its first clips.
 
     With `look` some of its files are looked at, for notes on what is missing or will be cut.
     """
@@ -50,7 +39,9 @@ def open_clips(
     def lengths(paths: Sequence[str]) -> list[Length | None]:
         return [value if kind == DONE else None for kind, value in pool.map(measure_length, paths)]
 
-    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, labels=labels)
+    window, hop, clip_seconds, limit = options.window, options.hop, options.clip_seconds, options.limit
+    if not isinstance(dataset, Dataset):
+        dataset = open_dataset(dataset, format=options.format, labels=options.labels)
     dataset = _first(dataset, limit)  # of so many files, each of which is one window at least
     if look:
         dataset = looked_at(dataset, clip_seconds or dataset.clip_seconds, lengths, windows=window is not None)
@@ -61,6 +52,11 @@ def open_clips(
     if clip_seconds not in (None, window):
         raise UsageError(f"windows of {window:g} s are clips of that length; leave out --clip-seconds {clip_seconds:g}")
     return _first(windowed(dataset, window, hop, lengths=lengths), limit)
+
+
+def seconds_of(dataset: Dataset, options: ReadOptions) -> float:
+    """The length of every clip."""
+    return dataset.clip_seconds if options.clip_seconds is None else options.clip_seconds
 
 
 def _first(dataset: Dataset, limit: int | None) -> Dataset:
@@ -85,49 +81,55 @@ def precision_of(cache: str | Path, asked: str) -> str:
     return made_with if made_with in PRECISIONS else asked
 
 
-def open_backbone(model: str | Path | Backbone, cache: str | Path, *, device: str, precision: str) -> Backbone:
-    """The backbone that `model` stands for, in the precision in which `cache` can be continued; or `model` itself."""
-    if isinstance(model, str | Path):
-        return load_backbone(model, device=device, precision=precision_of(cache, precision))
-    return checked_backbone(model, "model")
+def open_backbone(cache: str | Path, options: ExtractOptions) -> Backbone:
+    """The backbone that was asked for, in the precision in which `cache` can be continued."""
+    if isinstance(options.model, str | Path):
+        precision = precision_of(cache, options.precision)
+        return load_backbone(options.model, device=options.device, precision=precision)
+    return checked_backbone(options.model, "model")
 
 
 def open_cache(
-    cache: str | Path, dataset: Dataset, backbone: EncoderFacts, clip_seconds: float, dtype: str, batch_size: int, *,
-    shard_mb: float, slot: tuple[int, int], limit: int | None = None, update: bool = False, prune: bool = False,
-    repair: bool = False,
+    cache: str | Path, dataset: Dataset, backbone: EncoderFacts, batch_size: int, options: ExtractOptions,
+    command: str | None,
 ) -> tuple[CacheWriter, Dataset, str | None]:  # fmt: skip
     """The cache of this extraction, new or continued; the dataset in its order; and a note on what was changed in it.
 
-    Raises CacheError where the dataset differs from the cache in what `update` or `prune` would have to allow.
+    `command` is what the cache says that it was made by. Raises CacheError where the dataset differs from the cache in
+    what `update` or `prune` would have to allow.
     """
-    spec = spec_of(dataset, backbone, clip_seconds, dtype)
-    followed = follow(cache, dataset, spec, slot=slot, update=update, prune=prune, repair=repair)
-    provenance = _provenance(backbone, dataset, batch_size) | ({} if limit is None else {"limit": limit})
-    writer = CacheWriter.create(cache, spec, followed.table, shard_mb=shard_mb, slot=slot, provenance=provenance)
+    spec = spec_of(dataset, backbone, options)
+    followed = follow(
+        cache, dataset, spec, slot=options.shard, update=options.update, prune=options.prune, repair=options.repair
+    )
+    provenance = _provenance(backbone, dataset, batch_size, command)
+    provenance |= {} if options.limit is None else {"limit": options.limit}
+    writer = CacheWriter.create(
+        cache, spec, followed.table, shard_mb=options.shard_mb, slot=options.shard, provenance=provenance
+    )
     return writer, followed.dataset, followed.note
 
 
-def spec_of(dataset: Dataset, backbone: EncoderFacts, clip_seconds: float, dtype: str) -> CacheSpec:
+def spec_of(dataset: Dataset, backbone: EncoderFacts, options: ExtractOptions) -> CacheSpec:
     """What makes the cache of this extraction."""
     return CacheSpec(
         backbone=backbone.name, weights_sha256=backbone.weights_sha256, layers=backbone.layers, dim=backbone.dim,
-        clip_seconds=clip_seconds, dtype=dtype, precision=backbone.precision, dataset=dataset.name,
-        class_names=dataset.class_names,
+        clip_seconds=seconds_of(dataset, options), dtype=options.dtype, precision=backbone.precision,
+        dataset=dataset.name, class_names=dataset.class_names,
     )  # fmt: skip
 
 
-def _provenance(backbone: EncoderFacts, dataset: Dataset, batch_size: int) -> dict:
-    return {
+def _provenance(backbone: EncoderFacts, dataset: Dataset, batch_size: int, command: str | None) -> dict:
+    made = {
         "tool_version": __version__,
         "torch_version": torch.__version__,
         "device": str(backbone.device),
         "batch_size": batch_size,
         "dataset_root": dataset.place,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
         "notes": [as_text(note) for note in dataset.notes],
     }
+    return made | ({} if command is None else {"command": command, "folder": str(Path.cwd())})
 
 
 def batch_size_of(made: dict, device: object, fitting: int) -> tuple[int, str | None]:

@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from whisper_at_cli.extract.backbones.recognise import check_model
-from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB, Status
+from whisper_at_cli.extract.cache.schema import Status
 from whisper_at_cli.extract.cache.writer import CacheWriter
 from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline import prepare
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
+from whisper_at_cli.extract.pipeline.options import ExtractOptions
 from whisper_at_cli.extract.pipeline.ray_worker import Encoder, EncoderInfo, PartOfDataset, Shard, decode_clips
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
 from whisper_at_cli.extract.pipeline.shard_run import batch_slots
@@ -62,14 +62,9 @@ class RayReport(ExtractReport):
 
 
 def extract_on_ray(
-    dataset: str | Path | Dataset, cache: str | Path, *, model: str | Path, address: str | None = None,
-    encoders: int | None = None, format: str = "auto", labels: str | Path | None = None, window: float | None = None,
-    hop: float | None = None, clip_seconds: float | None = None, dtype: str = "float16", precision: str = "auto",
-    device: str = "auto", batch_size: int | None = None,
-    shard_mb: float = DEFAULT_SHARD_MB, shard: tuple[int, int] = (1, 1), repair: bool = False,
-    update: bool = False, prune: bool = False, compile: bool = False, limit: int | None = None,
-    decode_in_tasks: bool | None = None, progress: Progress | None = None,
-    notify: Callable[[str], None] | None = None,
+    dataset: str | Path | Dataset, cache: str | Path, options: ExtractOptions | None = None, *,
+    address: str | None = None, encoders: int | None = None, decode_in_tasks: bool | None = None,
+    progress: Progress | None = None, notify: Callable[[str], None] | None = None, **given: Any,
 ) -> RayReport:  # fmt: skip
     """`extract` on the Ray cluster at `address`; by default the one that Ray knows of, else one on this machine.
 
@@ -77,35 +72,33 @@ def extract_on_ray(
     leave decoding to tasks on the CPUs, and others do it themselves. The cache has the same bytes as from `extract`.
     Raises UsageError without the extra `ray`, and what an encoder raised.
     """
-    if not isinstance(model, str | Path):
+    options = ExtractOptions.of(options, given)
+    if not isinstance(options.model, str | Path):
         raise UsageError("--engine ray needs the model by name or path, so that each worker can load it")
-    prepare.check_numbers(encoders=encoders, batch_size=batch_size, shard_mb=shard_mb, limit=limit)
-    check_model(model)
+    if encoders is not None and encoders < 1:
+        raise UsageError(f"encoders is {encoders}, and must be above 0")
     started = time.perf_counter()
+    command = options.command(dataset, cache, "--engine", "ray") if isinstance(dataset, str | Path) else None
     with DecodePool(cores()) as pool:
-        dataset = prepare.open_clips(
-            dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=clip_seconds, limit=limit
-        )  # fmt: skip
+        dataset = prepare.open_clips(dataset, pool, options)
     dataset = dataset.absolute()
-    seconds = dataset.clip_seconds if clip_seconds is None else clip_seconds
+    seconds = prepare.seconds_of(dataset, options)
     cache = cache if "://" in str(cache) else Path(cache).resolve()
-    model = Path(model).resolve() if Path(model).exists() else model
+    model = Path(options.model).resolve() if Path(options.model).exists() else options.model
     with _connected(address):
-        precision = prepare.precision_of(cache, precision)
-        fleet = _Fleet(dict(model=model, precision=precision, compile=compile, dtype=dtype), seconds, device, encoders)
+        precision = prepare.precision_of(cache, options.precision)
+        loading = dict(model=model, precision=precision, compile=options.compile, dtype=options.dtype)
+        fleet = _Fleet(loading, seconds, options.device, encoders)
         info = fleet.wait_for_one(progress)
-        size = batch_size or info.batch_size
+        size = options.batch_size or info.batch_size
         notes = [*dataset.notes, info.note]
-        writer, dataset, changed = prepare.open_cache(
-            cache, dataset, info, seconds, dtype, size, shard_mb=shard_mb, slot=shard, limit=limit, update=update,
-            prune=prune, repair=repair,
-        )  # fmt: skip
+        writer, dataset, changed = prepare.open_cache(cache, dataset, info, size, options, command)
         with writer:
             notes.append(changed)
-            if not batch_size:
+            if not options.batch_size:
                 size, note = prepare.batch_size_of(writer.cache.attributes["made"], info.device, size)
                 notes.append(note)
-            todo = prepare.clips_to_do(writer, dataset, repair)
+            todo = prepare.clips_to_do(writer, dataset, options.repair)
             said = prepare.say_notes(notes, notify)
             in_tasks = fleet.on_gpu if decode_in_tasks is None else decode_in_tasks
             drive = _Drive(dataset, writer, fleet, info.samples, size, todo, in_tasks, progress)

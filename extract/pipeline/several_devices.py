@@ -16,6 +16,7 @@ from whisper_at_cli.extract.backbones.precision import AUTO
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline.local import extract
+from whisper_at_cli.extract.pipeline.options import ExtractOptions
 from whisper_at_cli.extract.pipeline.prepare import precision_of
 from whisper_at_cli.extract.pipeline.report import ExtractReport
 from whisper_at_cli.extract.progress import Progress
@@ -30,26 +31,30 @@ def slots_of(shard: tuple[int, int], count: int) -> list[tuple[int, int]]:
 
 
 def extract_on_devices(
-    dataset: str | Path, cache: str | Path, *, model: str | Path, devices: list[str], shard: tuple[int, int] = (1, 1),
-    progress: Progress | None = None, notify: Callable[[str], None] | None = None, **options: Any,
+    dataset: str | Path, cache: str | Path, options: ExtractOptions | None = None, *, devices: list[str],
+    progress: Progress | None = None, notify: Callable[[str], None] | None = None, **given: Any,
 ) -> ExtractReport:  # fmt: skip
     """`extract` with one process per device; the cache has the same bytes as from one. Options are those of `extract`.
 
     Raises what a process raised; what the others finished is kept, and the same command continues.
     """
-    if not isinstance(model, str | Path):
+    options = ExtractOptions.of(options, given)
+    if not isinstance(options.model, str | Path):
         raise UsageError("several devices need the model by name or path, so that each process can load it")
     started = time.perf_counter()
-    if len({device.partition(":")[0] for device in devices}) > 1 and options.get("precision", AUTO) == AUTO:
+    precision = options.precision
+    if len({device.partition(":")[0] for device in devices}) > 1 and precision == AUTO:
         made_with = precision_of(cache, AUTO)
-        options["precision"] = "float32" if made_with == AUTO else made_with  # what each kind would choose may differ
+        precision = "float32" if made_with == AUTO else made_with  # what each kind would choose may differ
+    options = replace(options, precision=precision, workers=options.workers or max(1, cores() // len(devices)))
     context = multiprocessing.get_context("spawn")
-    options["workers"] = options.get("workers") or max(1, cores() // len(devices))
     messages: Queue = context.Queue()
     processes: list[BaseProcess] = []
-    for number, (device, slot) in enumerate(zip(devices, slots_of(shard, len(devices)), strict=True)):
-        arguments = {"dataset": dataset, "cache": cache, "model": model, "device": device, "shard": slot, **options}
-        process = context.Process(target=_extract_in_process, args=(number, messages, arguments), daemon=True)
+    for number, (device, slot) in enumerate(zip(devices, slots_of(options.shard, len(devices)), strict=True)):
+        own = replace(options, device=device, shard=slot)
+        process = context.Process(
+            target=_extract_in_process, args=(number, messages, dataset, cache, own), daemon=True
+        )  # fmt: skip
         process.start()
         processes.append(process)
     try:
@@ -60,7 +65,9 @@ def extract_on_devices(
     return _merged(reports, time.perf_counter() - started)
 
 
-def _extract_in_process(number: int, messages: Queue, arguments: dict) -> None:
+def _extract_in_process(
+    number: int, messages: Queue, dataset: str | Path, cache: str | Path, options: ExtractOptions
+) -> None:
     def progress(done: int, total: int, _message: str = "") -> None:
         messages.put((number, "progress", (done, total)))
 
@@ -68,9 +75,8 @@ def _extract_in_process(number: int, messages: Queue, arguments: dict) -> None:
         messages.put((number, "note", note))
 
     try:
-        messages.put(
-            (number, "report", extract(progress=progress, notify=notify if number == 0 else None, **arguments))
-        )
+        report = extract(dataset, cache, options, progress=progress, notify=notify if number == 0 else None)
+        messages.put((number, "report", report))
     except WhisperATError as error:
         messages.put((number, "error", error))
 

@@ -11,6 +11,7 @@ from whisper_at_cli.extract.datasets import Dataset
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
 from whisper_at_cli.extract.pipeline.follow import FOLLOWS, follow
+from whisper_at_cli.extract.pipeline.options import ReadOptions
 from whisper_at_cli.extract.pipeline.prepare import open_clips, say_notes
 
 
@@ -26,9 +27,8 @@ class SyncReport:
 
 
 def sync(
-    dataset: str | Path | Dataset, cache: str | Path, *, format: str = "auto", labels: str | Path | None = None,
-    window: float | None = None, hop: float | None = None, update: bool = False, prune: bool = False,
-    notify: Callable[[str], None] | None = None,
+    dataset: str | Path | Dataset, cache: str | Path, options: ReadOptions | None = None, *, update: bool = False,
+    prune: bool = False, notify: Callable[[str], None] | None = None,
 ) -> SyncReport:  # fmt: skip
     """Have a cache follow its dataset without encoding anything; what is left to be encoded is pending then.
 
@@ -36,7 +36,7 @@ def sync(
     """
     made_with = FeatureCache.open(cache).spec
     with DecodePool(cores()) as pool:
-        opened = open_clips(dataset, pool, format=format, labels=labels, window=window, hop=hop, clip_seconds=None)
+        opened = open_clips(dataset, pool, options or ReadOptions())
     spec = replace(made_with, class_names=opened.class_names)
     followed = follow(cache, opened, spec, update=update, prune=prune)
     now = FeatureCache.open(cache)
