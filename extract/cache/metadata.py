@@ -1,6 +1,6 @@
 """A second copy of a cache's metadata, its `zarr.json` files: without them nothing else could be read.
 
-From version 2 of the format on, `metadata.zst` holds them all, packed by zstd and with a CRC-32C.
+From version 2 of the format on, `status/metadata.zst` holds them all, packed by zstd and with a CRC-32C.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from whisper_at_cli.extract.cache.sealed import sealed, unsealed
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 from whisper_at_cli.extract.errors import CacheError
 
-COPY = "metadata.zst"
+COPY = "status/metadata.zst"  # within an array, where readers of Zarr look for nothing
 METADATA = "zarr.json"
 MOST_BYTES = 1 << 26
 

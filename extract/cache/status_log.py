@@ -6,8 +6,9 @@ status, valid_frames, error    the same as arrays, for other readers of Zarr; wr
 
 A record is MAGIC, the shard, the generation and the length of what follows (uint32 each), zstd of what is said of the
 shard's clips (status, valid frames, errors as JSON), and a CRC-32C of all but MAGIC. Of two records of a shard that of
-the higher generation counts; a process takes the next one after those that it finds. Where a record is damaged, the
-arrays still have what it said.
+the higher generation counts: a process takes the next one after those that it finds, and what is merged has 0, so that
+a run that was stopped and continued ends with the same bytes. Where a record is damaged, the arrays still have what it
+said.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class StatusLog(ClipStatus):
         self.problems = []
         self._records: dict[int, tuple[int, bytes]] = {}  # by shard: generation, record
         self._logs: dict[str, bool] = {}  # by name: whether its process has ended
+        self._generations: dict[str, int] = {}  # by name of a log
         names = sorted(name for name in self.store.names(LOG) if name != MERGED)
         logs = self.store.map(self.store.read, names)
         merged = self.store.read(MERGED)
@@ -100,6 +102,7 @@ class StatusLog(ClipStatus):
             size = self._record_size(data, at)
             if size:
                 shard, generation, _ = HEADER.unpack_from(data, at + len(MAGIC))
+                self._generations[name] = max(generation, self._generations.get(name, 0))
                 if shard == END:
                     ended = True
                 elif shard not in self._records or self._records[shard][0] <= generation:
@@ -179,11 +182,12 @@ class StatusLog(ClipStatus):
                 return
             if not (self._logs or self.problems or rewrite):
                 return
+            self._records = {shard: (0, _of_generation(0, record)) for shard, (_, record) in self._records.items()}
             self.store.write_whole(MERGED, [b"".join(record for _, (_, record) in sorted(self._records.items()))])
             self._write_arrays()
-            for name in self._logs:
+            for name in sorted(self._logs, key=lambda name: self._generations.get(name, 0)):  # newest last
                 self.store.remove(name)
-            self.problems = []
+            self._logs, self.problems, self.generation = {}, [], 1
 
     def _may_run(self, name: str) -> bool:
         """Whether a log may be that of a process at work. Slots that overlap with this one's have no such process."""
@@ -249,6 +253,13 @@ def _record(shard: int, generation: int, said: ShardStatus | None) -> bytes:
         errors = json.dumps(said.errors, ensure_ascii=False).encode("utf-8", "backslashreplace") if said.errors else b""
         packed = zstd.compress(said.status.tobytes() + said.valid_frames.tobytes() + errors, ZSTD_LEVEL)
     body = HEADER.pack(shard, generation, len(packed)) + packed
+    return MAGIC + body + crc32c(body)
+
+
+def _of_generation(generation: int, record: bytes) -> bytes:
+    """The same record of another generation."""
+    shard, _, length = HEADER.unpack_from(record, len(MAGIC))
+    body = HEADER.pack(shard, generation, length) + record[len(MAGIC) + HEADER.size : -CRC_BYTES]
     return MAGIC + body + crc32c(body)
 
 
