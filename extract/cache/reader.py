@@ -19,7 +19,7 @@ from whisper_at_cli.extract.cache.schema import CacheSpec, Status
 from whisper_at_cli.extract.cache.shards import ShardFile
 from whisper_at_cli.extract.cache.status import ClipStatus, Geometry, StatusChunks
 from whisper_at_cli.extract.cache.status_log import StatusLog
-from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
+from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, files_of_one_reader, location
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Rows = Sequence[int] | np.ndarray  # of a cache, from 0
 
-OPEN_SHARDS = 128  # files kept open per array
+OPEN_SHARDS = files_of_one_reader()  # files kept open per array
 
 
 class FeatureCache:
@@ -50,7 +50,8 @@ class FeatureCache:
             clips, self.clips_per_shard = schema.check_features(self._array("features"), spec, store, self.layout)
         geometry = Geometry(clips, self.clips_per_shard, spec.frames)
         self.clip_status: ClipStatus = (StatusChunks if self.layout.version == 1 else StatusLog)(store, geometry)
-        self._open: dict[str, OrderedDict[int, ShardFile]] = {}
+        self._files: dict[str, dict[int, ShardFile]] = {}  # by array: every shard that was read
+        self._used: dict[str, OrderedDict[int, None]] = {}  # by array: those whose files are open, least used first
         self._guard = threading.Lock()
 
     @classmethod
@@ -178,7 +179,7 @@ class FeatureCache:
             shard, slot = divmod(int(rows[at]), self.clips_per_shard)
             self._shard("features", shard).read(range(slot * L, (slot + 1) * L), out[at])
 
-        self.store.map(read, range(len(rows)))
+        self.store.each(read, range(len(rows)), out.nbytes)
         return out
 
     def layer(self, layer: int, rows: Rows | None = None, *, dtype: str = "float32") -> np.ndarray:
@@ -199,7 +200,7 @@ class FeatureCache:
             chunks = (rows[first:last] % S * L + index).tolist()
             self._shard("features", int(shard_of[first])).read(chunks, out[first:last])
 
-        self.store.map(read, pairwise(edges))
+        self.store.each(read, list(pairwise(edges)), out.nbytes)
         if self.spec.dtype == "int8":
             return (out * self._per_layer("scale", rows, [index])[:, 0, None, :]).astype(dtype, copy=False)
         return out.astype(dtype, copy=False)
@@ -225,7 +226,7 @@ class FeatureCache:
             (file.read_compressed if name == "scale" else file.read)(layers, whole)
             out[here] = whole[:, slot_of[here]].swapaxes(0, 1)
 
-        self.store.map(read, np.unique(shard_of).tolist())
+        self.store.each(read, np.unique(shard_of).tolist(), out.nbytes)
         return out
 
     def _check_first(self, name: str, rows: np.ndarray, chunks_per_clip: int, chunks: Sequence[int]) -> None:
@@ -273,14 +274,15 @@ class FeatureCache:
 
     def _shard(self, name: str, shard: int) -> ShardFile:
         with self._guard:
-            files = self._open.setdefault(name, OrderedDict())
-            if shard in files:
-                files.move_to_end(shard)
-                return files[shard]
-            files[shard] = self._shard_file(name, shard)
-            if len(files) > OPEN_SHARDS:
-                files.popitem(last=False)  # closed when the last thread is done with it
-            return files[shard]
+            files, used = self._files.setdefault(name, {}), self._used.setdefault(name, OrderedDict())
+            file = files.get(shard)
+            if file is None:
+                file = files[shard] = self._shard_file(name, shard)
+            used[shard] = None
+            used.move_to_end(shard)
+            if len(used) > OPEN_SHARDS:
+                files[used.popitem(last=False)[0]].release()
+            return file
 
     def _shard_file(self, name: str, shard: int) -> ShardFile:
         L, T, D, S = self.spec.layers, self.spec.frames, self.spec.dim, self.clips_per_shard

@@ -143,17 +143,26 @@ class ShardFile:
         self.path, self.chunk_bytes = f"{store}/{name}", chunk_bytes
         self._store, self._name, self._chunk_count = store, name, chunk_count
         self._file: LocalFile | BucketFile | None = None
+        self._size = -1
+        self._ranks: Sequence[int] | np.ndarray = range(0)  # of each chunk among those that are there, -1 if it is not
+        self._listed: tuple[list[int], list[int]] | None = None  # starts and lengths, where chunks lie otherwise
         self._opening = threading.Lock()
 
+    def release(self) -> None:
+        """Close the file when the last thread is done with it. What its index said is kept."""
+        self._file = None
+
     def _open(self) -> LocalFile | BucketFile:
-        """The file, its index read and checked."""
+        """The file, its index read and checked, unless it was before and the file is as long as then."""
         with self._opening:
             if self._file is None:
                 try:
                     file = self._store.open(self._name)
                 except FileNotFoundError as error:
                     raise CacheError(f"{self.path} is missing although its clips are marked done; {VERIFY}") from error
-                self._read_index(file)
+                if file.size != self._size:
+                    self._read_index(file)
+                    self._size = file.size
                 self._file = file
             return self._file
 
@@ -168,17 +177,32 @@ class ShardFile:
         held = index[(index != ABSENT).any(axis=1)]
         if (held > start).any() or held[:, 1].sum(dtype=np.float64) > start or (held.sum(axis=1) > start).any():
             raise CacheError(f"{self.path} is damaged: its index names more bytes than it holds; {VERIFY}")
-        self._starts: list[int] = index[:, 0].tolist()
-        self._lengths: list[int] = index[:, 1].tolist()
+        stride, present = self.chunk_bytes + CRC_BYTES, (index != ABSENT).any(axis=1)
+        self._ranks, self._listed = range(len(held)), None
+        if not present[: len(held)].all():
+            self._ranks = np.where(present, np.cumsum(present) - 1, -1).astype(np.int32)
+        if (held[:, 0] != np.arange(len(held)) * stride).any() or (held[:, 1] != stride).any():
+            self._listed = index[:, 0].tolist(), index[:, 1].tolist()
 
     def check(self, chunks: Sequence[int]) -> LocalFile | BucketFile:
         """The open file. Raises CacheError unless it has these chunks."""
         file = self._file or self._open()
         stride = self.chunk_bytes + CRC_BYTES
-        for chunk in chunks:
-            if self._lengths[chunk] != stride or self._starts[chunk] + stride > file.size:
-                raise CacheError(f"{self.path} has no chunk {chunk} although its clip is marked done; {VERIFY}")
+        for chunk in chunks if self._listed or not isinstance(self._ranks, range) else [max(chunks, default=-1)]:
+            start, length = self._place(chunk) if chunk >= 0 else (0, stride)
+            if length != stride or start + stride > file.size:
+                raise self._absent(chunk)
         return file
+
+    def _place(self, chunk: int) -> tuple[int, int]:
+        """Where a chunk begins, and its bytes; none of a chunk that is not there."""
+        if self._listed:
+            return self._listed[0][chunk], self._listed[1][chunk]
+        stride, rank = self.chunk_bytes + CRC_BYTES, int(self._ranks[chunk]) if chunk < len(self._ranks) else -1
+        return rank * stride, stride if rank >= 0 else 0
+
+    def _absent(self, chunk: int) -> CacheError:
+        return CacheError(f"{self.path} has no chunk {chunk} although its clip is marked done; {VERIFY}")
 
     def read(self, chunks: Sequence[int], out: np.ndarray) -> None:
         """Read chunks into the rows of `out`, (len(chunks), ...), each row C-contiguous and of a chunk's bytes.
@@ -188,13 +212,13 @@ class ShardFile:
         file = self.check(chunks)
         rows = out.reshape(len(chunks), -1).view(np.uint8)
         stride = self.chunk_bytes + CRC_BYTES
-        readv, starts = file.readv, self._starts
+        readv, starts = file.readv, [self._place(chunk)[0] for chunk in chunks]
         checksums = np.empty((len(chunks), CRC_BYTES), dtype=np.uint8)
 
         def read_run(run: tuple[int, int]) -> None:
             first, last = run
             buffers = [buffer for at in range(first, last) for buffer in (rows[at], checksums[at])]
-            if readv(buffers, starts[chunks[first]]) != (last - first) * stride:
+            if readv(buffers, starts[first]) != (last - first) * stride:
                 raise CacheError(f"{self.path} ended while it was read; {VERIFY}")
             found = row_checksums(rows, range(first, last)).view(np.uint8).reshape(-1, CRC_BYTES)
             wrong = np.flatnonzero((found != checksums[first:last]).any(axis=1))
@@ -202,16 +226,16 @@ class ShardFile:
                 chunk = chunks[first + int(wrong[0])]
                 raise CacheError(f"chunk {chunk} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}")
 
-        self._store.map(read_run, self._runs(chunks, file.run))
+        self._store.map(read_run, _runs(starts, stride, file.run))
 
     def read_compressed(self, chunks: Sequence[int], out: np.ndarray) -> None:
         """`read` for chunks that were compressed by zstd."""
         file = self._file or self._open()
         rows = out.reshape(len(chunks), -1).view(np.uint8)
         for row, chunk in zip(rows, chunks, strict=True):
-            start, length = self._starts[chunk], self._lengths[chunk]
-            if start + length > file.size:
-                raise CacheError(f"{self.path} has no chunk {chunk} although its clip is marked done; {VERIFY}")
+            start, length = self._place(chunk)
+            if not length or start + length > file.size:
+                raise self._absent(chunk)
             data = bytearray(length)
             if file.readv([data], start) != length or crc32c(bytes(data[:-CRC_BYTES])) != data[-CRC_BYTES:]:
                 raise CacheError(f"chunk {chunk} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}")
@@ -221,12 +245,13 @@ class ShardFile:
             except (RuntimeError, ValueError) as error:
                 raise CacheError(f"chunk {chunk} of {self.path} is damaged ({error}); {VERIFY}") from error
 
-    def _runs(self, chunks: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
-        """First and last (exclusive) of chunks that lie side by side, at most so many of them."""
-        starts, stride, first = self._starts, self.chunk_bytes + CRC_BYTES, 0
-        while first < len(chunks):
-            start, last, end = starts[chunks[first]], first + 1, min(len(chunks), first + longest)
-            while last < end and starts[chunks[last]] == start + (last - first) * stride:
-                last += 1
-            yield first, last
-            first = last
+
+def _runs(starts: list[int], stride: int, longest: int) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) of chunks that lie side by side, at most so many of them."""
+    first = 0
+    while first < len(starts):
+        start, last, end = starts[first], first + 1, min(len(starts), first + longest)
+        while last < end and starts[last] == start + (last - first) * stride:
+            last += 1
+        yield first, last
+        first = last

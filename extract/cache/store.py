@@ -13,6 +13,7 @@ remove(name)                 a file that may be gone already
 sync(name)                   a file that somebody else wrote is safe when this returns
 zarr()                       what zarr-python opens
 map(function, items)         a list of results; a bucket is asked for many things side by side
+each(function, items, size)  without results, for reads of so many bytes in all: side by side in folders too
 asking(name)                 a context in which a failure of the store becomes an error that a user can read
 """
 
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from whisper_at_cli.extract.cache.side_by_side import side_by_side
 from whisper_at_cli.extract.errors import StoreError, UsageError, WhisperATError
 from whisper_at_cli.extract.machine import IN_MEMORY, file_system
 
@@ -187,6 +189,9 @@ class LocalStore:
     def map(self, function: Callable, items: Iterable) -> list:
         return [function(item) for item in items]
 
+    def each(self, function: Callable, items: Sequence, size: int) -> None:
+        side_by_side(function, items, size)
+
     def asking(self, name: str) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
@@ -320,6 +325,9 @@ class BucketStore:
             return [function(item) for item in items]
         return list(self._threads.map(function, items))
 
+    def each(self, function: Callable, items: Sequence, size: int) -> None:
+        self.map(function, items)
+
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(REQUESTS, thread_name_prefix="bucket", initializer=_mark_thread)
@@ -384,6 +392,16 @@ def _obstore() -> ModuleType:
             "a cache in a bucket needs obstore, which is not installed; run: pip install 'whisper-at-cli[cloud]'"
         ) from error
     return obstore
+
+
+def files_of_one_reader() -> int:
+    """How many files a reader may keep open of one array: opening one costs as much as reading 50 kB."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 128
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 8192 if allowed == resource.RLIM_INFINITY else max(32, min(8192, allowed // 4))
 
 
 _used_by: list[int] = []  # the process in which obstore's threads run
