@@ -10,7 +10,7 @@ import os
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -67,8 +67,8 @@ def located(root: Path, listed: Listed, *, published: bool = False) -> tuple[Lis
 
 def exists(root: Path, path: str) -> bool:
     try:
-        return (root / path).exists()
-    except (OSError, ValueError):
+        return os.path.exists(os.path.join(root, path))  # noqa: PTH110, PTH118 - a Path takes ten times as long
+    except ValueError:
         return False
 
 
@@ -94,6 +94,7 @@ class _Files:
     published: bool
     paths: set[str] = field(default_factory=set)
     by_name: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)  # in lower case, with and without what follows the last dot
 
     def __post_init__(self) -> None:
@@ -118,7 +119,7 @@ class _Files:
         if plain in self.paths:
             return _Match(plain, how)
         for key, change in zip(_keys(plain), (FORM, CASE, SUFFIX), strict=True):
-            if change == SUFFIX and not self.published and is_audio(PurePosixPath(plain).name):
+            if change == SUFFIX and not self.published and is_audio(_name(plain)):
                 break
             match = self._best(plain, self.by_name.get(key, []), change)
             if match:
@@ -135,14 +136,21 @@ class _Files:
         folders = {path.rpartition("/")[0] for path in listed}
         return len(folders) <= FOLDERS_SEARCHED and not any(exists(self.root, folder) for folder in folders)
 
+    def _parts_of(self, path: str) -> tuple[str, ...]:
+        """`_parts` of a file that is there."""
+        parts = self._known.get(path)
+        if parts is None:
+            parts = self._known[path] = _parts(path)
+        return parts
+
     def _best(self, listed: str, candidates: list[str], change: str) -> _Match | None:
         """The one candidate that lies where the listed path says, or least deep; None where several could be meant."""
         if change == SUFFIX:
-            candidates = [path for path in candidates if is_audio(PurePosixPath(path).name)]
+            candidates = [path for path in candidates if is_audio(_name(path))]
         wanted = _parts(listed)
         scored = []
         for path in candidates:
-            parts = _parts(path)
+            parts = self._parts_of(path)
             same = _common_tail(wanted, parts)
             if self.published or same == min(len(wanted), len(parts)):
                 scored.append((-same, len(parts), path))
@@ -151,7 +159,7 @@ class _Files:
             return None
         path = scored[0][2]
         how: tuple[str, ...] = () if change == FORM and _name(path) == _name(listed) else (change,)
-        how += () if wanted[:-1] == _parts(path)[:-1] else (FOLDER,)
+        how += () if wanted[:-1] == self._parts_of(path)[:-1] else (FOLDER,)
         return _Match(path, how, others=len(scored) > 1)
 
 
@@ -175,7 +183,8 @@ def _with_and_without_suffix(name: str) -> tuple[str, str]:
 def _parts(path: str) -> tuple[str, ...]:
     """Folders and stem, as they are compared."""
     parts = unicodedata.normalize("NFC", path).casefold().split("/")
-    return (*parts[:-1], PurePosixPath(parts[-1]).stem if is_audio(parts[-1]) else parts[-1])
+    last = parts[-1]
+    return (*parts[:-1], last[: last.rfind(".")] if is_audio(last) else last)
 
 
 def _common_tail(one: tuple[str, ...], other: tuple[str, ...]) -> int:
