@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from whisper_at_cli.extract.cache.column_files import write_column
 from whisper_at_cli.extract.cache.layout import NEWEST, VERSIONS, Layout
 from whisper_at_cli.extract.cache.metadata import COPY, METADATA, keep_copy
 from whisper_at_cli.extract.cache.shards import ZSTD_LEVEL
@@ -56,7 +57,7 @@ DIMENSIONS = {
     **{name: (name,) for name in ("layer", "class")},
     **dict.fromkeys(("id", "path", "split", "fold", "digest", "status", "valid_frames", "error"), ("clip",)),
 }
-LABEL_ROWS = 4096  # in a chunk of labels
+LABEL_BYTES = 1 << 25  # of a chunk of labels, before it is packed
 ROWS_PER_CHUNK = 65536  # of what the dataset says of each clip
 MAX_CLIP_BYTES = 1 << 28  # of features; 64 times a clip of the largest Whisper in float32
 FIELD_TYPES = {
@@ -197,18 +198,17 @@ def create_arrays(
     for name in ("status", "valid_frames"):
         create(name, (N,), "uint8", (S if layout.version == 1 else max(1, N),), packed=layout.version > 1)
     create("error", (N,), "str", (S if layout.version == 1 else rows,))
-    for name, column in (("id", clips.ids), ("path", clips.paths), ("split", clips.split)):
-        create(name, (N,), "str", (rows,))[:] = np.asarray(column, dtype=object)
-    create("fold", (N,), "int16", (rows,))[:] = clips.fold
-    create("digest", (N,), "uint64", (rows,))[:] = clips.digests
+    columns = [("id", "str", clips.ids), ("path", "str", clips.paths), ("split", "str", clips.split)]
+    columns += [("fold", "int16", clips.fold), ("digest", "uint64", clips.digests)]
+    for name, dtype, column in columns:
+        create(name, (N,), dtype, (rows,))
+        write_column(path, layout, name, column, rows, dtype)
     for name, names in named_axes(spec).items() if layout.version > 1 else ():
         create(name, names.shape, "str" if name == "class" else "uint16", names.shape)[:] = names
     if spec.class_names:
-        chunks = (min(rows, LABEL_ROWS), len(spec.class_names))
-        array = create("labels", clips.labels.shape, "uint8", chunks, packed=True)
-        step = 16 * array.chunks[0]
-        for first in range(0, N, step):
-            array[first : first + step] = clips.labels[first : first + step]
+        rows = label_rows(N, len(spec.class_names))
+        create("labels", clips.labels.shape, "uint8", (rows, len(spec.class_names)), packed=True)
+        write_column(path, layout, "labels", clips.labels, rows, "uint8")
     if layout.version > 1:
         keep_copy(LocalStore(path), list(array_shapes(spec, N)))
 
@@ -253,6 +253,11 @@ def named_axes(spec: CacheSpec) -> dict[str, np.ndarray]:
 def rows_per_chunk(clips: int) -> int:
     """Rows in a chunk of what the dataset says of each clip."""
     return max(1, min(clips, ROWS_PER_CHUNK))
+
+
+def label_rows(clips: int, classes: int) -> int:
+    """Rows in a chunk of labels."""
+    return max(1, min(rows_per_chunk(clips), LABEL_BYTES // max(1, classes)))
 
 
 def array_shapes(

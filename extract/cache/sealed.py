@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from numcodecs import zstd
 
 from whisper_at_cli.extract.cache.shards import CRC_BYTES, ZSTD_LEVEL, crc32c
@@ -10,7 +11,7 @@ from whisper_at_cli.extract.errors import CacheError
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
-def sealed(data: bytes) -> list:
+def sealed(data: bytes | np.ndarray) -> list:
     """Buffers of the file that holds this."""
     packed = zstd.compress(data, ZSTD_LEVEL)
     return [packed, crc32c(packed)]

@@ -38,6 +38,8 @@ HEADER = struct.Struct("<III")  # shard, generation, bytes of what follows
 DERIVED = ("status", "valid_frames", "error")  # arrays that are made of the log
 END = 2**32 - 1  # in place of a shard: the process that wrote this file has ended
 SEGMENT_BYTES = 1 << 20  # of a log in a bucket, which is sent whole each time; then another one is begun
+STATUS_MAX = max(Status)
+MEANINGS = 1000  # different records that are kept in mind while a log is read
 MOST_SAID = 1 << 26  # bytes that are said of one shard
 
 
@@ -58,6 +60,7 @@ class StatusLog(ClipStatus):
         self._records: dict[int, tuple[int, bytes]] = {}  # by shard: generation, record
         self._logs: dict[str, bool] = {}  # by name: whether its process has ended
         self._generations: dict[str, int] = {}  # by name of a log
+        self._meanings: dict[tuple[bytes, int], ShardStatus] = {}
         names = sorted(name for name in self.store.names(LOG) if name != MERGED)
         logs = self.store.map(self.store.read, names)
         merged = self.store.read(MERGED)
@@ -70,7 +73,8 @@ class StatusLog(ClipStatus):
         self._valid_frames = np.zeros(self.geometry.clips, dtype=np.uint8)
         self._errors: dict[int, str] = {}  # by row
         for shard, (_, record) in self._records.items():
-            self._show(shard, _said(record, len(self.geometry.rows(shard))))
+            self._show(shard, self._meaning(record, len(self.geometry.rows(shard))))
+        self._meanings = {}
         self.generation = 1 + max((generation for generation, _ in self._records.values()), default=0)
 
     @property
@@ -93,7 +97,8 @@ class StatusLog(ClipStatus):
         rows = self.geometry.rows(shard)
         self._status[rows.start : rows.stop] = said.status
         self._valid_frames[rows.start : rows.stop] = said.valid_frames
-        self._errors |= {rows.start + slot: text for slot, text in said.errors.items()}
+        if said.errors:
+            self._errors |= {rows.start + slot: text for slot, text in said.errors.items()}
 
     def _take_log(self, name: str, data: bytes) -> None:
         """Take the records of one file. Of a log that grows, the last record may be cut off."""
@@ -127,12 +132,22 @@ class StatusLog(ClipStatus):
             return 0
         if shard != END:
             try:
-                said = _said(data[at : end + CRC_BYTES], len(self.geometry.rows(shard)))
+                self._meaning(data[at : end + CRC_BYTES], len(self.geometry.rows(shard)))
             except ValueError:
                 return 0
-            if said.status.max() > max(Status) or said.valid_frames.max() > self.geometry.frames:
-                return 0
         return end + CRC_BYTES - at
+
+    def _meaning(self, record: bytes, clips: int) -> ShardStatus:
+        """What a record says of so many clips; most say the same. Raises ValueError where it means nothing here."""
+        key = record[len(MAGIC) + HEADER.size : -CRC_BYTES], clips
+        said = self._meanings.get(key)
+        if said is None:
+            said = _said(record, clips)
+            if said.status.max() > STATUS_MAX or said.valid_frames.max() > self.geometry.frames:
+                raise ValueError("a status or a number of frames that there is not")
+            if len(self._meanings) < MEANINGS:
+                self._meanings[key] = said
+        return said
 
     def _take_arrays(self) -> None:
         """Where there is no record, take what the arrays say, which were made of records that are lost."""
@@ -215,7 +230,7 @@ class StatusLog(ClipStatus):
         clips, file = self.geometry.clips, self.layout.file(name, 0)
         data = self.store.read(file)
         values = np.zeros(clips, np.uint8) if data is None else np.frombuffer(unsealed(data, file, clips), np.uint8)
-        most = max(Status) if name == "status" else self.geometry.frames
+        most = STATUS_MAX if name == "status" else self.geometry.frames
         if len(values) != clips or values.max(initial=0) > most:
             raise CacheError(f"{file} is damaged: it holds {len(values)} values, of at most {values.max(initial=0)}")
         return values
