@@ -11,7 +11,6 @@ import numpy as np
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.cache.changes import Changes, changes, refuse
 from whisper_at_cli.extract.cache.mend import mend_columns
-from whisper_at_cli.extract.cache.metadata import restore_metadata
 from whisper_at_cli.extract.cache.rebuild import Plan, rebuild, recover
 from whisper_at_cli.extract.cache.schema import METADATA, CacheSpec, ClipTable
 from whisper_at_cli.extract.cache.store import location
@@ -25,7 +24,6 @@ COPIED = (
     "the times of all audio files differ from when they were extracted, and nothing else does: taken for a copy of the "
     "same files"
 )
-RESTORED = "metadata of the cache that were damaged are restored: "
 FOLLOWS = "the dataset has changed; the cache now follows it: "
 
 
@@ -53,14 +51,11 @@ def follow(
     store = location(cache)
     if "://" not in str(cache):
         recover(Path(cache))
-    restored = restore_metadata(store) if repair else []
     if not store.exists(METADATA):
         return Followed(dataset, table)
     old = FeatureCache.open(cache)
     refuse_settings(old, spec, classes=False)
     mended = _mended(cache, old, spec, table, slot) if repair else None
-    if restored:
-        mended = "; ".join(note for note in (RESTORED + ", ".join(restored), mended) if note)
     old = FeatureCache.open(cache) if mended else old
     found = changes(old, spec, table)
     if (found.order == np.arange(len(dataset))).all():

@@ -25,6 +25,7 @@ from whisper_at_cli.extract.pipeline.prepare import (
     open_backbone,
     open_cache,
     open_clips,
+    restored,
     say_notes,
 )
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
@@ -56,6 +57,7 @@ def extract(
     check_numbers(batch_size=batch_size, workers=workers, shard_mb=shard_mb, limit=limit)
     if isinstance(model, str | Path):
         check_model(model)
+    restored_files = restored(cache) if repair else None
     new = not location(cache).exists(METADATA)
     with DecodePool(workers or cores()) as pool:
         dataset = open_clips(
@@ -73,7 +75,7 @@ def extract(
             prune=prune, repair=repair,
         )  # fmt: skip
         with writer:
-            notes.append(changed)
+            notes += [restored_files, changed]
             if batch_size is None:
                 size, note = batch_size_of(writer.cache.attributes["made"], backbone.device, size)
                 notes.append(note)

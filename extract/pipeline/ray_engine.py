@@ -91,6 +91,7 @@ def extract_on_ray(
     cache = cache if "://" in str(cache) else Path(cache).resolve()
     model = Path(model).resolve() if Path(model).exists() else model
     with _connected(address):
+        restored = prepare.restored(cache) if repair else None
         precision = prepare.precision_of(cache, precision)
         fleet = _Fleet(dict(model=model, precision=precision, compile=compile, dtype=dtype), seconds, device, encoders)
         info = fleet.wait_for_one(progress)
@@ -101,7 +102,7 @@ def extract_on_ray(
             prune=prune, repair=repair,
         )  # fmt: skip
         with writer:
-            notes.append(changed)
+            notes += [restored, changed]
             if not batch_size:
                 size, note = prepare.batch_size_of(writer.cache.attributes["made"], info.device, size)
                 notes.append(note)
