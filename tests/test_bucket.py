@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable
 from whisper_at_cli.extract.cache.export import export_npz
 from whisper_at_cli.extract.cache.import_npz import import_npz
 from whisper_at_cli.extract.cache.schema import array_shapes
+from whisper_at_cli.extract.cache.status import ShardStatus
+from whisper_at_cli.extract.cache.status_log import LOG, MERGED, _record
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.cache.stream import FeatureDataset
 from whisper_at_cli.extract.cache.summary import summarise
@@ -154,6 +158,74 @@ def test_reading_equals_reading_a_folder(bucket, tmp_path):
     assert repr(ours).startswith(f"FeatureCache('{bucket}/a.zarr'")
     there, here = summarise(f"{bucket}/a.zarr"), summarise(tmp_path / "a.zarr")
     assert there["bytes"] == here["bytes"] and there["files"] == here["files"] - 2  # here are two files for locks
+
+
+class Counting(BaseHTTPRequestHandler):
+    """Hands requests on to the server, and counts them."""
+
+    protocol_version = "HTTP/1.1"
+    address, requests = "", []
+
+    def do_GET(self):
+        self.requests.append(f"{self.command} {self.path}")
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "accept-encoding"}
+        asked = urllib.request.Request(self.address + self.path, headers=headers, method=self.command)
+        try:
+            answer = urllib.request.urlopen(asked)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            data = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                    self.send_header(name, value)
+            size = len(data) if self.command == "GET" else answer.headers.get("Content-Length", 0)
+            self.send_header("Content-Length", str(size))
+            self.end_headers()
+            self.wfile.write(data)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def counted(server):
+    """Address of a server that counts the requests that it hands on, and the list of them."""
+    handler = type("Handler", (Counting,), {"address": server, "requests": []})
+    here = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=here.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{here.server_port}", handler.requests
+    here.shutdown()
+    here.server_close()
+    thread.join()
+
+
+@needs_server
+@pytest.mark.parametrize("at_work", [0, 8])
+def test_a_cache_of_32000_shards_is_opened_by_at_most_40_requests(bucket, counted, monkeypatch, at_work):
+    N, address = 32_000, f"{bucket}/a.zarr"
+    names = np.array([f"clip{row}" for row in range(N)], dtype=object)
+    spec = CacheSpec("b", "0", 2, 4, 5.0)
+    clips = ClipTable(names, names, np.zeros(N, np.int16), np.full(N, ""), np.zeros((N, 0), np.uint8))
+    with CacheWriter.create(address, spec, clips, shard_mb=1e-9) as writer:
+        assert writer.clips_per_shard == 1
+    done = ShardStatus(np.ones(1, np.uint8), np.full(1, 25, np.uint8))
+    failed = ShardStatus(np.full(1, 2, np.uint8), np.zeros(1, np.uint8), {0: "broken"})
+    store = BucketStore(address)
+    store.write_whole(MERGED, [b"".join(_record(shard, 1, done) for shard in range(N))])
+    for index in range(1, at_work + 1):
+        mine = range(index - 1, N, at_work * 100)
+        store.write_whole(f"{LOG}/{index}-of-8.0", [b"".join(_record(shard, 2, failed) for shard in mine)])
+    proxy, requests = counted
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+    cache = FeatureCache.open(address)
+    assert cache.done.sum() == N - at_work * 40 and cache.clip_status.problems == []
+    assert (cache.errors == "broken").sum() == at_work * 40 and cache.valid_frames.any()
+    assert 0 < len(requests) <= 40, requests
 
 
 @needs_server
