@@ -97,14 +97,20 @@ def noise_folder(tmp_path) -> Path:
     return tmp_path / "noises"
 
 
-def array_bytes(path: Path) -> dict[str, bytes]:
-    """Every array file of a cache: chunks and metadata, without the group's own provenance, locks and files' times."""
-    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    return {
-        name: file.read_bytes()
-        for name, file in files.items()
-        if "/" in name and "/.locks/" not in name and "digest/c" not in name
-    }
+def array_bytes(path: Path | str) -> dict[str, bytes]:
+    """Every array file of a cache, also in a bucket: chunks and metadata, without the group's own provenance and its
+    copy, locks and files' times. Of the log of status, what it says.
+    """
+    from whisper_at_cli.extract.cache import FeatureCache
+    from whisper_at_cli.extract.cache.metadata import COPY
+    from whisper_at_cli.extract.cache.store import location
+
+    store = location(path)
+    left_out = ("/.locks/", "/log/", "digest/c", COPY)
+    names = [name for name in store.sizes() if "/" in name and not any(part in name for part in left_out)]
+    status = FeatureCache.open(path).clip_status
+    said = status.status.tobytes() + status.valid_frames.tobytes() + "\0".join(status.errors()).encode()
+    return {name: store.read(name) for name in names} | {"status/log": said}
 
 
 def make_backbone(seed: int = 0, *, precision: str = "float32"):

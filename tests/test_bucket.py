@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable
 from whisper_at_cli.extract.cache.export import export_npz
 from whisper_at_cli.extract.cache.import_npz import import_npz
 from whisper_at_cli.extract.cache.schema import array_shapes
+from whisper_at_cli.extract.cache.status import ShardStatus
+from whisper_at_cli.extract.cache.status_log import LOG, MERGED, _record
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.cache.stream import FeatureDataset
 from whisper_at_cli.extract.cache.summary import summarise
@@ -83,12 +87,6 @@ def bucket(server, monkeypatch):
     return f"s3://{name}"
 
 
-def bucket_bytes(address: str) -> dict[str, bytes]:
-    """Every array object of a cache, as `array_bytes` has the files."""
-    store = BucketStore(address)
-    return {name: store.read(name) for name in store.sizes() if "/" in name and "digest/c" not in name}
-
-
 def planted(path, **options):
     features = np.random.default_rng(0).normal(size=(11, 3, 25, 8)).astype(np.float32)
     size = 4 * features[0].nbytes / 1e6
@@ -110,7 +108,7 @@ def test_a_bucket_gets_the_bytes_that_a_folder_gets(bucket, noise_folder, tmp_pa
     for place in (tmp_path / "a.zarr", f"{bucket}/deep/a.zarr"):
         report = extract(noise_folder, place, model=make_backbone(), dtype=dtype, **OPTIONS)
         assert (report.clips, report.written, report.failed) == (13, 12, 1) and report.cache == str(place)
-    assert bucket_bytes(f"{bucket}/deep/a.zarr") == array_bytes(tmp_path / "a.zarr")
+    assert array_bytes(f"{bucket}/deep/a.zarr") == array_bytes(tmp_path / "a.zarr")
 
 
 @needs_server
@@ -131,7 +129,7 @@ def test_a_stopped_run_continues_and_skips_what_is_there(bucket, noise_folder, t
     report = extract(noise_folder, address, model=make_backbone(), **OPTIONS)
     assert (report.written, report.skipped) == (8, 4)
     extract(noise_folder, tmp_path / "a.zarr", model=make_backbone(), **OPTIONS)
-    assert bucket_bytes(address) == array_bytes(tmp_path / "a.zarr")
+    assert array_bytes(address) == array_bytes(tmp_path / "a.zarr")
     with pytest.raises(CacheError, match="made with other settings .*random0, not random1"):
         extract(noise_folder, address, model=make_backbone(1), **OPTIONS)
 
@@ -141,7 +139,7 @@ def test_writers_with_shards_of_their_own_fill_one_cache(bucket, noise_folder, t
     for index in (2, 1):
         extract(noise_folder, f"{bucket}/a.zarr", model=make_backbone(), shard=(index, 2), **OPTIONS)
     extract(noise_folder, tmp_path / "a.zarr", model=make_backbone(), **OPTIONS)
-    assert bucket_bytes(f"{bucket}/a.zarr") == array_bytes(tmp_path / "a.zarr")
+    assert array_bytes(f"{bucket}/a.zarr") == array_bytes(tmp_path / "a.zarr")
 
 
 @needs_server
@@ -160,6 +158,74 @@ def test_reading_equals_reading_a_folder(bucket, tmp_path):
     assert repr(ours).startswith(f"FeatureCache('{bucket}/a.zarr'")
     there, here = summarise(f"{bucket}/a.zarr"), summarise(tmp_path / "a.zarr")
     assert there["bytes"] == here["bytes"] and there["files"] == here["files"] - 2  # here are two files for locks
+
+
+class Counting(BaseHTTPRequestHandler):
+    """Hands requests on to the server, and counts them."""
+
+    protocol_version = "HTTP/1.1"
+    address, requests = "", []
+
+    def do_GET(self):
+        self.requests.append(f"{self.command} {self.path}")
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "accept-encoding"}
+        asked = urllib.request.Request(self.address + self.path, headers=headers, method=self.command)
+        try:
+            answer = urllib.request.urlopen(asked)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            data = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                    self.send_header(name, value)
+            size = len(data) if self.command == "GET" else answer.headers.get("Content-Length", 0)
+            self.send_header("Content-Length", str(size))
+            self.end_headers()
+            self.wfile.write(data)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def counted(server):
+    """Address of a server that counts the requests that it hands on, and the list of them."""
+    handler = type("Handler", (Counting,), {"address": server, "requests": []})
+    here = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=here.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{here.server_port}", handler.requests
+    here.shutdown()
+    here.server_close()
+    thread.join()
+
+
+@needs_server
+@pytest.mark.parametrize("at_work", [0, 8])
+def test_a_cache_of_32000_shards_is_opened_by_at_most_40_requests(bucket, counted, monkeypatch, at_work):
+    N, address = 32_000, f"{bucket}/a.zarr"
+    names = np.array([f"clip{row}" for row in range(N)], dtype=object)
+    spec = CacheSpec("b", "0", 2, 4, 5.0)
+    clips = ClipTable(names, names, np.zeros(N, np.int16), np.full(N, ""), np.zeros((N, 0), np.uint8))
+    with CacheWriter.create(address, spec, clips, shard_mb=1e-9) as writer:
+        assert writer.clips_per_shard == 1
+    done = ShardStatus(np.ones(1, np.uint8), np.full(1, 25, np.uint8))
+    failed = ShardStatus(np.full(1, 2, np.uint8), np.zeros(1, np.uint8), {0: "broken"})
+    store = BucketStore(address)
+    store.write_whole(MERGED, [b"".join(_record(shard, 1, done) for shard in range(N))])
+    for index in range(1, at_work + 1):
+        mine = range(index - 1, N, at_work * 100)
+        store.write_whole(f"{LOG}/{index}-of-8.0", [b"".join(_record(shard, 2, failed) for shard in mine)])
+    proxy, requests = counted
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+    cache = FeatureCache.open(address)
+    assert cache.done.sum() == N - at_work * 40 and cache.clip_status.problems == []
+    assert (cache.errors == "broken").sum() == at_work * 40 and cache.valid_frames.any()
+    assert 0 < len(requests) <= 40, requests
 
 
 @needs_server
@@ -183,17 +249,20 @@ def test_one_layer_is_read_by_ranged_requests_for_its_bytes(bucket, monkeypatch)
 def test_a_flipped_byte_is_found_named_and_mended(bucket, noise_folder):
     address = f"{bucket}/a.zarr"
     extract(noise_folder, address, model=make_backbone(), **OPTIONS)
-    whole = bucket_bytes(address)
+    whole = array_bytes(address)
     assert verify(address).ok
     flip(address, "features/c.1.0.0.0", LAYERS * (25 * DIM * 2 + 4) + 5)  # of the shard's second clip
     report = verify(address)
     cache = FeatureCache.open(address)
     assert [damage.clips for damage in report.damaged] == [(cache.ids[5],)]
     assert f"{address}/features/c.1.0.0.0" in report.damaged[0].problem and "CRC-32C" in report.damaged[0].problem
-    flip(address, "status/c/2", 1)
-    assert {damage.clips for damage in verify(address).damaged} == {(cache.ids[5],), tuple(cache.ids[8:])}
+    flip(address, "status/log/merged", -9)
+    assert verify(address).damaged[0].problem.startswith("status/log/merged is damaged at byte")
+    flip(address, "status/c.0", 1)
+    assert {damage.clips for damage in verify(address).damaged} == {(cache.ids[5],), ()}
+    assert FeatureCache.open(address).status.tolist() == [1] * 8 + [0] * 4
     report = extract(noise_folder, address, model=make_backbone(), repair=True, **OPTIONS)
-    assert report.written == 5 and bucket_bytes(address) == whole
+    assert report.written == 5 and array_bytes(address) == whole
 
 
 @needs_server
@@ -205,7 +274,7 @@ def test_missing_and_truncated_objects_are_damage(bucket):
     store.write_whole("mean/zarr.json", [b"{"])
     store._obs.delete(store._store, "features/c.2.0.0.0")
     problems = " ".join(damage.problem for damage in verify(address).damaged)
-    assert "truncated" in problems and "missing although" in problems and "mean/zarr.json is missing" in problems
+    assert "truncated" in problems and "missing although" in problems and "mean/zarr.json is not what" in problems
     store._obs.delete(store._store, "mean/zarr.json")
     assert "mean/zarr.json is missing" in verify(address).damaged[0].problem
     store.write_whole("zarr.json", [store.read("zarr.json")[:50]])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from planted import planted_cache
+from planted import forget, planted_cache
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, Status, reader
 from whisper_at_cli.extract.cache.shards import ShardFile, shard_buffers
 from whisper_at_cli.extract.cache.store import LocalStore
@@ -167,7 +167,7 @@ def test_one_layer_is_one_read_per_shard_of_that_layers_bytes_alone(tmp_path, mo
 def test_few_shard_files_are_open_at_once_and_the_least_used_is_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "OPEN_SHARDS", 2)
     opened, whole = [], LocalStore.open
-    monkeypatch.setattr(LocalStore, "open", lambda self, name: opened.append(name.split("/")[2]) or whole(self, name))
+    monkeypatch.setattr(LocalStore, "open", lambda self, name: opened.append(name.split(".")[1]) or whole(self, name))
     cache = small_cache(tmp_path / "a.zarr")
     opened.clear()
     for row in (0, 5, 1, 9, 2, 6):
@@ -187,15 +187,14 @@ def test_what_a_reader_says_of_its_clips(tmp_path):
     assert cache.fold.tolist() == [i % 3 for i in range(N)] and cache.split.tolist() == ["train", ""] * 5 + ["eval"]
     assert cache.errors.tolist() == ["", "", "planted failure"] + [""] * 8
     assert cache.labels.tolist() == np.eye(2)[LABELS].tolist() and cache.valid_frames.tolist() == [T] * N
-    (cache.path / "status/c/0").unlink()
-    (cache.path / "valid_frames/c/2").unlink()
+    forget(cache.path, 0)
     pending = FeatureCache.open(cache.path)
     assert pending.status.tolist() == [0] * 4 + [1] * 7 and not pending.complete
-    assert pending.valid_frames.tolist() == [T] * 8 + [0] * 3
+    assert pending.valid_frames.tolist() == [0] * 4 + [T] * 7 and set(pending.errors) == {""}
     with pytest.raises(CacheError, match="clip 'clip3' of .* has no features: it is pending"):
         pending.mean(rows=[4, 3])
     one_of_each = small_cache(tmp_path / "c.zarr", failed=(2,))
-    (one_of_each.path / "status/c/2").unlink()
+    forget(one_of_each.path, 2)
     with pytest.raises(CacheError, match="clip 'clip2' of .* has no features: it is failed"):
         FeatureCache.open(one_of_each.path).features([1, 2, 9])
     with pytest.raises(UsageError, match="rows 0 to 10; row -1 to 4 was asked for"):
@@ -239,17 +238,23 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path):
 def test_damaged_status_and_metadata_are_found(tmp_path):
     cache = small_cache(tmp_path / "a.zarr")
     for name in ("status", "valid_frames"):
-        flip(cache.path / name / "c" / "1", 2)
+        flip(cache.path / name / "c.0", 2)
         report = verify(cache.path)
-        assert [damage.clips for damage in report.damaged] == [("clip4", "clip5", "clip6", "clip7")]
-        flip(cache.path / name / "c" / "1", 2)
-    flip(cache.path / "status" / "c" / "1", 2)
-    assert FeatureCache.open(cache.path).done.tolist() == [True] * 4 + [False] * 4 + [True] * 3
-    flip(cache.path / "status" / "c" / "1", 2)
+        assert [(damage.shard, damage.clips) for damage in report.damaged] == [(-1, ())]
+        assert f"{name}/c.0 is damaged" in report.damaged[0].problem
+        assert FeatureCache.open(cache.path).done.all(), "the log is whole"
+        flip(cache.path / name / "c.0", 2)
+    flip(cache.path / "status/log/merged", 30)
+    assert "status/log/merged is damaged at byte 0" in verify(cache.path).damaged[0].problem
+    assert FeatureCache.open(cache.path).done.all(), "the arrays are whole"
+    flip(cache.path / "status/c.0", 2)
+    assert FeatureCache.open(cache.path).done.tolist() == [False] * 4 + [True] * 7
+    flip(cache.path / "status/c.0", 2)
+    flip(cache.path / "status/log/merged", 30)
     (cache.path / "mean" / "zarr.json").write_text("{")
-    assert "mean/zarr.json is missing or damaged" in verify(cache.path).damaged[0].problem
+    assert verify(cache.path).damaged[0].problem == "mean/zarr.json is not what status/metadata.zst says"
     (cache.path / "features" / "zarr.json").write_text("{")
-    with pytest.raises(CacheError, match="damaged"):
+    with pytest.raises(CacheError, match=r"features is missing or damaged \(.*\); extract with --repair restores it"):
         verify(cache.path)
 
 
@@ -451,7 +456,7 @@ def test_int8_holds_channels_of_small_numbers_too(largest):
 @pytest.mark.parametrize("name", ["id", "path", "split", "error", "fold", "labels"])
 def test_what_the_dataset_says_of_a_clip_carries_a_checksum_too(tmp_path, name):
     cache = small_cache(tmp_path / "a.zarr", failed=(2,), split=["train"] * N, fold=np.arange(N) + 1)
-    chunk = next(file for file in sorted((cache.path / name / "c").rglob("*")) if file.is_file())
+    chunk = next((cache.path / name).glob("c.0*"))
     for at in (0, chunk.stat().st_size // 2, chunk.stat().st_size - 1):
         flip(chunk, at)
         report = verify(cache.path)
@@ -470,7 +475,7 @@ def test_a_damaged_index_of_a_shard_that_holds_no_features_is_found(tmp_path):
 
 def test_a_cache_of_before_whose_text_and_labels_have_no_checksum_is_read(tmp_path):
     """Format version 1 as it was written at first."""
-    cache = small_cache(tmp_path / "a.zarr", failed=(2,), split=["train"] * N)
+    cache = small_cache(tmp_path / "a.zarr", failed=(2,), split=["train"] * N, version=1)
     ids, labels, errors = cache.ids, cache.labels, cache.errors
     for name in ("id", "path", "split", "error", "labels"):
         metadata = json.loads((cache.path / name / "zarr.json").read_text())

@@ -196,7 +196,8 @@ def test_a_cache_in_a_bucket_is_whole_and_its_metadata_come_last(bucket, monkeyp
     here = planted_cache(tmp_path / "a.zarr", features, [0, 1, 0, 1, 0], **options)
     first = names.index("zarr.json")
     assert all(
-        "/c/" not in name or name.split("/")[0] in ("id", "path", "split", "fold", "labels") for name in names[:first]
+        "/c." not in name or name.split("/")[0] in ("id", "path", "split", "fold", "digest", "labels", "layer", "class")
+        for name in names[:first]
     )
     assert {name.split("/")[0] for name in names[first + 1 :]} <= {
         "features",
@@ -237,9 +238,14 @@ def test_an_outage_says_which_array_was_asked_for(bucket, monkeypatch):
     monkeypatch.setattr(zarr.Group, "__getitem__", outage)
     for name, ask in {
         "features": lambda: FeatureCache.open(ADDRESS), "fold": lambda: cache.fold, "split": lambda: cache.split,
-        "error": ours.read_errors, "path": lambda: ours.update_paths(none, []),
+        "path": lambda: ours.update_paths(none, []), "digest": lambda: ours.update_digests(none),
     }.items():  # fmt: skip
         with pytest.raises(StoreError, match=f"cannot reach {ADDRESS}/{name}: gone"):
             ask()
-    with pytest.raises(StoreError, match=f"cannot reach {ADDRESS}/error: gone"):
-        ours._write_errors(range(2), {})
+    monkeypatch.setattr(obstore, "put", outage)
+    with pytest.raises(StoreError, match=rf"cannot reach {ADDRESS}/status/log/1-of-1\.\w+: gone"):
+        ours.mark(0, np.zeros(2, np.uint8), np.ones(2, np.uint8), {})
+    assert ours.cache.status.tolist() == [1, 1]
+    monkeypatch.setattr(obstore, "list", outage)
+    with pytest.raises(StoreError, match=f"cannot reach {ADDRESS}/status/log: gone"):
+        ours.finish()

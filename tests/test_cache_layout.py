@@ -9,6 +9,7 @@ import zarr
 from planted import planted_cache
 from whisper_at_cli import extract
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, Status, schema
+from whisper_at_cli.extract.cache.layout import Layout
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
@@ -45,13 +46,14 @@ def test_every_array_has_the_shape_type_chunks_and_names_of_the_schema(tmp_path,
     expected = {
         "features": (dtype, (7, 3, 25, 4), (1, 1, 25, 4), (3, 3, 25, 4), ("clip", "layer", "frame", "channel")),
         "mean": (mean, *per_layer),
-        "valid_frames": ("uint8", (7,), (3,), None, ("clip",)),
-        "status": ("uint8", (7,), (3,), None, ("clip",)),
+        "valid_frames": ("uint8", (7,), (7,), None, ("clip",)),
+        "status": ("uint8", (7,), (7,), None, ("clip",)),
         "fold": ("int16", (7,), (7,), None, ("clip",)),
         "digest": ("uint64", (7,), (7,), None, ("clip",)),
         "labels": ("uint8", (7, 2), (7, 2), None, ("clip", "class")),
+        "layer": ("uint16", (3,), (3,), None, ("layer",)),
     } | ({"scale": ("float16", *per_layer)} if dtype == "int8" else {})
-    strings = {name: ((7,), (7,) if name != "error" else (3,)) for name in ("id", "path", "split", "error")}
+    strings = dict.fromkeys(("id", "path", "split", "error"), ((7,), (7,))) | {"class": ((2,), (2,))}
     assert set(group.array_keys()) == set(expected) | set(strings)
     for name, (kind, *layout) in expected.items():
         array = group[name]
@@ -59,15 +61,18 @@ def test_every_array_has_the_shape_type_chunks_and_names_of_the_schema(tmp_path,
         assert [array.shape, array.chunks, array.shards, array.metadata.dimension_names] == layout, name
     for name, layout in strings.items():
         assert (group[name].shape, group[name].chunks) == layout, name
-        assert group[name].metadata.dimension_names == ("clip",)
+        assert group[name].metadata.dimension_names == (("class",) if name == "class" else ("clip",))
+    for name, array in group.arrays():
+        assert array.metadata.chunk_key_encoding.separator == ".", name
     assert group["fold"][:].tolist() == list(range(7)) and group["split"][:].tolist() == clips.split.tolist()
     assert group["id"][:].tolist() == clips.ids.tolist() and group["path"][:].tolist() == clips.paths.tolist()
     np.testing.assert_array_equal(group["labels"][:], clips.labels)
+    assert group["layer"][:].tolist() == [1, 2, 3] and group["class"][:].tolist() == ["x", "y"]
     shapes = schema.array_shapes(spec(dtype=dtype), 7)
     assert {name: (array.shape, str(array.dtype)) for name, array in group.arrays() if name not in strings} == {
         name: shape for name, shape in shapes.items() if name not in strings
     }
-    assert {name: shapes[name] for name in strings} == dict.fromkeys(strings, ((7,), ""))
+    assert {name: shapes[name] for name in strings} == {name: (shape, "") for name, (shape, _) in strings.items()}
     assert set(shapes) == set(group.array_keys())
 
 
@@ -79,7 +84,9 @@ def test_what_is_not_written_reads_as_nothing_real(tmp_path):
     assert not group["features"][:].any() and np.isnan(group["scale"][:]).all()
 
 
-def test_scales_alone_are_compressed_and_everything_that_is_written_later_is_checksummed(tmp_path):
+def test_scales_and_status_alone_are_compressed_and_everything_that_is_written_later_is_checksummed(
+    tmp_path,
+):
     laid_out(tmp_path / "a.zarr", dtype="int8")
 
     def codecs(name):
@@ -87,8 +94,9 @@ def test_scales_alone_are_compressed_and_everything_that_is_written_later_is_che
         inner = listed[0]["configuration"].get("codecs", listed) if listed[0]["name"] == "sharding_indexed" else listed
         return [codec["name"] for codec in inner if codec["name"] != "bytes"]
 
-    assert codecs("scale") == ["zstd", "crc32c"]
-    assert [codecs(name) for name in ("features", "mean", "status", "valid_frames", "fold")] == [["crc32c"]] * 5
+    packed, plain = ("scale", "status", "valid_frames"), ("features", "mean", "fold")
+    assert [codecs(name) for name in packed] == [["zstd", "crc32c"]] * 3
+    assert [codecs(name) for name in plain] == [["crc32c"]] * 3
     level = json.loads((tmp_path / "a.zarr/scale/zarr.json").read_text())["codecs"][0]["configuration"]["codecs"][1]
     assert level["configuration"]["level"] == 1
 
@@ -97,9 +105,10 @@ def test_the_attributes_say_what_made_the_cache(tmp_path):
     laid_out(tmp_path / "a.zarr", dataset="sounds", precision="bfloat16")
     attributes = schema.read_attributes(LocalStore(tmp_path / "a.zarr"))
     assert attributes == {
-        "format": "whisper-at-cli feature cache", "format_version": 1, "backbone": "b", "weights_sha256": "0",
+        "format": "whisper-at-cli feature cache", "format_version": 2, "backbone": "b", "weights_sha256": "0",
         "layers": 3, "dim": 4, "clip_seconds": 5.0, "dtype": "float16", "precision": "bfloat16", "dataset": "sounds",
-        "class_names": ["x", "y"], "frames": 25, "made": {"by": "test"}, "source_digests": True,
+        "class_names": ["x", "y"], "frames": 25, "made": {"by": "test"},
+        "coordinates": "id path split fold digest status valid_frames error",
     }  # fmt: skip
     found = schema.spec_from_attributes(attributes, LocalStore(tmp_path / "a.zarr"))
     assert found == spec(dataset="sounds", precision="bfloat16") and found.class_names == ("x", "y")
@@ -120,7 +129,8 @@ def test_columns_of_many_clips_are_cut_into_chunks(tmp_path, monkeypatch):
     group = zarr.open_group(tmp_path / "a.zarr", mode="r")
     assert group["labels"].chunks == (4096, 2) and group["labels"][:].all()
     assert group["id"].chunks == group["path"].chunks == group["split"].chunks == group["fold"].chunks == (5000,)
-    assert group["id"][5002] == "clip5002" and group["error"].chunks == (256,)
+    assert group["id"][5002] == "clip5002" and group["error"].chunks == (5000,)
+    assert group["status"].chunks == group["valid_frames"].chunks == (5003,), "one request in a bucket"
 
 
 def test_what_a_spec_holds_when_nothing_is_said():
@@ -148,9 +158,13 @@ def test_shards_are_as_many_as_the_size_asks_and_equally_full():
 
 
 def test_rows_and_files_of_shards():
-    assert schema.shard_file("features", 3) == "features/c.3.0.0.0"
-    assert schema.shard_file("mean", 0) == "mean/c.0.0.0" and schema.shard_file("scale", 12) == "scale/c/12/0/0"
-    assert schema.shard_file("status", 2) == "status/c/2" and schema.shard_file("valid_frames", 0) == "valid_frames/c/0"
+    new, old = Layout(), Layout(1)
+    assert new.version == 2 and new.file("features", 3) == "features/c.3.0.0.0"
+    assert new.file("mean", 0) == "mean/c.0.0.0" and new.file("scale", 12) == "scale/c.12.0.0"
+    assert new.file("status", 0) == "status/c.0" and new.file("labels", 2) == "labels/c.2.0"
+    assert old.file("features", 3) == "features/c/3/0/0/0" and old.file("labels", 2) == "labels/c/2/0"
+    assert old.file("mean", 0) == "mean/c/0/0/0" and old.file("scale", 12) == "scale/c/12/0/0"
+    assert old.file("status", 2) == "status/c/2" and old.file("valid_frames", 0) == "valid_frames/c/0"
     assert [schema.shard_rows(shard, 4, 10) for shard in range(3)] == [range(4), range(4, 8), range(8, 10)]
     assert [schema.shard_count(clips, 4) for clips in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
 
@@ -209,14 +223,22 @@ def test_metadata_that_are_none_are_damage_and_not_a_crash(tmp_path, text):
     laid_out(tmp_path / "a.zarr")
     file = tmp_path / "a.zarr" / "zarr.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(CacheError, match=r"a.zarr/zarr.json is damaged \(.*restore it or extract again"):
+    with pytest.raises(CacheError, match=r"a.zarr/zarr.json is damaged \(.*; extract with --repair restores it$"):
+        FeatureCache.open(tmp_path / "a.zarr")
+    (tmp_path / "a.zarr/status/metadata.zst").unlink()
+    with pytest.raises(CacheError, match=r"a.zarr/zarr.json is damaged \(.*; restore it or extract again"):
         FeatureCache.open(tmp_path / "a.zarr")
 
 
 def test_a_cache_of_no_known_format_is_refused_by_its_version(tmp_path):
     laid_out(tmp_path / "a.zarr")
-    change_metadata(tmp_path / "a.zarr", format_version=2)
-    with pytest.raises(CacheError, match="cache format version 2; this version of whisper-at-cli reads version 1"):
+    for unknown in (0, 3, "2", 2.0, True):
+        change_metadata(tmp_path / "a.zarr", format_version=unknown)
+        said = f"cache format version {unknown}; this version of whisper-at-cli reads versions 1, 2$"
+        with pytest.raises(CacheError, match=said):
+            FeatureCache.open(tmp_path / "a.zarr")
+    change_metadata(tmp_path / "a.zarr", format_version=1)
+    with pytest.raises(CacheError, match=r"its files have names with '\.', not '/'"):
         FeatureCache.open(tmp_path / "a.zarr")
     change_metadata(tmp_path / "a.zarr", format="another")
     with pytest.raises(UsageError, match="a Zarr group but not a feature cache"):
@@ -225,9 +247,12 @@ def test_a_cache_of_no_known_format_is_refused_by_its_version(tmp_path):
 
 def test_states_have_the_numbers_that_are_on_disk(tmp_path):
     assert {state.name: int(state) for state in Status} == {"PENDING": 0, "DONE": 1, "FAILED": 2}
-    cache = planted_cache(tmp_path / "a.zarr", np.ones((3, 1, 25, 2)), [0, 0, 0], failed=(1,))
-    assert (tmp_path / "a.zarr/status/c/0").read_bytes()[:3] == bytes([1, 2, 1])
-    assert cache.status.tolist() == [1, 2, 1] and cache.complete
+    for version in (1, 2):
+        path = tmp_path / f"{version}.zarr"
+        cache = planted_cache(path, np.ones((3, 1, 25, 2)), [0, 0, 0], failed=(1,), version=version)
+        assert zarr.open_array(path / "status", mode="r")[:].tolist() == [1, 2, 1]
+        assert cache.status.tolist() == [1, 2, 1] and cache.complete
+    assert (tmp_path / "1.zarr/status/c/0").read_bytes()[:3] == bytes([1, 2, 1])
 
 
 @pytest.mark.parametrize("clips, in_a_shard", [(128, 128), (129, 65)])

@@ -13,7 +13,8 @@ from whisper_at_cli.extract.errors import UsageError
 
 
 def test_arrays_of_another_shape_or_type_than_the_attributes_say_are_damage(tmp_path):
-    cache = small_cache(tmp_path / "a.zarr")
+    """Also in caches of version 1, which have no copy of their metadata."""
+    cache = small_cache(tmp_path / "a.zarr", version=1)
     for name, key, value, said in (
         ("mean", "shape", [N, L, D + 1], "mean/zarr.json says (11, 3, 9) float32, not (11, 3, 8) float32"),
         ("labels", "data_type", "int8", "labels/zarr.json says (11, 2) int8, not (11, 2) uint8"),
@@ -28,15 +29,17 @@ def test_arrays_of_another_shape_or_type_than_the_attributes_say_are_damage(tmp_
         file.write_text(whole)
 
 
-def test_damage_of_status_and_of_valid_frames_names_its_shard(tmp_path):
-    cache = small_cache(tmp_path / "a.zarr")
+def test_damage_of_status_and_of_valid_frames_names_its_shard_in_a_cache_of_version_1(tmp_path):
+    cache = small_cache(tmp_path / "a.zarr", version=1)
     flip(cache.path / "status/c/2", 0)
     flip(cache.path / "valid_frames/c/0", 0)
     assert verify(cache.path).damaged == (
-        Damage(2, ("clip8", "clip9", "clip10"), "status/c/2 is damaged: its CRC-32C does not match"),
         Damage(0, ("clip0", "clip1", "clip2", "clip3"), "valid_frames/c/0 is damaged: its CRC-32C does not match"),
+        Damage(2, ("clip8", "clip9", "clip10"), "status/c/2 is damaged: its CRC-32C does not match"),
     )
-    assert FeatureCache.open(cache.path).damaged_chunks == {"status": {2}, "valid_frames": set()}
+    again = FeatureCache.open(cache.path)
+    assert again.status.tolist() == [1] * 8 + [0] * 3
+    assert again.clip_status.problems == [(2, "status/c/2 is damaged: its CRC-32C does not match")]
 
 
 def test_a_share_of_the_clips_is_drawn_and_all_else_is_read(tmp_path):

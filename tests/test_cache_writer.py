@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from planted import planted_cache
+from planted import forget, planted_cache
 from whisper_at_cli.extract.cache import (
     CacheSpec,
     CacheWriter,
@@ -108,16 +108,25 @@ def test_a_shard_that_is_redone_in_part_keeps_the_rest(tmp_path, dtype):
 
 
 def test_a_shard_without_failures_writes_no_errors_and_one_that_is_mended_takes_them_back(tmp_path):
-    with created(tmp_path / "a.zarr") as first:
+    path = tmp_path / "a.zarr"
+    with created(path) as first:
         first.write(0, filled(range(4)))
-        assert not (tmp_path / "a.zarr/error/c").exists()
+    assert [file.name for file in (path / "error").iterdir()] == ["zarr.json"]
+    with created(path) as first:
+        status = first.cache.clip_status
+        assert set(status.errors()) == {""}
         first.write(2, filled(range(8, 11), failed=(9,)))
-        assert first.read_errors().tolist() == [""] * 9 + ["clip 9 is broken", ""]
-        assert first.read_errors(np.array([9, 10])).tolist() == ["clip 9 is broken", ""]
-        assert first.read_errors(np.array([8])).tolist() == [""]
+        assert status.errors().tolist() == [""] * 9 + ["clip 9 is broken", ""]
+        assert status.errors(range(9, 11)).tolist() == ["clip 9 is broken", ""]
+        assert status.errors(range(8, 9)).tolist() == [""]
         assert first.cache.status.tolist() == [1] * 4 + [0] * 4 + [1, 2, 1]
-        first.write(2, filled(range(8, 11)))
-        assert set(first.read_errors()) == {""}
+    assert (path / "error/c.0").exists()
+    with created(path) as again:
+        assert again.cache.clip_status.errors().tolist() == [""] * 9 + ["clip 9 is broken", ""]
+        again.write(2, filled(range(8, 11)))
+        assert set(again.cache.clip_status.errors()) == {""}
+    assert [file.name for file in (path / "error").iterdir()] == ["zarr.json"]
+    assert set(FeatureCache.open(path).errors) == {""}
 
 
 def test_a_block_of_another_length_than_its_shard_is_refused(tmp_path):
@@ -141,12 +150,15 @@ def test_a_shard_of_failed_clips_alone_has_no_means(tmp_path):
 def test_files_of_a_shard_are_written_status_last(tmp_path, monkeypatch):
     from whisper_at_cli.extract.cache.store import LocalStore
 
-    names, write = [], LocalStore.write_together
+    names, write, append = [], LocalStore.write_together, LocalStore.append
     with created(tmp_path / "a.zarr", dtype="int8") as first:
-        monkeypatch.setattr(LocalStore, "write_together", lambda *args: names.extend(args[1]) or write(*args))
-        first.write(1, filled(range(4, 8), "int8"))
-    files = ["features/c.1.0.0.0", "mean/c.1.0.0", "scale/c.1.0.0", "valid_frames/c/1", "status/c/1"]
-    assert names == files
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStore, "write_together", lambda *args: names.extend(args[1]) or write(*args))
+            patch.setattr(LocalStore, "append", lambda *args: names.append(args[1]) or append(*args))
+            first.write(1, filled(range(4, 8), "int8"))
+        log = next((tmp_path / "a.zarr/status/log").iterdir())
+    assert log.name.startswith("1-of-1.")
+    assert names == ["features/c.1.0.0.0", "mean/c.1.0.0", "scale/c.1.0.0", f"status/log/{log.name}"]
 
 
 def test_paths_are_mended_across_chunks(tmp_path, monkeypatch):
@@ -324,7 +336,7 @@ def test_info_says_everything_of_a_cache(tmp_path):
         split=np.array(["", "b", "a"])[np.arange(N) % 3], class_names=["dog", "cat"],
         shard_mb=4.2 * L * T * D * 4 / 1e6,
     )  # fmt: skip
-    (path / "status/c/2").unlink()  # as if the last shard had not been written
+    forget(path, 2)
     files = [file for file in path.rglob("*") if file.is_file()]
     assert summarise(path) == {
         "cache": str(path), "complete": False, "clips": N, "done": 7, "failed": 1, "pending": 3, "backbone": "planted",

@@ -11,7 +11,8 @@ from numcodecs import zstd
 from numcodecs.vlen import VLenUTF8
 
 from planted import planted_cache
-from whisper_at_cli.extract.cache import FeatureCache
+from whisper_at_cli.extract.cache import CacheWriter, FeatureCache
+from whisper_at_cli.extract.cache.store import location
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError
@@ -23,12 +24,14 @@ def change_json(path: Path, change) -> None:
     path.write_text(json.dumps(document))
 
 
-def small_cache(path, dtype="float32"):
+def small_cache(path, dtype="float32", **options):
     """Six clips in shards of two: 2 layers, 4 frames, 3 channels."""
     features = np.arange(6 * 2 * 4 * 3).reshape(6, 2, 4, 3)
     scale = np.ones((6, 2, 3), np.float16) if dtype == "int8" else None
     size = np.dtype(dtype).itemsize
-    return planted_cache(path, features, np.arange(6) % 2, dtype=dtype, shard_mb=2 * 24 * size / 1e6, scale=scale).path
+    return planted_cache(
+        path, features, np.arange(6) % 2, dtype=dtype, shard_mb=2 * 24 * size / 1e6, scale=scale, **options
+    ).path
 
 
 def seal(path: Path, data: bytes, *, before: bytes = b"") -> None:
@@ -58,6 +61,11 @@ def test_wrong_metadata_of_a_column_are_an_error_that_names_it_and_are_found_by_
     for name, attribute in COLUMNS.items():
         path = small_cache(tmp_path / f"{name}.zarr")
         WRONG_ARRAYS[wrong](path / name / "zarr.json")
+        assert not verify(path).ok
+        if name == "error":  # our reader has it from the log
+            assert set(FeatureCache.open(path).errors) == {""}
+            path = small_cache(tmp_path / "before" / f"{name}.zarr", version=1)
+            WRONG_ARRAYS[wrong](path / name / "zarr.json")
         with pytest.raises(CacheError, match=f"{name}.zarr/{name} is missing or damaged") as raised:
             getattr(FeatureCache.open(path), attribute)
         assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
@@ -127,7 +135,7 @@ def test_labels_of_another_size_are_damage(tmp_path):
 def test_ids_that_are_gone_are_missed(tmp_path):
     path = small_cache(tmp_path / "a.zarr")
     (path / "id/c.0").unlink()
-    with pytest.raises(CacheError, match="c/0 is missing"):
+    with pytest.raises(CacheError, match="chunk 0 is missing"):
         list(FeatureCache.open(path).ids)
 
 
@@ -140,7 +148,7 @@ def test_clips_that_have_no_id_are_not_believed(tmp_path):
 
 
 def test_a_status_that_is_none_counts_as_damage(tmp_path):
-    path = small_cache(tmp_path / "a.zarr")
+    path = small_cache(tmp_path / "a.zarr", version=1)
     seal(path / "status" / "c" / "1", bytes([1, 9]))
     cache = FeatureCache.open(path)
     assert cache.status.tolist() == [1, 1, 0, 0, 1, 1]
@@ -150,9 +158,57 @@ def test_a_status_that_is_none_counts_as_damage(tmp_path):
 
 
 def test_more_valid_frames_than_frames_count_as_damage(tmp_path):
-    path = small_cache(tmp_path / "a.zarr")
+    path = small_cache(tmp_path / "a.zarr", version=1)
     seal(path / "valid_frames" / "c" / "0", bytes([4, 200]))
     assert [damage.shard for damage in verify(path).damaged] == [0]
+
+
+FOUR, THREE = b"\4" * 2, b"\3" * 2  # valid frames
+
+
+@pytest.mark.parametrize("packed", [
+    zstd.compress(bytes([1, 9]) + FOUR), zstd.compress(bytes([1, 1, 4, 5])), zstd.compress(b"\1\1\4"), b"",
+    zstd.compress(b"\1\1" + FOUR + b"{"), zstd.compress(b"\1\1" + FOUR + b"[]"), b"no frame at all",
+    zstd.compress(b"\1\1" + FOUR + b'{"2": "x"}'), zstd.compress(b"\1\1" + FOUR + b'{"0": 1}'),
+    zstd.compress(b"\1\1" + FOUR + b'{"a": "x"}'), zstd.compress(b"\1\1" + FOUR + b'{"0": "\xff"}'),
+    zstd.compress(b"\1\1" + FOUR + b"[" * 100_000),
+    bytes.fromhex("28b52ffde0") + struct.pack("<Q", 2**40) + b"\x01\0\0",
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["merged", "1-of-1.crafted"])
+def test_a_record_that_says_what_cannot_be_is_damage_and_the_arrays_say_what_is(tmp_path, packed, name):
+    path = small_cache(tmp_path / "a.zarr")
+    (path / "status/log" / name).open("ab").write(crafted_record(1, 5, packed))
+    cache = FeatureCache.open(path)
+    assert cache.status.tolist() == [1] * 6 and set(cache.errors) == {""}
+    found = verify(path).damaged
+    assert [(damage.shard, damage.clips) for damage in found] == [(-1, ())]
+    assert found[0].problem.startswith(f"status/log/{name} is damaged at byte")
+
+
+@pytest.mark.parametrize("shard, generation", [(3, 5), (2**32 - 2, 5), (1, 2**32 - 1)])
+def test_a_record_of_no_shard_or_of_no_end_of_writes_is_damage(tmp_path, shard, generation):
+    path = small_cache(tmp_path / "a.zarr")
+    with (path / "status/log/merged").open("ab") as file:
+        file.write(crafted_record(shard, generation, zstd.compress(b"\2\2" + THREE)))
+    assert FeatureCache.open(path).status.tolist() == [1] * 6 and not verify(path).ok
+    with CacheWriter(location(path), (1, 1)) as writer:
+        writer.mark(1, np.array([4, 4], np.uint8), np.array([2, 2], np.uint8), {})
+    assert FeatureCache.open(path).status.tolist() == [1, 1, 2, 2, 1, 1]
+
+
+def test_a_record_that_is_whole_counts(tmp_path):
+    """Else the tests of crafted ones show nothing."""
+    path = small_cache(tmp_path / "a.zarr")
+    said = zstd.compress(b"\1\2\3\0" + b'{"1": "broken"}')
+    (path / "status/log/1-of-1.crafted").write_bytes(crafted_record(1, 5, said))
+    cache = FeatureCache.open(path)
+    assert cache.status.tolist() == [1, 1, 1, 2, 1, 1] and cache.errors[3] == "broken"
+    assert cache.valid_frames.tolist() == [4, 4, 3, 0, 4, 4]
+
+
+def crafted_record(shard: int, generation: int, packed: bytes) -> bytes:
+    body = struct.pack("<III", shard, generation, len(packed)) + packed
+    return b"\x89SHARD\r\n" + body + google_crc32c.value(body).to_bytes(4, "little")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,10 @@ from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
-CHUNKS = ("features", "mean", "scale", "status", "valid_frames", "fold", "labels", "id", "path", "split", "error")
+CHUNKS = (
+    "features", "mean", "scale", "status", "valid_frames", "fold", "labels", "id", "path", "split", "error", "digest",
+    "layer", "class",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,10 @@ def stopped_at(step: int):
             **vars(os) | {name: counted(getattr(os, name)) for name in ("replace", "fsync", "open")}
         )
         patches.enter_context(mock.patch.object(store_module, "os", proxy))
-        for owner, name in ((store_module, "_writev"), (CacheWriter, "_write_errors"), (CacheWriter, "_write_status"),
-                            (writer_module.schema, "create_arrays"), (Path, "rename")):  # fmt: skip
+        for owner, name in (
+            (store_module, "_writev"), (store_module.LocalStore, "append"), (store_module.LocalStore, "remove"),
+            (writer_module.schema, "create_arrays"), (Path, "rename"),
+        ):  # fmt: skip
             patches.enter_context(mock.patch.object(owner, name, counted(getattr(owner, name))))
         yield passed
 
@@ -263,7 +268,7 @@ def one_clip() -> Plan:
 
 
 def chunk_files(path: Path) -> list[Path]:
-    return sorted(file for name in CHUNKS for file in (path / name / "c").rglob("*") if file.is_file())
+    return sorted(file for name in CHUNKS for file in (path / name).rglob("c.*"))
 
 
 @examples(60)

@@ -349,9 +349,7 @@ def readable(store: LocalStore | BucketStore, name: str) -> Iterator[None]:
         raise
     except Exception as error:  # of its codecs and of its metadata, any kind
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CacheError(
-            f"{store}/{name} is missing or damaged ({reason}); restore it or extract again to another path"
-        ) from error
+        raise CacheError(f"{store}/{name} is missing or damaged ({reason}); {_how_to_restore(store)}") from error
 
 
 def check_features(
@@ -367,6 +365,9 @@ def check_features(
         raise ValueError(f"its metadata say {features.shape} in shards of {features.shards}, not {clip} a clip")
     if features.dtype != spec.dtype or not 1 <= per_shard <= max(clips, MAX_CLIPS_PER_SHARD):
         raise ValueError(f"its metadata say {features.dtype}, {per_shard} clips a shard")
+    separator = getattr(getattr(features.metadata, "chunk_key_encoding", None), "separator", "")
+    if separator != layout.separator:
+        raise ValueError(f"its files have names with {separator!r}, not {layout.separator!r}")
     last = layout.file("id", (clips - 1) // ROWS_PER_CHUNK)
     if clips > ROWS_PER_CHUNK and len(store.names(last.rpartition("/")[0])) < clips // ROWS_PER_CHUNK:
         raise ValueError(f"its metadata say {clips} clips, which have no id")
@@ -374,8 +375,13 @@ def check_features(
 
 
 def _damaged_metadata(store: LocalStore | BucketStore, problem: str) -> CacheError:
-    how = "extract with --repair restores it" if store.exists(COPY) else "restore it or extract again to another path"
-    return CacheError(f"{store}/{METADATA} is damaged ({problem}); {how}")
+    return CacheError(f"{store}/{METADATA} is damaged ({problem}); {_how_to_restore(store)}")
+
+
+def _how_to_restore(store: LocalStore | BucketStore) -> str:
+    if store.exists(COPY):
+        return "extract with --repair restores it"
+    return "restore it or extract again to another path"
 
 
 def shard_rows(shard: int, clips_per_shard: int, clips: int) -> range:

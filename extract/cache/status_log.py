@@ -6,9 +6,9 @@ status, valid_frames, error    the same as arrays, for other readers of Zarr; wr
 
 A record is MAGIC, the shard, the generation and the length of what follows (uint32 each), zstd of what is said of the
 shard's clips (status, valid frames, errors as JSON), and a CRC-32C of all but MAGIC. Of two records of a shard that of
-the higher generation counts: a process takes the next one after those that it finds, and what is merged has 0, so that
-a run that was stopped and continued ends with the same bytes. Where a record is damaged, the arrays still have what it
-said.
+the higher generation counts: each record takes the next one after all that its process knows, and what is merged has
+0, so that a run that was stopped and continued ends with the same bytes. Where a record is damaged, the arrays still
+have what it said.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from whisper_at_cli.extract.cache.shards import CRC_BYTES, ZSTD_LEVEL, crc32c
 from whisper_at_cli.extract.cache.status import ClipStatus, Geometry, ShardStatus
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 from whisper_at_cli.extract.errors import CacheError
-from whisper_at_cli.extract.texts import empty_texts
 
 LOG = "status/log"
 MERGED = f"{LOG}/merged"
@@ -41,6 +40,7 @@ SEGMENT_BYTES = 1 << 20  # of a log in a bucket, which is sent whole each time; 
 STATUS_MAX = max(Status)
 MEANINGS = 1000  # different records that are kept in mind while a log is read
 MOST_SAID = 1 << 26  # bytes that are said of one shard
+MOST_GENERATION = 1 << 31  # of a record that is believed; each write takes the next one
 
 
 class StatusLog(ClipStatus):
@@ -68,7 +68,7 @@ class StatusLog(ClipStatus):
             if data is not None:
                 self._take_log(name, data)
         if self.problems or merged is None:
-            self._take_arrays()
+            self._take_arrays(merged is None)
         self._status = np.zeros(self.geometry.clips, dtype=np.uint8)
         self._valid_frames = np.zeros(self.geometry.clips, dtype=np.uint8)
         self._errors: dict[int, str] = {}  # by row
@@ -87,7 +87,7 @@ class StatusLog(ClipStatus):
 
     def errors(self, rows: range | None = None) -> np.ndarray:
         first, count = (0, self.geometry.clips) if rows is None else (rows.start, len(rows))
-        out = empty_texts(count)
+        out = np.full(count, "", dtype=object)
         for row, text in self._errors.items():
             if 0 <= row - first < count:
                 out[row - first] = text
@@ -126,9 +126,9 @@ class StatusLog(ClipStatus):
         body = at + len(MAGIC)
         if not data.startswith(MAGIC, at) or body + HEADER.size > len(data):
             return 0
-        shard, _, length = HEADER.unpack_from(data, body)
+        shard, generation, length = HEADER.unpack_from(data, body)
         end = body + HEADER.size + length
-        if data[end : end + CRC_BYTES] != crc32c(data[body:end]):
+        if generation > MOST_GENERATION or data[end : end + CRC_BYTES] != crc32c(data[body:end]):
             return 0
         if shard != END:
             try:
@@ -149,7 +149,7 @@ class StatusLog(ClipStatus):
                 self._meanings[key] = said
         return said
 
-    def _take_arrays(self) -> None:
+    def _take_arrays(self, merged_is_missing: bool) -> None:
         """Where there is no record, take what the arrays say, which were made of records that are lost."""
         try:
             status, valid_frames = (self._array(name) for name in DERIVED[:2])
@@ -157,6 +157,8 @@ class StatusLog(ClipStatus):
         except (CacheError, ValueError) as error:
             self.problems.append((-1, str(error)))
             return
+        if merged_is_missing and status.any():  # they are written after it
+            self.problems.append((-1, f"{MERGED} is missing"))
         for shard in np.unique(np.flatnonzero(status) // self.geometry.clips_per_shard).tolist():
             if shard not in self._records:
                 rows = self.geometry.rows(shard)
@@ -167,10 +169,11 @@ class StatusLog(ClipStatus):
                 self._records[shard] = 0, _record(shard, 0, said)
 
     def write(self, shard: int, said: ShardStatus) -> None:
-        record = _record(shard, self.generation, said)
         with self._guard:
+            record = _record(shard, self.generation, said)
             self._append(record)
             self._records[shard] = self.generation, record
+            self.generation += 1
             for row in self.geometry.rows(shard) if self._errors else ():
                 self._errors.pop(row, None)
             self._show(shard, said)
@@ -287,7 +290,10 @@ def _said(record: bytes, clips: int) -> ShardStatus:
     if clips < 1 or len(data) < 2 * clips:
         raise ValueError(f"it says {len(data)} bytes of {clips} clips")
     status, valid_frames = np.frombuffer(data, np.uint8, 2 * clips).reshape(2, clips)
-    texts = json.loads(data[2 * clips :].decode()) if len(data) > 2 * clips else {}
+    try:
+        texts = json.loads(data[2 * clips :].decode()) if len(data) > 2 * clips else {}
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
     errors = {int(slot): text for slot, text in texts.items()} if isinstance(texts, dict) else {-1: ""}
     if not all(0 <= slot < clips and isinstance(text, str) for slot, text in errors.items()):
         raise ValueError("its errors are of other clips")

@@ -175,7 +175,8 @@ class LocalStore:
                     os.truncate(file.fileno(), size)
                 raise
         if new:
-            _sync_folder(path.parent)
+            for folder in (path.parent, path.parent.parent):  # which may be new as well
+                _sync_folder(folder)
 
     def sync(self, name: str) -> None:
         path = self.path / name

@@ -139,8 +139,9 @@ def _status_damage(cache: FeatureCache) -> list[Damage]:
     """Where it is no longer known which clips are done, or how much of them is real."""
     cache.valid_frames  # noqa: B018 - reading it finds its damage
     problems = [*cache.clip_status.problems, *((-1, problem) for problem in cache.clip_status.array_problems())]
+    S, N = cache.clips_per_shard, len(cache)
     return [
-        Damage(shard, _names(cache, schema.shard_rows(shard, cache.clips_per_shard, len(cache))), problem)
+        Damage(shard, _names(cache, schema.shard_rows(shard, S, N) if shard >= 0 else ()), problem)
         for shard, problem in problems
     ]
 

@@ -199,7 +199,7 @@ class CacheWriter:
                     column = np.asarray(array[first : first + array.chunks[0]], dtype=object)
                     column[rows[here] - first] = [path for path, inside in zip(paths, here, strict=True) if inside]
                     array[first : first + array.chunks[0]] = column
-                    self.store.sync(f"path/c/{first // array.chunks[0]}")
+                    self.store.sync(self.layout.file("path", first // array.chunks[0]))
 
     def update_digests(self, digests: np.ndarray) -> None:
         """Say what is known now of the files of clips that are still to be extracted, (N,) uint64 for all clips."""

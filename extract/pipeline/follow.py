@@ -11,7 +11,6 @@ import numpy as np
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.cache.changes import Changes, changes, refuse
 from whisper_at_cli.extract.cache.mend import mend_columns
-from whisper_at_cli.extract.cache.metadata import restore_metadata
 from whisper_at_cli.extract.cache.rebuild import Plan, rebuild, recover
 from whisper_at_cli.extract.cache.schema import METADATA, CacheSpec, ClipTable
 from whisper_at_cli.extract.cache.store import location
@@ -25,7 +24,8 @@ COPIED = (
     "the times of all audio files differ from when they were extracted, and nothing else does: taken for a copy of the "
     "same files"
 )
-RESTORED = "metadata of the cache that were damaged are restored: "
+STATUS_MENDED = "status of the clips that was damaged is written again: "
+NAMED = 3  # problems that a note names
 FOLLOWS = "the dataset has changed; the cache now follows it: "
 
 
@@ -53,14 +53,12 @@ def follow(
     store = location(cache)
     if "://" not in str(cache):
         recover(Path(cache))
-    restored = restore_metadata(store) if repair else []
     if not store.exists(METADATA):
         return Followed(dataset, table)
     old = FeatureCache.open(cache)
     refuse_settings(old, spec, classes=False)
+    status = _damaged_status(old) if repair else None
     mended = _mended(cache, old, spec, table, slot) if repair else None
-    if restored:
-        mended = "; ".join(note for note in (RESTORED + ", ".join(restored), mended) if note)
     old = FeatureCache.open(cache) if mended else old
     found = changes(old, spec, table)
     if (found.order == np.arange(len(dataset))).all():
@@ -68,10 +66,22 @@ def follow(
     else:
         ordered, columns = dataset.part(found.order.tolist()), table.take(found.order)
     if not found.any:
-        return Followed(ordered, columns, mended)
+        return Followed(ordered, columns, _joined(status, mended))
     refuse(found, old, update=update, prune=prune)
     followed = _changed(cache, old, spec, found, Followed(ordered, columns), slot)
-    return replace(followed, note="; ".join(note for note in (mended, followed.note) if note) or None)
+    return replace(followed, note=_joined(status, mended, followed.note))
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
+
+
+def _damaged_status(old: FeatureCache) -> str | None:
+    """A note on what is damaged of what is known of the clips: it is written again when the process ends."""
+    old.valid_frames  # noqa: B018 - reading it finds its damage
+    problems = [problem for _, problem in old.clip_status.problems] + old.clip_status.array_problems()
+    more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    return f"{STATUS_MENDED}{'; '.join(problems[:NAMED])}{more}" if problems else None
 
 
 def _mended(

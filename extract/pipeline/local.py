@@ -24,6 +24,7 @@ from whisper_at_cli.extract.pipeline.prepare import (
     open_backbone,
     open_cache,
     open_clips,
+    restored,
     say_notes,
     seconds_of,
 )
@@ -48,6 +49,7 @@ def extract(
     """
     started = time.perf_counter()
     options = ExtractOptions.of(options, given)
+    restored_files = restored(cache) if options.repair else None
     new = not location(cache).exists(METADATA)
     with DecodePool(options.workers or cores()) as pool:
         command = options.command(dataset, cache) if isinstance(dataset, str | Path) else None
@@ -60,7 +62,7 @@ def extract(
         notes = [*dataset.notes, cost_note(backbone)]
         writer, dataset, changed = open_cache(cache, dataset, backbone, size, options, command)
         with writer:
-            notes.append(changed)
+            notes += [restored_files, changed]
             if options.batch_size is None:
                 size, note = batch_size_of(writer.cache.attributes["made"], backbone.device, size)
                 notes.append(note)

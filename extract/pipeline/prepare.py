@@ -15,6 +15,7 @@ from whisper_at_cli.extract.backbones.custom import checked_backbone
 from whisper_at_cli.extract.backbones.encoder import PRECISIONS
 from whisper_at_cli.extract.backbones.load import Backbone, EncoderFacts, load_backbone
 from whisper_at_cli.extract.backbones.precision import AUTO
+from whisper_at_cli.extract.cache.metadata import restore_metadata
 from whisper_at_cli.extract.cache.schema import METADATA, CacheSpec, Status, read_attributes, spec_from_attributes
 from whisper_at_cli.extract.cache.store import location
 from whisper_at_cli.extract.cache.verify import verify
@@ -68,6 +69,12 @@ def compile_backbone(backbone: Backbone, batch_size: int) -> None:
     if not hasattr(backbone, "compile"):
         raise UsageError(f"--compile is for Whisper; {backbone.name} cannot be compiled. Leave it out")
     backbone.compile(batch_size)
+
+
+def restored(cache: str | Path) -> str | None:
+    """Restore damaged metadata of a cache, without which it cannot be opened; a note on those that were."""
+    names = restore_metadata(location(cache))
+    return f"metadata of the cache that were damaged are restored: {', '.join(names)}" if names else None
 
 
 def precision_of(cache: str | Path, asked: str) -> str:

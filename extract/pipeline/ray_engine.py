@@ -86,6 +86,7 @@ def extract_on_ray(
     cache = cache if "://" in str(cache) else Path(cache).resolve()
     model = Path(options.model).resolve() if Path(options.model).exists() else options.model
     with _connected(address):
+        restored = prepare.restored(cache) if options.repair else None
         precision = prepare.precision_of(cache, options.precision)
         loading = dict(model=model, precision=precision, compile=options.compile, dtype=options.dtype)
         fleet = _Fleet(loading, seconds, options.device, encoders)
@@ -94,7 +95,7 @@ def extract_on_ray(
         notes = [*dataset.notes, info.note]
         writer, dataset, changed = prepare.open_cache(cache, dataset, info, size, options, command)
         with writer:
-            notes.append(changed)
+            notes += [restored, changed]
             if not options.batch_size:
                 size, note = prepare.batch_size_of(writer.cache.attributes["made"], info.device, size)
                 notes.append(note)

@@ -1,4 +1,4 @@
-"""Feature caches: metadata of the group and its arrays, shard files and their index, status and text columns."""
+"""Feature caches: metadata of the group and its arrays, shard files and their index, log of status and text columns."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import mutate
 import numpy as np
 import zarr  # noqa: F401 - else the first input would pay for it
 from engine import Files, Reader
+from numcodecs import zstd
 
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
+from whisper_at_cli.extract.cache.metadata import COPY
+from whisper_at_cli.extract.cache.status_log import HEADER, MAGIC, MERGED
 from whisper_at_cli.extract.cache.stream import stream_batches
 from whisper_at_cli.extract.cache.summary import summarise
 from whisper_at_cli.extract.cache.verify import verify
@@ -76,11 +79,16 @@ def change(files: Files, rng: random.Random, other: Files) -> Files:  # noqa: PL
     if act < 0.08:
         return files | {name: other[rng.choice(list(other))]}
     if act < 0.1:
-        return files | {rng.choice((f"{name}0", name.replace("/c/0", "/c/1"), "status/.locks/1-of-9")): data}
+        others = ("status/.locks/1-of-9", "status/log/1-of-9.a")
+        return files | {rng.choice((f"{name}0", name.replace("/c.0", "/c.1"), *others)): data}
     if name.endswith("zarr.json"):
         return files | {name: mutate.change_json(data, rng)}
     if rng.random() < 0.2 or len(data) < 3 * CRC:
         return files | {name: mutate.change_bytes(data, rng, other.get(name, data))}
+    if name == MERGED:
+        return files | {name: _change_log(data, rng)}
+    if name == COPY:
+        return files | {name: _sealed(zstd.compress(mutate.change_json(zstd.decompress(data[:-CRC]), rng)))}
     if name.startswith(("features/", "mean/", "scale/")):
         return files | {name: _change_shard(data, rng)}
     return files | {name: _sealed(mutate.change_bytes(data[:-CRC], rng))}
@@ -95,6 +103,22 @@ def _chosen(files: Files, rng: random.Random) -> str:
 def _sealed(data: bytes) -> bytes:
     """With the checksum that these bytes should have."""
     return data + google_crc32c.value(data).to_bytes(CRC, "little")
+
+
+def _change_log(data: bytes, rng: random.Random) -> bytes:
+    """One record changed, or what it says of its clips, and its checksum made right."""
+    records = data.split(MAGIC)[1:]
+    if not records:
+        return data
+    at = rng.randrange(len(records))
+    head, packed = records[at][: HEADER.size], records[at][HEADER.size : -CRC]
+    if rng.random() < 0.5:
+        packed = zstd.compress(mutate.change_bytes(zstd.decompress(packed), rng))
+        head = head[:-4] + len(packed).to_bytes(4, "little")
+    else:
+        head = mutate.change_bytes(head, rng)
+    records[at] = _sealed(head + packed)
+    return b"".join(MAGIC + record for record in records)
 
 
 def _change_shard(data: bytes, rng: random.Random) -> bytes:
