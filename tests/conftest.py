@@ -98,19 +98,16 @@ def noise_folder(tmp_path) -> Path:
 
 
 def array_bytes(path: Path | str) -> dict[str, bytes]:
-    """Every array file of a cache, also in a bucket: chunks and metadata, without the group's own provenance and its
-    copy, locks and files' times. Of the log of status, what it says.
+    """Every file of a cache whose processes have ended, also in a bucket: chunks, metadata and the merged log, without
+    the group's own provenance and its copy, locks and files' times.
     """
-    from whisper_at_cli.extract.cache import FeatureCache
     from whisper_at_cli.extract.cache.metadata import COPY
     from whisper_at_cli.extract.cache.store import location
 
     store = location(path)
-    left_out = ("/.locks/", "/log/", "digest/c", COPY)
+    left_out = ("/.locks/", "digest/c", COPY)
     names = [name for name in store.sizes() if "/" in name and not any(part in name for part in left_out)]
-    status = FeatureCache.open(path).clip_status
-    said = status.status.tobytes() + status.valid_frames.tobytes() + "\0".join(status.errors()).encode()
-    return {name: store.read(name) for name in names} | {"status/log": said}
+    return {name: store.read(name) for name in names}
 
 
 def make_backbone(seed: int = 0, *, precision: str = "float32"):

@@ -107,7 +107,7 @@ def test_the_attributes_say_what_made_the_cache(tmp_path):
     assert attributes == {
         "format": "whisper-at-cli feature cache", "format_version": 2, "backbone": "b", "weights_sha256": "0",
         "layers": 3, "dim": 4, "clip_seconds": 5.0, "dtype": "float16", "precision": "bfloat16", "dataset": "sounds",
-        "class_names": ["x", "y"], "frames": 25, "made": {"by": "test"},
+        "class_names": ["x", "y"], "frames": 25, "layer_numbers": [1, 2, 3], "made": {"by": "test"},
         "coordinates": "id path split fold digest status valid_frames error",
     }  # fmt: skip
     found = schema.spec_from_attributes(attributes, LocalStore(tmp_path / "a.zarr"))
@@ -127,7 +127,9 @@ def test_columns_of_many_clips_are_cut_into_chunks(tmp_path, monkeypatch):
     clips = table(count, labels=np.ones((count, 2), np.uint8))
     schema.create_arrays(tmp_path / "a.zarr", spec(), clips, clips_per_shard=256, provenance={})
     group = zarr.open_group(tmp_path / "a.zarr", mode="r")
-    assert group["labels"].chunks == (4096, 2) and group["labels"][:].all()
+    assert group["labels"].chunks == (5000, 2) and group["labels"][:].all()
+    monkeypatch.setattr(schema, "LABEL_BYTES", 4000)
+    assert [schema.label_rows(rows, 2) for rows in (0, 7, 5003)] == [1, 7, 2000]
     assert group["id"].chunks == group["path"].chunks == group["split"].chunks == group["fold"].chunks == (5000,)
     assert group["id"][5002] == "clip5002" and group["error"].chunks == (5000,)
     assert group["status"].chunks == group["valid_frames"].chunks == (5003,), "one request in a bucket"

@@ -188,8 +188,10 @@ class ShardFile:
         """The open file. Raises CacheError unless it has these chunks."""
         file = self._file or self._open()
         stride = self.chunk_bytes + CRC_BYTES
-        for chunk in chunks if self._listed or not isinstance(self._ranks, range) else [max(chunks, default=-1)]:
-            start, length = self._place(chunk) if chunk >= 0 else (0, stride)
+        if len(chunks) and not self._listed and isinstance(self._ranks, range):
+            chunks = [max(chunks)]
+        for chunk in chunks:
+            start, length = self._place(chunk)
             if length != stride or start + stride > file.size:
                 raise self._absent(chunk)
         return file

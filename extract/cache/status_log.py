@@ -51,7 +51,7 @@ class StatusLog(ClipStatus):
     def __init__(self, store: LocalStore | BucketStore, geometry: Geometry):
         super().__init__(store, geometry)
         self._guard = threading.Lock()
-        self._log, self._sent = "", bytearray()  # the file that this process appends to, and what it holds
+        self._log, self._sent = "", b""  # the file that this process appends to, and what it holds
         self.reload()
 
     def reload(self) -> None:
@@ -179,22 +179,21 @@ class StatusLog(ClipStatus):
             self._show(shard, said)
 
     def _append(self, record: bytes) -> None:
-        if not self._log:
-            index, of = self.slot
-            self._log = f"{LOG}/{index}-of-{of}.{secrets.token_hex(4)}"
+        index, of = self.slot
+        log = self._log or f"{LOG}/{index}-of-{of}.{secrets.token_hex(4)}"
         if isinstance(self.store, LocalStore):
-            self.store.append(self._log, record)
+            self.store.append(log, record)
+            self._log = log
             return
-        self._sent += record
-        self.store.write_whole(self._log, [bytes(self._sent)])
-        if len(self._sent) > SEGMENT_BYTES:
-            self._log, self._sent = "", bytearray()
+        sent = self._sent + record
+        self.store.write_whole(log, [sent])
+        self._log, self._sent = (log, sent) if len(sent) <= SEGMENT_BYTES else ("", b"")
 
     def finish(self, *, rewrite: bool = False) -> None:
         with self._guard:
             if self._log:
                 self._append(_record(END, self.generation, None))
-            self._log, self._sent = "", bytearray()
+            self._log, self._sent = "", b""
             self.reload()
             if any(not ended and self._may_run(name) for name, ended in self._logs.items()):
                 return
