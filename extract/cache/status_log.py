@@ -34,6 +34,7 @@ MERGED = f"{LOG}/merged"
 MAGIC = b"\x89SHARD\r\n"
 HEADER = struct.Struct("<III")  # shard, generation, bytes of what follows
 DERIVED = ("status", "valid_frames", "error")  # arrays that are made of the log
+MOST_STATUS = int(max(Status))
 END = 2**32 - 1  # in place of a shard: the process that wrote this file has ended
 SEGMENT_BYTES = 1 << 20  # of a log in a bucket, which is sent whole each time; then another one is begun
 MOST_SAID = 1 << 26  # bytes that are said of one shard
@@ -56,6 +57,9 @@ class StatusLog(ClipStatus):
         self.problems = []
         self._records: dict[int, tuple[int, bytes]] = {}  # by shard: generation, record
         self._logs: dict[str, bool] = {}  # by name: whether its process has ended
+        self._status = np.zeros(self.geometry.clips, dtype=np.uint8)
+        self._valid_frames = np.zeros(self.geometry.clips, dtype=np.uint8)
+        self._errors: dict[int, str] = {}  # by row
         names = sorted(name for name in self.store.names(LOG) if name != MERGED)
         logs = self.store.map(self.store.read, names)
         merged = self.store.read(MERGED)
@@ -64,11 +68,6 @@ class StatusLog(ClipStatus):
                 self._take_log(name, data)
         if self.problems or merged is None:
             self._take_arrays(merged is None)
-        self._status = np.zeros(self.geometry.clips, dtype=np.uint8)
-        self._valid_frames = np.zeros(self.geometry.clips, dtype=np.uint8)
-        self._errors: dict[int, str] = {}  # by row
-        for shard, (_, record) in self._records.items():
-            self._show(shard, _said(record, len(self.geometry.rows(shard))))
         self.generation = 1 + max((generation for generation, _ in self._records.values()), default=0)
 
     @property
@@ -87,8 +86,11 @@ class StatusLog(ClipStatus):
                 out[row - first] = text
         return out
 
-    def _show(self, shard: int, said: ShardStatus) -> None:
+    def _take(self, shard: int, generation: int, record: bytes, said: ShardStatus) -> None:
         rows = self.geometry.rows(shard)
+        for row in rows if self._errors and shard in self._records else ():
+            self._errors.pop(row, None)
+        self._records[shard] = generation, record
         self._status[rows.start : rows.stop] = said.status
         self._valid_frames[rows.start : rows.stop] = said.valid_frames
         self._errors |= {rows.start + slot: text for slot, text in said.errors.items()}
@@ -97,13 +99,13 @@ class StatusLog(ClipStatus):
         """Take the records of one file. Of a log that grows, the last record may be cut off."""
         at, ended = 0, False
         while at < len(data):
-            size = self._record_size(data, at)
+            size, said = self._record_at(data, at)
             if size:
                 shard, generation, _ = HEADER.unpack_from(data, at + len(MAGIC))
-                if shard == END:
+                if said is None:
                     ended = True
                 elif shard not in self._records or self._records[shard][0] <= generation:
-                    self._records[shard] = generation, data[at : at + size]
+                    self._take(shard, generation, data[at : at + size], said)
                 at += size
             else:
                 following = data.find(MAGIC, at + 1)
@@ -113,23 +115,25 @@ class StatusLog(ClipStatus):
         if name != MERGED:
             self._logs[name] = ended
 
-    def _record_size(self, data: bytes, at: int) -> int:
-        """Bytes of the record at `at`, 0 where there is none that is whole and of this cache."""
+    def _record_at(self, data: bytes, at: int) -> tuple[int, ShardStatus | None]:
+        """Bytes of the record at `at`, 0 where there is none that is whole and of this cache; and what it says."""
         body = at + len(MAGIC)
         if not data.startswith(MAGIC, at) or body + HEADER.size > len(data):
-            return 0
+            return 0, None
         shard, generation, length = HEADER.unpack_from(data, body)
         end = body + HEADER.size + length
         if generation > MOST_GENERATION or data[end : end + CRC_BYTES] != crc32c(data[body:end]):
-            return 0
-        if shard != END:
-            try:
-                said = _said(data[at : end + CRC_BYTES], len(self.geometry.rows(shard)))
-            except ValueError:
-                return 0
-            if said.status.max() > max(Status) or said.valid_frames.max() > self.geometry.frames:
-                return 0
-        return end + CRC_BYTES - at
+            return 0, None
+        size = end + CRC_BYTES - at
+        if shard == END:
+            return size, None
+        try:
+            said = _said(data[at : at + size], len(self.geometry.rows(shard)))
+        except ValueError:
+            return 0, None
+        if said.status.max() > MOST_STATUS or said.valid_frames.max() > self.geometry.frames:
+            return 0, None
+        return size, said
 
     def _take_arrays(self, merged_is_missing: bool) -> None:
         """Where there is no record, take what the arrays say, which were made of records that are lost."""
@@ -146,19 +150,16 @@ class StatusLog(ClipStatus):
                 rows = self.geometry.rows(shard)
                 said = ShardStatus(
                     status[rows.start : rows.stop], valid_frames[rows.start : rows.stop],
-                    {row - rows.start: text for row, text in errors.items() if row in rows},
+                    {row - rows.start: errors[row] for row in rows if row in errors},
                 )  # fmt: skip
-                self._records[shard] = 0, _record(shard, 0, said)
+                self._take(shard, 0, _record(shard, 0, said), said)
 
     def write(self, shard: int, said: ShardStatus) -> None:
         with self._guard:
             record = _record(shard, self.generation, said)
             self._append(record)
-            self._records[shard] = self.generation, record
+            self._take(shard, self.generation, record, said)
             self.generation += 1
-            for row in self.geometry.rows(shard) if self._errors else ():
-                self._errors.pop(row, None)
-            self._show(shard, said)
 
     def _append(self, record: bytes) -> None:
         if not self._log:
@@ -214,7 +215,7 @@ class StatusLog(ClipStatus):
         clips, file = self.geometry.clips, self.layout.file(name, 0)
         data = self.store.read(file)
         values = np.zeros(clips, np.uint8) if data is None else np.frombuffer(unsealed(data, file, clips), np.uint8)
-        most = max(Status) if name == "status" else self.geometry.frames
+        most = MOST_STATUS if name == "status" else self.geometry.frames
         if len(values) != clips or values.max(initial=0) > most:
             raise CacheError(f"{file} is damaged: it holds {len(values)} values, of at most {values.max(initial=0)}")
         return values
