@@ -248,4 +248,4 @@ def test_an_outage_says_which_array_was_asked_for(bucket, monkeypatch):
     assert ours.cache.status.tolist() == [1, 1]
     monkeypatch.setattr(obstore, "list", outage)
     with pytest.raises(StoreError, match=f"cannot reach {ADDRESS}/status/log: gone"):
-        ours.finish()
+        ours.cache.clip_status.reload()

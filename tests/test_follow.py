@@ -1,6 +1,7 @@
 """A cache follows its dataset: whatever is edited, it equals one that is extracted anew, or the command is refused."""
 
 import csv
+import json
 import multiprocessing
 import os
 import signal
@@ -15,8 +16,9 @@ import pytest
 from conftest import array_bytes, make_backbone, noise, write_wav
 from whisper_at_cli.extract import FeatureCache, extract
 from whisper_at_cli.extract.cache import changes, rebuild
+from whisper_at_cli.extract.cache.layout import Layout
 from whisper_at_cli.extract.cache.rebuild import update_path
-from whisper_at_cli.extract.cache.schema import CacheSpec
+from whisper_at_cli.extract.cache.schema import CacheSpec, create_arrays
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.datasets import Clip, Dataset, open_dataset
 from whisper_at_cli.extract.datasets.digests import source_digests
@@ -201,6 +203,34 @@ def test_shards_that_stay_are_not_written_again(tmp_path, listed):
     listed.add()
     run(listed, path)
     assert (path / "features/c.0.0.0.0").stat().st_ino == first
+
+
+@pytest.mark.parametrize("how", ["relabelled", "sync", "update"])
+def test_a_cache_of_version_1_is_continued_as_it_is_and_becomes_one_of_version_2_with_the_first_change(
+    tmp_path, listed, how
+):
+    path, new = tmp_path / "a.zarr", tmp_path / "new.zarr"
+    run(listed, new)
+    made = FeatureCache.open(new)
+    dataset = open_dataset(listed.path)
+    table = replace(dataset.table(), digests=source_digests(dataset))
+    create_arrays(path, made.spec, table, clips_per_shard=made.clips_per_shard, provenance={}, layout=Layout(1))
+    attributes = json.loads((path / "zarr.json").read_text())
+    attributes["attributes"]["source_digests"] = True
+    (path / "zarr.json").write_text(json.dumps(attributes))
+    assert run(listed, path, shard=(1, 2)).written + run(listed, path, shard=(2, 2)).written == 9
+    assert run(listed, path).written == 0 and FeatureCache.open(path).layout.version == 1
+    assert (path / "features/c/0/0/0/0").exists() and held(path) == held(new)
+    if how == "update":
+        listed.sound("n3.wav")
+        run(listed, new, update=True)
+        assert run(listed, path, update=True).written == 1
+    else:
+        listed.rows[0]["label"] = "new"
+        run(listed, new)
+        sync(listed.write(), path) if how == "sync" else run(listed, path)
+    assert FeatureCache.open(path).layout.version == 2 and held(path) == held(new)
+    assert array_bytes(path) == array_bytes(new)
 
 
 def test_one_of_several_tasks_does_not_change_the_cache_under_the_others(tmp_path, listed):

@@ -16,6 +16,7 @@ _SETTINGS = {
     ),
     "extract/cache/reader.py": ("in: OPEN_SHARDS = ",),
     "extract/cache/stream.py": ("in: BUFFER_MB = ", "in: READ_BYTES = "),
+    "extract/cache/status_log.py": ("in: SEGMENT_BYTES = ",),
     "extract/cache/export.py": ("in: WRITE_BYTES = ",),
     "extract/cache/import_npz.py": ("in: SHAPE_SAMPLES = ",),
     "extract/evaluation/metrics.py": ("in: CHUNK_SCORES = ",),
