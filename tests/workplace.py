@@ -368,6 +368,12 @@ def _cache(here: Workplace, path: Path) -> None:
     here.command(f"whisper-at-cli extract {here['ESC-10']} {path} --model tiny.en")
 
 
+@thing("my-part.zarr", "their-part.zarr")
+def _part_of_cache(here: Workplace, path: Path) -> None:
+    name = "dog" if path.name.startswith("my") else "rooster"
+    here.command(f"whisper-at-cli select {here['esc50.zarr']} {path} --class {name}")
+
+
 @thing("hubert.zarr")
 def _hubert_cache(here: Workplace, path: Path) -> None:
     here["facebook/hubert-xlarge-ll60k"]
