@@ -141,7 +141,7 @@ def test_hdf5_is_written_in_parts_of_the_type_that_features_are_read_in(tmp_path
             np.testing.assert_array_equal(file["mean"][:], cache.mean(rows=rows))
             assert [axis.label for axis in file["mean"].dims] == ["clip", "layer", "channel"]
             assert {name: file.attrs[name] for name in ("format_version", "layers", "dtype", "clip_seconds")} == {
-                "format_version": 1, "layers": L, "dtype": dtype, "clip_seconds": 5.0,
+                "format_version": 2, "layers": L, "dtype": dtype, "clip_seconds": 5.0,
             }  # fmt: skip
             assert json.loads(file.attrs["made"]) == {} and file["class"].asstr()[:].tolist() == ["dog", "cat"]
             assert file["layer"][:].tolist() == [1, 2] and file["clip"][:].tolist() == rows.tolist()
