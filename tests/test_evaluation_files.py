@@ -128,8 +128,6 @@ def test_the_commands_save_predictions_and_print_intervals(capsys, scored, tmp_p
     for command in (("probe", cache.path), line[:-2]):
         status, _, err = run(capsys, *command, "--predictions", tmp_path / "p.csv")
         assert status == 2 and "saved as .npz" in err
-    status, _, err = run(capsys, *line, "--search")
-    assert status == 2 and "--predictions is of one head" in err
 
 
 def test_heads_that_average_layers_say_what_each_layer_counts(capsys, scored, tmp_path):
