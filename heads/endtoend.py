@@ -231,7 +231,7 @@ class ListedClips:
         done = np.ones(len(table), dtype=bool)
         split = np.asarray(table.split, dtype=str)
         return cls(
-            dataset.root, table.ids, table.paths, table.fold, split, np.asarray(table.labels), done, dataset.name
+            dataset.root, table.ids.astype(object), table.paths.astype(object), table.fold, split, np.asarray(table.labels), done, dataset.name
         )
 
     def __len__(self) -> int:

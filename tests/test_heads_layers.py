@@ -1,4 +1,4 @@
-"""Heads say which layers they look at: TL-Tr's attention for each class, the weights of WA heads, where a user looks."""
+"""Heads say which layers they look at, and head.json holds the value that training prints."""
 
 import json
 
