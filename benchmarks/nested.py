@@ -52,7 +52,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
     cache = FeatureCache.open(options.cache)
     heads = options.head or list(HEADS)
     return {
-        "settings": settings(options), "clips": int(cache.done.sum()), "backbone": cache.spec.backbone,
+        "settings": settings(options), "clips": int(cache.done.sum()),
+        "classes": len(cache.spec.class_names), "backbone": cache.spec.backbone,
         "factors": list(FACTORS), "heads": {name: measure_head(cache, name, options, folder) for name in heads},
     }  # fmt: skip
 
@@ -63,15 +64,17 @@ def rows(result: Result) -> list[Row]:
     made = []
     for name, one in found.items():
         low, high = one["ci95"]
-        beside = best if best and name != BASELINE else None
+        beside = Figure(rounded(1 / result["classes"]), "", "chance")
+        if best and name != BASELINE:
+            beside = Figure(best["accuracy"], "", BASELINE)
         made.append(
             Row(
                 "heads",
                 f"accuracy of {name} on ESC-10 ({result['clips']} clips) with {result['backbone']}, nested selection, "
                 f"{len(one['seeds'])} seeds; 95 % interval {low:.3f} to {high:.3f}",
                 Figure(one["accuracy"]),
-                Figure(beside["accuracy"], "", BASELINE) if beside else None,
-                rounded(one["accuracy"] / beside["accuracy"]) if beside else None,
+                beside,
+                rounded(one["accuracy"] / beside.value),
             )
         )
     return made

@@ -230,9 +230,8 @@ class ListedClips:
         table = dataset.table()
         done = np.ones(len(table), dtype=bool)
         split = np.asarray(table.split, dtype=str)
-        return cls(
-            dataset.root, table.ids.astype(object), table.paths.astype(object), table.fold, split, np.asarray(table.labels), done, dataset.name
-        )
+        ids, paths = (np.asarray(column.astype(object)) for column in (table.ids, table.paths))
+        return cls(dataset.root, ids, paths, table.fold, split, np.asarray(table.labels), done, dataset.name)
 
     def __len__(self) -> int:
         return len(self.ids)

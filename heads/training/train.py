@@ -66,14 +66,13 @@ def train_head(
     seeds after the first. `recipe` is a Recipe or the name of one; by default the data decide. `changes` replace some
     of its settings, `seed` its seed; `faithful` draws partners and masks as the original code does. With `grid`,
     learning rate and width are chosen for each fold on clips that it does not test (`search_heads`). With
-    `permute_labels`, a control, recordings trade their labels at random. The same call with
-    the same `out` continues a run that was stopped; another is refused unless `restart`. The scores of held-out clips
-    are written into `predictions`, an .npz file. `progress` is told of epochs.
+    `permute_labels`, a control, recordings trade their labels at random. The same call with the same `out` continues a
+    run that was stopped; another is refused unless `restart`. The scores of held-out clips are written into
+    `predictions`, an .npz file. `progress` is told of epochs.
     Under torchrun all processes call this; each returns the result, the first one writes.
     Raises UsageError for what cannot work, WhisperATError where memory is short or the loss is not finite.
     """
-    started = time.monotonic()
-    predictions = checked_path(predictions) if predictions else None
+    started, predictions = time.monotonic(), checked_path(predictions) if predictions else None
     changes = (changes or {}) | ({} if seed is None else {"seed": seed})
     check_options(seeds, together, tensorboard, out)
     if out and tier == "auto" and not restart and order_kept(out) == "streamed":
