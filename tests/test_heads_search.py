@@ -179,7 +179,10 @@ def test_the_command_searches_and_refuses_to_repeat_without_it(cache, capsys, tm
 )
 def test_with_permuted_labels_every_selected_number_is_at_chance_within_its_interval(tmp_path, head, options):
     """Clips of a recording are alike, in four classes that layer 2 holds. Selection that saw a test clip, or one of its
-    recording, would lie above chance; so would a number that is the best of those that were tried."""
+    recording, would lie above chance; so would a number that is the best of those that were tried.
+
+    concat-linear may lie below chance: with nothing to learn it chooses a penalty that leaves the shares of classes
+    alone, and a fold that has more clips of a class leaves fewer of it to train on."""
     options = dict(options)
     repeats, searched, split = (options.pop(name, default) for name, default in
                                 (("repeats", 20), ("search", False), ("split", False)))  # fmt: skip
@@ -199,10 +202,13 @@ def test_with_permuted_labels_every_selected_number_is_at_chance_within_its_inte
         more = {"rates": (0.001, 0.01, 0.1)} if searched else {}
         found = run_it(cache, head=head, recipe=recipe, permute_labels=True, seed=seed, device="cpu", **more, **options)
         assert found.permuted_labels and found.selected_on and any("permuted" in said for said in found.warnings)
-        inside += found.ci95[0] <= 0.25 <= found.ci95[1]
+        inside += found.ci95[0] <= 0.25 <= (1 if head == "concat-linear" else found.ci95[1])
         values.append(found.value)
     assert inside >= int(0.85 * repeats), values
-    assert abs(np.mean(values) - 0.25) < 3 * np.std(values) / np.sqrt(repeats) + 0.01, values
+    spread = 3 * np.std(values) / np.sqrt(repeats) + 0.01
+    assert np.mean(values) < 0.25 + spread, values
+    if head != "concat-linear":
+        assert np.mean(values) > 0.25 - spread, values
 
 
 def test_labels_can_be_permuted_and_the_result_says_so(cache, tmp_path, capsys):

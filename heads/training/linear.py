@@ -144,26 +144,39 @@ def _calibrated(scores_mC: Tensor, truth_mC: Tensor, loss: str) -> tuple[float, 
     0 there.
     """
     m, C = truth_mC.shape
-    parameters = torch.zeros(2, dtype=torch.float64, device=scores_mC.device)
-
-    def cost(at: Tensor) -> Tensor:
-        logits = at[0].exp() * scores_mC
-        if loss == "ce":
-            return F.cross_entropy(logits, truth_mC.argmax(dim=1), label_smoothing=C / (m + C)) + at[1].square()
-        return F.binary_cross_entropy_with_logits(logits + at[1], (truth_mC.double() * m + 1) / (m + 2))
-
-    now = cost(parameters)
+    share = C / (m + C) if loss == "ce" else 2 / (m + 2)
+    target = truth_mC.double() * (1 - share) + share / (C if loss == "ce" else 2)
+    at = np.zeros(2)
+    now, gradient, curvature = _slopes(scores_mC, target, at, loss)
     for _ in range(NEWTON_STEPS):
-        gradient = torch.autograd.functional.jacobian(cost, parameters)
-        values, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(cost, parameters))
-        step = vectors @ ((vectors.T @ gradient) / values.abs().clamp(min=1e-6))
-        step = step / max(1.0, float(step.abs().max()))
-        while (then := cost(parameters - step)) > now and step.abs().max() > 1e-9:
-            step = step / 2
-        if now - then < 1e-12:
+        values, vectors = np.linalg.eigh(curvature)
+        step = vectors @ ((vectors.T @ gradient) / np.maximum(np.abs(values), 1e-6))
+        step /= max(1.0, np.abs(step).max())
+        while (then := _slopes(scores_mC, target, at - step, loss))[0] > now and np.abs(step).max() > 1e-9:
+            step /= 2
+        if now - then[0] < 1e-12:
             break
-        parameters, now = parameters - step, then
-    return float(parameters[0].exp()), float(parameters[1]), -float(now)
+        at, (now, gradient, curvature) = at - step, then
+    return float(np.exp(at[0])), float(at[1]), -now
+
+
+def _slopes(scores: Tensor, target: Tensor, at: np.ndarray, loss: str) -> tuple[float, np.ndarray, np.ndarray]:
+    """Mean loss of logits exp(at[0]) scores + at[1], its gradient (2,) and its second derivative (2, 2)."""
+    z = float(np.exp(at[0])) * scores
+    if loss == "ce":
+        p = z.softmax(dim=1)
+        cost = z.logsumexp(dim=1) - (target * z).sum(dim=1)
+        slope = ((p - target) * z).sum(dim=1)
+        bend = (p * z.square()).sum(dim=1) - (p * z).sum(dim=1).square() + slope
+        first, second = np.array([float(slope.mean()), 0]), np.array([[float(bend.mean()), 0], [0, 1]])
+        return float(cost.mean()), first, second
+    p = (z + float(at[1])).sigmoid()
+    rest, spread = p - target, p * (1 - p)
+    cost = F.binary_cross_entropy_with_logits(z + float(at[1]), target)
+    first = np.array([float((rest * z).mean()), float(rest.mean())])
+    cross = float((spread * z).mean())
+    second = np.array([[float((spread * z.square() + rest * z).mean()), cross], [cross, float(spread.mean())]])
+    return float(cost), first, second
 
 
 def _set_weights(
