@@ -76,6 +76,11 @@ PLAN = (
         "heads-cpu", "heads.py",
         "--clips 8 --layers 2 --channels 64 --classes 4 --dim 16 --batch 4 --rounds 1 --npz-clips 4", 1.2,
     ),
+    Step(
+        "nested-esc10-tiny.en-cpu",
+        f"nested.py --cache {CACHE} --head concat-linear --head concat-linear-stats --head last-mlp --head wa-mlp",
+        "--seeds 1 --epochs 1", 1.0,
+    ),
     Step("probe-esc10-tiny.en-cpu", f"probe.py --cache {CACHE}", "--one-blas-thread --rounds 1", 0.6),
     Step("probe-large-cpu", "probe.py --large", "--clips 200 --rounds 1", 0.9),
     Step("rows-cpu", "rows.py", "--rows 2000", 1.6),

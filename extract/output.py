@@ -69,5 +69,10 @@ def score(value: float | None) -> str:
     return "undefined" if value is None or value != value else f"{value:.4f}"
 
 
+def by_layer(values: list[float]) -> str:
+    """A value of each layer, 1 the first."""
+    return "  ".join(f"{layer}: {value:.3f}" for layer, value in enumerate(values, 1))
+
+
 def interval(bounds: list[float] | None, form: Callable[[float], str] = score) -> str:
     return "undefined" if bounds is None else f"{form(bounds[0])} to {form(bounds[1])}"

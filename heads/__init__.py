@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from whisper_at_cli.heads.tagging.tagger import Tagger as Tagger
     from whisper_at_cli.heads.tagging.tagger import transcribe as transcribe
     from whisper_at_cli.heads.training.finetune import finetune as finetune
-    from whisper_at_cli.heads.training.search import search_heads as search_heads
+    from whisper_at_cli.heads.training.train import search_heads as search_heads
     from whisper_at_cli.heads.training.train import train_head as train_head
 
 _NAMES = {
     "train_head": "training.train",
-    "search_heads": "training.search",
+    "search_heads": "training.train",
     "load_head": "checkpoint",
     "build_head": "forms",
     "evaluate_head": "evaluate",

@@ -45,8 +45,13 @@ class HeadDescription:
     loss: str  # "ce": probabilities are the softmax of the logits; "bce": the sigmoid of each
     width: int | None = None
     metric: str = ""
-    value: float | None = None
+    value: float | None = None  # of all held-out clips together
+    ci95: list[float] | None = None  # of value
     value_of: str = ""  # what was measured, on what
+    fold_mean: float | None = None  # mean over folds
+    fold_std: float | None = None  # standard deviation over folds
+    selected_on: dict[str, str] = field(default_factory=dict)  # what was chosen -> on which clips
+    permuted_labels: bool = False  # a control: recordings had traded their labels
     trained_clips: int = 0
     seed: int = 0
     recipe: dict = field(default_factory=dict)

@@ -9,7 +9,7 @@ import click
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.options import CACHE, DEVICE, SEED, command
-from whisper_at_cli.extract.output import interval, print_json, print_notes, print_table, score
+from whisper_at_cli.extract.output import by_layer, interval, print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 from whisper_at_cli.heads.options import (
     ONLY_FROZEN,
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from whisper_at_cli.heads.training.finetune import FinetuneResult
-    from whisper_at_cli.heads.training.search import SearchResult
-    from whisper_at_cli.heads.training.train import TrainResult
+    from whisper_at_cli.heads.training.result import TrainResult
 
 
 Value = TypeVar("Value")
@@ -60,21 +59,19 @@ def train_head_command(
         _finetune(ctx, cache, head, widths, rates, as_json, **options)
         return
     if head is None:
-        raise UsageError("--head is missing; choose last-mlp, wa-mlp, wa-tr, tl-tr or last-tr")
+        raise UsageError(
+            "--head is missing; choose concat-linear, last-mlp, wa-mlp, wa-tr, tl-tr, last-tr or concat-linear-stats"
+        )
     for name in ONLY_UNFROZEN:
         del options[name]
     from whisper_at_cli.extract import FeatureCache
     from whisper_at_cli.heads import search_heads, train_head
     from whisper_at_cli.heads.training.ranks import is_lead
-    from whisper_at_cli.heads.training.search import SearchResult
 
     options["head"] = head
     opened, lead = FeatureCache.open(cache), is_lead()
     with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"] or not lead) as progress:
-        result: TrainResult | SearchResult
         if search:
-            if options.pop("predictions"):
-                raise UsageError("--predictions is of one head; leave it out with --search")
             result = search_heads(opened, rates=rates or None, widths=widths or None, progress=progress, **options)
         else:
             options["changes"] |= {"lr": one_of("--lr", rates)} if rates else {}
@@ -84,8 +81,6 @@ def train_head_command(
     print_notes(result.warnings)
     if as_json:
         print_json(result)
-    elif isinstance(result, SearchResult):
-        print_search(result)
     else:
         print_training(result)
 
@@ -161,15 +156,21 @@ def digits(value: float) -> str:
 
 
 def print_training(result: TrainResult) -> None:
+    if result.search:
+        print_search(result)
     rows = [
         ("head", f"{result.head}, {result.dim} channels, {result.params:,} parameters"),
-        (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
-        ("95 % interval", _interval(result)),
-        ("folds", _by_fold(result.folds)),
+        (result.metric, f"{score(result.value)} ({_interval(result)})"),
+        ("folds", f"{_by_fold(result.folds)} (mean {score(result.fold_mean)}, std {score(result.std)})"),
     ]
+    rows += [(f"{what} chosen on", where) for what, where in result.selected_on.items()]
+    if "strength" in result.selected_on:
+        rows.append(("strength", "  ".join(f"{fold['fold']}: {fold['strength']:.2g}" for fold in result.folds)))
     if result.layer_weights:
-        weights = "  ".join(f"{layer}: {weight:.3f}" for layer, weight in enumerate(result.layer_weights, 1))
-        rows.append(("layer weights", weights))
+        rows.append(("layer weights", by_layer(result.layer_weights)))
+    if result.class_attention:
+        mean = [sum(layer) / len(layer) for layer in zip(*result.class_attention.values(), strict=True)]
+        rows.append(("attention to layers", f"{by_layer(mean)} (mean over classes; evaluate has each)"))
     if len(result.seeds) > 1:
         seeds = "  ".join(f"{of_seed['seed']}: {score(of_seed['value'])}" for of_seed in result.seeds)
         rows.append(("seeds", f"{seeds} (std over seeds {score(result.std_over_seeds)})"))
@@ -183,11 +184,12 @@ def print_training(result: TrainResult) -> None:
     print_table(rows, ("training", ""))
 
 
-def _interval(result: TrainResult) -> str:
-    if not result.intervals:
-        return "none"
+def _interval(result: TrainResult | FinetuneResult) -> str:
     made = result.intervals
-    return f"{interval(result.ci95)} (bootstrap over {made['recordings']} recordings, {made['draws']:,} draws)"
+    if not made:
+        return "without an interval"
+    drawn = f"bootstrap over {made['recordings']} recordings, {made['draws']:,} draws"
+    return f"95 % interval {interval(result.ci95)}, {drawn}"
 
 
 def print_finetuning(result: FinetuneResult) -> None:
@@ -195,8 +197,8 @@ def print_finetuning(result: FinetuneResult) -> None:
         [
             ("model", f"{result.model} with {result.head}, {result.params:,} parameters, all trained"),
             ("learning rate", f"{result.recipe['lr']:g}, the encoder's {result.encoder_lr:g}"),
-            (result.metric, f"{score(result.value)} (std over folds {score(result.std)})"),
-            ("folds", _by_fold(result.folds)),
+            (result.metric, f"{score(result.value)} ({_interval(result)})"),
+            ("folds", f"{_by_fold(result.folds)} (mean {score(result.fold_mean)}, std {score(result.std)})"),
             ("time", f"{result.seconds:.1f} s, {result.samples_per_second:,.1f} samples/s"),
             ("checkpoint", result.checkpoint or "not saved (give --out FOLDER)"),
         ],
@@ -208,16 +210,18 @@ def _by_fold(folds: list[dict]) -> str:
     return "  ".join(f"{fold['fold']}: {score(fold['value'])}" for fold in folds)
 
 
-def print_search(result: SearchResult) -> None:
+def print_search(result: TrainResult) -> None:
+    """What was tried; values are of the clips that chose."""
+    assert result.search is not None, "only a search has rows"
     print_table(
         [
             (
                 row["rank"], f"{row['lr']:.3g}", row["dim"], f"{row['params']:,}", score(row["value"]),
-                score(row["std"]), f"{row['seconds']:.1f}",
+                score(row["std"]), ", ".join(map(str, row["chosen_for"])), f"{row['seconds']:.1f}",
             )
-            for row in result.rows
+            for row in result.search["rows"]
         ],
-        ("rank", "lr", "dim", "params", result.metric, "std over folds", "seconds"),
+        ("rank", "lr", "dim", "params", f"inner {result.metric}", "std over folds", "chosen for fold", "seconds"),
     )  # fmt: skip
 
 

@@ -14,12 +14,13 @@ from whisper_at_cli.extract.backbones.encoder import POSITIONS_PER_SECOND
 from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES, WhisperSize
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.forms import head_form
+from whisper_at_cli.heads.forms import ConcatLinear, head_form
 
 AST_FLOPS = 133e9  # as Table 1 prints it, for one 10-second clip; `ast_cost` counts 130.6e9
 AST_FRAMES = 1024  # of its spectrogram, for 10 seconds
 AUDIOSET_CLASSES = 527
 PROJECTIONS = (128, 256, 512, 768)  # Table 2
+COUNTED = ("concat-linear", "last-mlp", "wa-mlp", "wa-tr", "tl-tr")  # in `head_table`
 NORM_FLOPS_PER_ELEMENT = 5
 
 
@@ -69,7 +70,9 @@ def head_cost(
     head: str, *, layers: int, dim: int, classes: int = AUDIOSET_CLASSES, frames: int = FRAMES, width: int | None = None
 ) -> Cost:
     """Cost of a head on one clip of features (layers, frames, dim). Raises UsageError as `build_head` does."""
-    head_form(head, width)
+    form = head_form(head, width)
+    if issubclass(form, ConcatLinear):  # its standardisation can be folded into the linear map
+        return linear(form.statistics * layers * dim, classes)
     inner = width or dim
     classifier = layer_norm(inner) + linear(inner, classes)
     if head == "last-mlp":
@@ -182,7 +185,7 @@ def head_table(model: str, classes: int = AUDIOSET_CLASSES, clip_seconds: float 
         raise UsageError(f"cannot count heads for {classes} classes and clips of {clip_seconds} seconds")
     encoder = encoder_cost(mels=size.mels, layers=size.layers, dim=size.dim, clip_seconds=clip_seconds)
     ast = ast_flops(clip_seconds)
-    heads: list[tuple[str, int | None]] = [(head, None) for head in ("last-mlp", "wa-mlp", "wa-tr", "tl-tr")]
+    heads: list[tuple[str, int | None]] = [(head, None) for head in COUNTED]
     heads += [("tl-tr", width) for width in PROJECTIONS if width < size.dim]
     rows = []
     for head, width in heads:

@@ -37,6 +37,7 @@ from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import HeadDescription, load_encoder_weights, load_head, save_head
 from whisper_at_cli.heads.evaluate import NEEDS_AUDIO, Evaluation, as_evaluation, class_columns, scored_clips
 from whisper_at_cli.heads.forms import Head
+from whisper_at_cli.heads.layers import layer_weights
 from whisper_at_cli.heads.seen import choose_rows
 from whisper_at_cli.heads.training.data import free_bytes
 
@@ -189,7 +190,7 @@ def evaluate_end_to_end(
         clips=len(choice.rows), chosen=choice.text, clips_trained_on=choice.trained_on, seconds=seconds,
         clips_per_second=len(choice.rows) / seconds, device=str(target),
         notes=[*notes, *choice.notes, *([audio.failure_note()] if audio.failures else [])],
-        predictions_file=None if predictions is None else str(predictions),
+        predictions_file=None if predictions is None else str(predictions), layer_weights=layer_weights(model.head),
     )  # fmt: skip
 
 
@@ -229,9 +230,8 @@ class ListedClips:
         table = dataset.table()
         done = np.ones(len(table), dtype=bool)
         split = np.asarray(table.split, dtype=str)
-        return cls(
-            dataset.root, table.ids, table.paths, table.fold, split, np.asarray(table.labels), done, dataset.name
-        )
+        ids, paths = (np.asarray(column.astype(object)) for column in (table.ids, table.paths))
+        return cls(dataset.root, ids, paths, table.fold, split, np.asarray(table.labels), done, dataset.name)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,8 @@ from whisper_at_cli.extract.evaluation.predictions import Predictions, checked_p
 from whisper_at_cli.extract.evaluation.summary import value_and_interval
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import UNKNOWN, HeadDescription, load_head
-from whisper_at_cli.heads.forms import Head
+from whisper_at_cli.heads.forms import Head, TLTr
+from whisper_at_cli.heads.layers import attention_sums, layer_weights, mean_attention
 from whisper_at_cli.heads.seen import choose_rows
 from whisper_at_cli.heads.training.data import Clips
 
@@ -69,6 +70,8 @@ class Evaluation:
     accuracy_ci95: list[float] | None = None
     intervals: dict = field(default_factory=dict)  # level, method, recordings, clips, draws
     predictions_file: str | None = None
+    layer_weights: list[float] | None = None  # of heads that average layers: what each counts, 1 in all
+    class_attention: dict[str, list[float]] | None = None  # of tl-tr: attention to each layer, over each class's clips
 
 
 @torch.no_grad()
@@ -105,7 +108,13 @@ def evaluate_head(
         raise UsageError(NEEDS_AUDIO.format(folder or "this head"))
     columns, notes = check_fits(description, cache)
     choice = choose_rows(cache, description, folder, rows=rows, fold=fold, split=split)
-    logits = stream_logits(module.to(target), cache, choice.rows, target, progress)
+    attention: list[Tensor] = []
+
+    def keep_attention(features: Tensor) -> None:
+        if isinstance(module, TLTr):
+            attention.append(module.layer_attention(features).cpu())
+
+    logits = stream_logits(module.to(target), cache, choice.rows, target, progress, also=keep_attention)
     labels = torch.from_numpy(cache.labels[choice.rows][:, columns]).to(logits.device)
     metrics = evaluate_scores(logits, labels)
     seconds = time.monotonic() - started
@@ -116,7 +125,8 @@ def evaluate_head(
         metrics, scored, description, labels.sum(dim=0).tolist(), checkpoint=None if folder is None else str(folder),
         data=str(cache.path), clips=len(choice.rows), chosen=choice.text, clips_trained_on=choice.trained_on,
         seconds=seconds, clips_per_second=len(choice.rows) / seconds, device=str(target), notes=notes + choice.notes,
-        predictions_file=None if predictions is None else str(predictions),
+        predictions_file=None if predictions is None else str(predictions), layer_weights=layer_weights(module),
+        class_attention=class_attention(attention, labels.cpu().numpy(), description.class_names),
     )  # fmt: skip
 
 
@@ -160,14 +170,20 @@ def as_evaluation(
 
 @torch.no_grad()
 def stream_logits(
-    module: Head, cache: FeatureCache, rows: np.ndarray, device: torch.device, progress: Progress | None = None
-) -> Tensor:
-    """Logits (n, C) float32 of these rows, in this order, on `device`. Reads ahead by one piece of READ_BYTES."""
+    module: Head, cache: FeatureCache, rows: np.ndarray, device: torch.device, progress: Progress | None = None,
+    also: Callable[[Tensor], None] | None = None,
+) -> Tensor:  # fmt: skip
+    """Logits (n, C) float32 of these rows, in this order, on `device`. Reads ahead by one piece of READ_BYTES. `also`
+    is given each batch of features."""
     module.eval()
     found, done = [], 0
     for features in _pieces(cache, rows, module.reads):
         size = max(1, BATCH_BYTES // (4 * features[0].numel()))
-        found += [module(batch.to(device, dtype=torch.float32)).float() for batch in features.split(size)]
+        for part in features.split(size):
+            batch = part.to(device, dtype=torch.float32)
+            found.append(module(batch).float())
+            if also:
+                also(batch)
         done += len(features)
         if progress:
             progress(done, len(rows))
@@ -190,6 +206,13 @@ def _pieces(cache: FeatureCache, rows: np.ndarray, reads: str) -> Iterator[Tenso
     parts = (rows[first : first + size] for first in range(0, len(rows), size))
     with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as reader:
         yield from in_order(reader, read, parts, ahead=1)
+
+
+def class_attention(
+    attention: list[Tensor], labels: np.ndarray, class_names: tuple[str, ...]
+) -> dict[str, list[float]] | None:
+    """Mean attention to each layer over the clips of each class, of batches (b, L) in order; None without any."""
+    return mean_attention([attention_sums(torch.cat(attention), labels)], class_names) if attention else None
 
 
 def check_fits(description: HeadDescription, cache: FeatureCache) -> tuple[np.ndarray, list[str]]:

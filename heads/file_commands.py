@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from whisper_at_cli.extract.options import DEVICE, PREDICTIONS, command
-from whisper_at_cli.extract.output import interval, print_json, print_notes, print_table, score
+from whisper_at_cli.extract.output import by_layer, interval, print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CLASSES_SHOWN = 60  # all of them up to here, else those with the lowest and the highest precision
 CONFUSIONS_SHOWN = 5
+LAYERS_SHOWN = 4
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -159,6 +160,7 @@ def table_command(number: int, results: tuple[Path, ...], form: str, as_json: bo
 
 
 def print_evaluation(found: Evaluation) -> None:
+    layers = [("layer weights", by_layer(found.layer_weights))] if found.layer_weights else []
     trained_on = "not recorded" if found.clips_trained_on is None else f"{found.clips_trained_on}"
     print_table(
         [
@@ -168,6 +170,7 @@ def print_evaluation(found: Evaluation) -> None:
             ("accuracy", f"{score(found.accuracy)} (95 % interval {interval(found.accuracy_ci95)})"),
             ("clips", f"{found.clips} ({found.chosen})"),
             ("of these trained on", trained_on),
+            *layers,
             ("time", f"{found.seconds:.1f} s, {found.clips_per_second:,.0f} clips/s"),
         ],
         ("evaluation", f"{found.head}, {found.dim} channels"),
@@ -178,12 +181,21 @@ def print_evaluation(found: Evaluation) -> None:
         defined = defined[: CLASSES_SHOWN // 2] + defined[-CLASSES_SHOWN // 2 :]
     print_table(
         [
-            (name, found.class_clips[name], score(found.class_ap[name]), score(found.class_auc[name]))
+            (
+                name, found.class_clips[name], score(found.class_ap[name]), score(found.class_auc[name]),
+                *([_most_attended(found.class_attention[name])] if found.class_attention else []),
+            )
             for name in defined
         ],
-        ("class, lowest first", "clips", "AP", "AUC"),
-    )
+        ("class, lowest first", "clips", "AP", "AUC", *["attention to layers"] * bool(found.class_attention)),
+    )  # fmt: skip
     print_confusions(found.confusion)
+
+
+def _most_attended(attention: list[float]) -> str:
+    """The layers that get most of a class's attention, the most first."""
+    order = sorted(range(len(attention)), key=lambda layer: -attention[layer])[:LAYERS_SHOWN]
+    return "  ".join(f"{layer + 1}: {attention[layer]:.3f}" for layer in order)
 
 
 def print_confusions(confusion: dict | None) -> None:

@@ -36,12 +36,17 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x_BSd: Tensor) -> Tensor:
-        def split(y_BSd: Tensor) -> Tensor:
-            return y_BSd.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        query, key, value = split(self.query(x_BSd)), split(self.key(x_BSd)), split(self.value(x_BSd))
+        query, key, value = (self._split(part(x_BSd)) for part in (self.query, self.key, self.value))
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def probabilities(self, x_BSd: Tensor) -> Tensor:
+        """(B, heads, S, S): how much each place (third) attends to each other (fourth), 1 in all."""
+        query, key = self._split(self.query(x_BSd)), self._split(self.key(x_BSd))
+        return (query @ key.transpose(2, 3) / query.shape[3] ** 0.5).softmax(dim=3)
+
+    def _split(self, y_BSd: Tensor) -> Tensor:
+        return y_BSd.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -67,6 +72,7 @@ class Head(nn.Module):
     """What every head has: what it `reads` of a cache and, once it was loaded from a folder, its `description`."""
 
     reads: ClassVar[str]
+    solved: ClassVar[bool] = False  # its weights are the solution of one convex problem, without epochs
     description: HeadDescription
 
 
@@ -147,13 +153,62 @@ class TLTr(Head):
         self.mlp_layer = normed_linear(inner, classes)
 
     def forward(self, features_BLTD: Tensor) -> Tensor:
+        return self.mlp_layer(self.layer_tr(self._layers(features_BLTD)).mean(dim=1))
+
+    def _layers(self, features_BLTD: Tensor) -> Tensor:
+        """(B, L, d): each layer's mean over time, after the block over time."""
         narrow_BLTd = self.down_layer(features_BLTD)
         in_time = self.time_tr(narrow_BLTd.flatten(0, 1))  # every layer of every clip is one sequence of frames
-        layers_BLd = in_time.mean(dim=1).unflatten(0, narrow_BLTd.shape[:2])
-        return self.mlp_layer(self.layer_tr(layers_BLd).mean(dim=1))
+        return in_time.mean(dim=1).unflatten(0, narrow_BLTd.shape[:2])
+
+    def layer_attention(self, features_BLTD: Tensor) -> Tensor:
+        """(B, L): the share of its attention that the block over layers gives to each layer, 1 in all, as a mean over
+        attention heads and over the layers that attend."""
+        normed_BLd = self.layer_tr.attn_ln(self._layers(features_BLTD))
+        return self.layer_tr.attn.probabilities(normed_BLd).mean(dim=(1, 2))
 
 
-FORMS: dict[str, type[Head]] = {"last-mlp": LastMLP, "wa-mlp": WAMLP, "last-tr": LastTr, "wa-tr": WATr, "tl-tr": TLTr}
+class ConcatLinear(Head):
+    """Concat-linear, the baseline: one linear map of the standardised time means of all layers, side by side. features
+    (B, L, T, D) -> logits (B, C). Standardised by the mean and deviation of the clips that it was fitted to."""
+
+    reads = "mean"
+    solved = True
+    statistics = 1  # of each layer and channel
+
+    def __init__(self, *, layers: int, dim: int, classes: int):
+        super().__init__()
+        inputs = layers * dim * self.statistics
+        self.center: Tensor
+        self.scale: Tensor
+        self.register_buffer("center", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+        self.linear = nn.Linear(inputs, classes)
+
+    def forward(self, features_BLTD: Tensor) -> Tensor:
+        return self.linear((self.pooled(features_BLTD) - self.center) / self.scale)
+
+    def pooled(self, features_BLTD: Tensor) -> Tensor:
+        """(B, L D): what is standardised."""
+        return features_BLTD.mean(dim=2).flatten(1)
+
+
+class ConcatLinearStats(ConcatLinear):
+    """Concat-linear on the mean, standard deviation and maximum over time of all layers."""
+
+    reads = "features"
+    statistics = 3
+
+    def pooled(self, features_BLTD: Tensor) -> Tensor:
+        """(B, 3 L D): all means, then all deviations, then all maxima."""
+        std_BLD, mean_BLD = torch.std_mean(features_BLTD, dim=2, correction=0)
+        return torch.stack([mean_BLD, std_BLD, features_BLTD.amax(dim=2)], dim=1).flatten(1)
+
+
+FORMS: dict[str, type[Head]] = {
+    "last-mlp": LastMLP, "wa-mlp": WAMLP, "last-tr": LastTr, "wa-tr": WATr, "tl-tr": TLTr,
+    "concat-linear": ConcatLinear, "concat-linear-stats": ConcatLinearStats,
+}  # fmt: skip
 
 
 def head_form(head: str, width: int | None = None) -> type[Head]:

@@ -67,7 +67,10 @@ def given_settings(options: dict) -> dict:
 
 
 RUN_OPTIONS = (
-    click.option("--head", help="last-mlp, wa-mlp, wa-tr or tl-tr; last-tr too.  [required; last-tr with --unfreeze]"),
+    click.option("--head",
+        help="concat-linear, last-mlp, wa-mlp, wa-tr or tl-tr; concat-linear-stats and last-tr too.  [required; "
+        "last-tr with --unfreeze]",
+    ),
     click.option(
         "--dim", "widths", type=int, multiple=True,
         help="tl-tr only: project the layers to this many channels first. Repeatable with --search.",
@@ -80,11 +83,13 @@ RUN_OPTIONS = (
     click.option("--seeds", type=int, default=1, show_default=True, help="Repeat with so many seeds: mean and spread."),
     click.option(
         "--faithful", is_flag=True,
-        help="Draw mixup partners and time masks as the original code does; docs/heads.md has the list.",
+        help="Mix, mask, smooth labels and drop last batches as the original code does; docs/heads.md has the list.",
     ),
     click.option(
-        "--search", is_flag=True, help="Compare learning rates (--lr) and dimensions (--dim); a ranked table, no head."
+        "--search", is_flag=True,
+        help="Choose the learning rate (of --lr) and dimension (of --dim) for each test fold on other clips.",
     ),
+    click.option("--permute-labels", is_flag=True, help="Control: recordings trade their labels at random first."),
     click.option("--out", type=click.Path(path_type=Path), help="Save heads, metrics and curve in this folder."),
     PREDICTIONS,
     click.option("--restart", is_flag=True, help="Replace the run that --out holds instead of continuing it."),
@@ -113,7 +118,7 @@ UNFREEZE_OPTIONS = (
 )  # fmt: skip
 # what means nothing without, and with, --unfreeze
 ONLY_UNFROZEN = ("model", "encoder_lr_share", "fold", "dataset_format", "clip_seconds")
-ONLY_FROZEN = ("seeds", "search", "restart", "tensorboard", "tier", "together", "predictions")
+ONLY_FROZEN = ("seeds", "search", "restart", "tensorboard", "tier", "together", "permute_labels")
 
 
 def run_options(function: Function) -> Function:

@@ -92,11 +92,14 @@ def import_head(
 def export_head(folder: str | Path, file: str | Path, *, prefix: str = "module.") -> list[str]:
     """Write a saved head as a `.pth` file that the original project loads; returns the names of its tensors.
 
-    Raises UsageError for a prefix that the original does not use.
+    Raises UsageError for a prefix that the original does not use, or a head that it does not have.
     """
     if prefix not in PREFIXES:
         raise UsageError(f"prefix {prefix!r} is not one of the original project's; choose from {', '.join(PREFIXES)}")
-    state = OrderedDict((prefix + name, value.clone()) for name, value in load_head(folder).state_dict().items())
+    head = load_head(folder)
+    if head.solved:
+        raise UsageError(f"the original project has no {head.description.head}, so {folder} cannot be exported to it")
+    state = OrderedDict((prefix + name, value.clone()) for name, value in head.state_dict().items())
     content = io.BytesIO()
     torch.save(state, content)
     file = Path(file)

@@ -17,6 +17,7 @@ from whisper_at_cli.extract.cache.folds import cache_folds, untrained_classes
 from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import CacheError, UsageError
+from whisper_at_cli.extract.evaluation.permutation import permuted_by_recording
 from whisper_at_cli.probe.scores import HeldOut
 
 PERMUTED = (
@@ -129,19 +130,6 @@ class Job:
             yield workers
         finally:
             torch.set_num_threads(threads)
-
-
-def permuted_by_recording(recordings: np.ndarray, seed: int) -> np.ndarray:
-    """(n,) for each clip, the clip whose labels it gets: all clips of a recording get those of one other recording, in
-    turn where it has fewer. (n,) are the recordings of the clips."""
-    names, of_clip = np.unique(recordings, return_inverse=True)
-    members = [np.flatnonzero(of_clip == at) for at in range(len(names))]
-    giver = np.random.default_rng(seed).permutation(len(names))
-    chosen = np.empty(len(recordings), dtype=np.int64)
-    for at, clips in enumerate(members):
-        given = members[giver[at]]
-        chosen[clips] = given[np.arange(len(clips)) % len(given)]
-    return chosen
 
 
 def _choose_device(device: str) -> torch.device:

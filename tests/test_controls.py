@@ -13,10 +13,10 @@ from planted import planted_cache
 from whisper_at_cli.extract import FeatureCache, load_backbone
 from whisper_at_cli.extract.backbones.controls import with_seed
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.evaluation.permutation import permuted_by_recording
 from whisper_at_cli.probe import probe_layers
 from whisper_at_cli.probe.figures import draw_figure_1
 from whisper_at_cli.probe.figures.inputs import as_result, load_results
-from whisper_at_cli.probe.job import permuted_by_recording
 
 
 def test_random_weights_have_the_shape_of_the_size_and_are_decided_by_the_seed():

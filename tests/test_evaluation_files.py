@@ -13,7 +13,6 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.evaluation.compare import compare, read_inputs
 from whisper_at_cli.extract.evaluation.predictions import load_predictions
 from whisper_at_cli.heads import evaluate_head, load_head, train_head
-from whisper_at_cli.heads.training.recipe import faithful_changes
 from whisper_at_cli.probe import probe_layers
 
 N, L, T, D, C = 60, 2, 25, 8, 3
@@ -128,8 +127,6 @@ def test_the_commands_save_predictions_and_print_intervals(capsys, scored, tmp_p
     for command in (("probe", cache.path), line[:-2]):
         status, _, err = run(capsys, *command, "--predictions", tmp_path / "p.csv")
         assert status == 2 and "saved as .npz" in err
-    status, _, err = run(capsys, *line, "--search")
-    assert status == 2 and "--predictions is of one head" in err
 
 
 def test_heads_that_average_layers_say_what_each_layer_counts(capsys, scored, tmp_path):
@@ -142,8 +139,3 @@ def test_heads_that_average_layers_say_what_each_layer_counts(capsys, scored, tm
     assert result.layer_weights[0] != result.layer_weights[1]
     status, out, _ = run(capsys, "train-head", cache.path, "--head", "wa-mlp", "--epochs", "2")
     assert status == 0 and "layer weights" in out
-
-
-def test_faithful_masks_as_many_frames_as_the_original():
-    assert faithful_changes("tl-tr")["time_mask_frames"] == 9
-    assert "time_mask_frames" not in faithful_changes("wa-mlp")

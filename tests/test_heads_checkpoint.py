@@ -15,9 +15,10 @@ from whisper_at_cli.heads.checkpoint import (
     save_head,
     trained_id_hashes,
 )
+from whisper_at_cli.heads.forms import FORMS
 
 FORMS_AND_WIDTHS = [
-    *((head, None) for head in ("last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr")),
+    *((head, None) for head in FORMS),
     ("tl-tr", 8),
 ]
 

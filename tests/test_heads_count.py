@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.commands import digits
 from whisper_at_cli.heads.count import AST_FLOPS, ast_cost, encoder_cost, end_to_end_cost, head_cost, head_table
-from whisper_at_cli.heads.forms import build_head
+from whisper_at_cli.heads.forms import FORMS, build_head
 
 HEADS = [
-    *((head, None) for head in ("last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr")),
+    *((head, None) for head in FORMS),
     ("tl-tr", 128),
     ("tl-tr", 512),
 ]
@@ -117,7 +117,7 @@ def test_whisper_large_is_slower_than_ast_by_the_papers_factor(large):
 
 def test_the_table_has_projections_narrower_than_the_encoder_only():
     heads = [(row["head"], row["dim"]) for row in head_table("base", classes=50, clip_seconds=5.0)]
-    plain = [(head, 512) for head in ("last-mlp", "wa-mlp", "wa-tr", "tl-tr")]
+    plain = [(head, 512) for head in ("concat-linear", "last-mlp", "wa-mlp", "wa-tr", "tl-tr")]
     assert heads == [*plain, ("tl-tr", 128), ("tl-tr", 256)]
 
 

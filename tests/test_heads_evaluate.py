@@ -62,7 +62,9 @@ def test_evaluation_counts_every_finished_clip(cache, tmp_path):
     assert list(found.class_clips.values()) == cache.labels[rows].sum(axis=0).tolist()
 
 
-@pytest.mark.parametrize("head", ["last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr"])
+@pytest.mark.parametrize(
+    "head", ["last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr", "concat-linear", "concat-linear-stats"]
+)
 @torch.no_grad()
 def test_logits_of_a_cache_read_in_pieces_are_those_of_all_of_it_at_once(cache, head, monkeypatch):
     module = build_head(head, layers=L, dim=D, classes=C).eval()
@@ -77,7 +79,7 @@ def test_logits_of_a_cache_read_in_pieces_are_those_of_all_of_it_at_once(cache, 
     streamed = evaluate.stream_logits(module, cache, rows, torch.device("cpu"), progress)
     torch.testing.assert_close(streamed, whole, rtol=1e-5, atol=1e-5)
     assert told[-1] == (N - 1, N - 1)
-    assert head in ("last-mlp", "wa-mlp") or len(told) == -(-(N - 1) // 5)
+    assert head in ("last-mlp", "wa-mlp", "concat-linear") or len(told) == -(-(N - 1) // 5)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from whisper_at_cli.extract.backbones.mel import log_mel
 from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights
 from whisper_at_cli.extract.datasets import open_dataset
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
+from whisper_at_cli.extract.evaluation.predictions import load_predictions
 from whisper_at_cli.heads import build_head, evaluate_end_to_end, evaluate_head, finetune, load_end_to_end, load_head
 from whisper_at_cli.heads.checkpoint import load_encoder_weights
 from whisper_at_cli.heads.endtoend import EncoderWithHead, Waveforms, openai_state, trainable_features
@@ -143,7 +144,7 @@ def test_a_saved_model_gives_the_predictions_that_it_was_validated_by(sounds, we
     result = tune(sounds, weights, out=tmp_path / "tuned", head=head, changes={"epochs": 2})
     found = evaluate_end_to_end(tmp_path / "tuned", sounds, device="cpu")
     assert found.chosen == "clips that the head was not trained on" and found.clips_trained_on == 0
-    assert found.accuracy == result.value and found.clips == result.folds[0]["validation_clips"]
+    assert found.accuracy == pytest.approx(result.value) and found.clips == result.folds[0]["validation_clips"]
     model = load_end_to_end(tmp_path / "tuned")
     assert result.params == sum(p.numel() for p in model.parameters())
     assert model.description.frames == (50 if head == "last-tr" else 25)
@@ -159,7 +160,18 @@ def test_the_same_seed_gives_the_same_model_and_another_another(sounds, weights)
 
 
 def test_folds_are_each_held_out_and_the_saved_model_saw_all_clips(sounds, weights, tmp_path):
-    result = tune(sounds, weights, fold=None, out=tmp_path / "tuned", changes={"epochs": 1})
+    result = tune(
+        sounds, weights, fold=None, out=tmp_path / "tuned", changes={"epochs": 1}, predictions=tmp_path / "p.npz"
+    )
+    scored = load_predictions(tmp_path / "p.npz")
+    values = [fold["value"] for fold in result.folds]
+    assert len(scored.ids) == 32 and result.intervals["clips"] == 32 and set(scored.folds) == {1, 2, 3, 4, 5}
+    assert result.ci95[0] <= result.value <= result.ci95[1] and result.value == pytest.approx(np.mean(values))
+    assert (result.fold_mean, result.std) == pytest.approx((np.mean(values), np.std(values)))
+    right = scored.scores[0].argmax(axis=1) == scored.labels.argmax(axis=1)
+    assert [right[scored.folds == fold["fold"]].mean() for fold in result.folds] == pytest.approx(values)
+    kept = load_head(tmp_path / "tuned").description
+    assert (kept.value, kept.ci95, kept.fold_std) == (result.value, result.ci95, result.std)
     assert [fold["fold"] for fold in result.folds] == [1, 2, 3, 4, 5] and len(result.losses) == 6
     assert sum(fold["validation_clips"] for fold in result.folds) == 32
     assert any("1 clips could not be read" in note and "low/text.wav" in note for note in result.warnings)
@@ -236,8 +248,9 @@ def test_the_commands_tune_and_evaluate_from_audio(capsys, sounds, weights, tmp_
     assert status == 0, err
     result = json.loads(out)
     assert {"head", "dim", "params", "metric", "value", "folds", "seconds", "checkpoint"} <= set(result)
+    assert result["ci95"] and result["intervals"]["draws"] == 10_000
     status, out, _ = run(capsys, "evaluate", tmp_path / "tuned", sounds, "--device", "cpu", "--json")
-    assert status == 0 and json.loads(out)["accuracy"] == result["value"]
+    assert status == 0 and json.loads(out)["accuracy"] == pytest.approx(result["value"])
     (tmp_path / "a.zarr").mkdir()
     (tmp_path / "a.zarr" / "zarr.json").write_text("{}")
     status, _, err = run(capsys, "evaluate", tmp_path / "tuned", tmp_path / "a.zarr")

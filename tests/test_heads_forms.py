@@ -11,7 +11,7 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.heads.forms import FORMS, Block, build_head
 
 FORMS_AND_WIDTHS = [
-    *((head, None) for head in ("last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr")),
+    *((head, None) for head in FORMS),
     ("tl-tr", 16),
 ]
 L, T, D, C = 3, 25, 32, 7
@@ -25,6 +25,8 @@ def head(request):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for buffer in module.buffers():
+            buffer.add_(torch.rand_like(buffer))
     return request.param[0], module.eval()
 
 
@@ -44,6 +46,12 @@ def slow_logits(name, module, clip_LTD):
         mixed_TD = sum(weight * layer for weight, layer in zip(weights, clip_LTD, strict=True))
         frames = mixed_TD if name == "wa-mlp" else module.time_tr(mixed_TD[None])[0]
         return module.mlp_layer(sum(frames) / T)
+    if name.startswith("concat-linear"):
+        inputs = [sum(layer) / T for layer in clip_LTD]
+        if name.endswith("stats"):
+            inputs += [layer.std(dim=0, correction=0) for layer in clip_LTD]
+            inputs += [layer.max(dim=0).values for layer in clip_LTD]
+        return module.linear((torch.cat(inputs) - module.center) / module.scale)
     layers = []
     for layer_TD in clip_LTD:
         frames = module.time_tr(torch.stack([module.down_layer(frame) for frame in layer_TD])[None])[0]
@@ -140,4 +148,6 @@ def test_every_form_says_what_it_reads():
         "last-tr": "features",
         "wa-tr": "features",
         "tl-tr": "features",
+        "concat-linear": "mean",
+        "concat-linear-stats": "features",
     }

@@ -3,10 +3,15 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 
+from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, named_recipe
+from whisper_at_cli.heads import evaluate_head, train_head
+from whisper_at_cli.heads.training.batches import draw_epoch, smoothed
+from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, faithful_changes, named_recipe
 
 
 def test_named_recipes_have_the_papers_settings(shared):
@@ -112,3 +117,35 @@ def test_unknown_recipes_and_heads_are_refused():
         named_recipe("esc10", "wa-mlp", dim=384)
     with pytest.raises(UsageError, match="head 'mlp' is not known"):
         named_recipe("esc50", "mlp", dim=384)
+
+
+def test_faithful_has_every_setting_of_the_original_code():
+    assert faithful_changes("tl-tr") == {
+        "mixup_partner": "uniform", "time_mask_layers": "same", "time_mask_frames": 9,
+        "label_smoothing_form": "original", "drop_last": True,
+    }  # fmt: skip
+    assert "time_mask_frames" not in faithful_changes("wa-mlp")
+
+
+def test_the_originals_positives_of_unmixed_clips_are_one_less_the_smoothing():
+    labels, share = torch.tensor([[1.0, 0, 1, 0], [0.4, 0.6, 0, 0]]), torch.tensor([1.0, 0.4])
+    own = smoothed(labels, share, Recipe(label_smoothing=0.2))
+    torch.testing.assert_close(own, labels * 0.8 + 0.05)
+    theirs = smoothed(labels, share, Recipe(label_smoothing=0.2, label_smoothing_form="original"))
+    torch.testing.assert_close(theirs, torch.tensor([[0.8, 0.05, 0.8, 0.05], [0.37, 0.53, 0.05, 0.05]]))
+
+
+def test_a_dropped_last_batch_takes_no_part_in_training_and_validation(tmp_path):
+    rng = np.random.default_rng(0)
+    assert len(draw_epoch(np.arange(50), Recipe(batch_size=16, drop_last=True), rng, frames=25, layers=1)) == 48
+    assert len(draw_epoch(np.arange(10), Recipe(batch_size=16, drop_last=True), rng, frames=25, layers=1)) == 10
+    labels = np.arange(60) % 3
+    cache = planted_cache(tmp_path / "a.zarr", rng.normal(size=(60, 2, 5, 8)), labels, fold=np.arange(60) // 3 % 2 + 1)
+    recipe = Recipe(loss="ce", epochs=2, batch_size=8, average_from_epoch=None, time_mask_frames=0)
+    found = train_head(cache, head="wa-mlp", recipe=recipe, faithful=True, out=tmp_path / "head", device="cpu")
+    assert [fold["validation_clips"] for fold in found.folds] == [24, 24] and found.intervals["clips"] == 48
+    assert any("12 clips are not tested" in said for said in found.warnings)
+    rows = np.flatnonzero(np.arange(60) // 3 % 2 == 0)[:24]
+    assert evaluate_head(tmp_path / "head" / "fold-1", cache, rows=rows).accuracy == found.folds[0]["value"]
+    whole = train_head(cache, head="wa-mlp", recipe=recipe, device="cpu")
+    assert [fold["validation_clips"] for fold in whole.folds] == [30, 30]

@@ -9,10 +9,13 @@ import torch
 
 from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.heads import load_head, train_head
+from whisper_at_cli.heads import evaluate_head, load_head, train_head
 from whisper_at_cli.heads.evaluate import predict
+from whisper_at_cli.heads.seen import seen_rows
 from whisper_at_cli.heads.training import loop, train
+from whisper_at_cli.heads.training.inner import watched_rows
 from whisper_at_cli.heads.training.loader import Batch
+from whisper_at_cli.heads.training.plan import plan
 from whisper_at_cli.heads.training.ranks import Ranks
 from whisper_at_cli.heads.training.recipe import Recipe, named_recipe
 
@@ -278,6 +281,14 @@ def test_the_step_is_that_of_torchs_adam():
     torch.testing.assert_close(fleet.weights[0], expected, rtol=1e-5, atol=1e-6)
 
 
+def watched_in(cache, number, recipe):
+    job = plan(
+        cache, head="wa-mlp", width=None, recipe=recipe, changes={}, faithful=False, device=torch.device("cpu"),
+        tier="memory",
+    )  # fmt: skip
+    return watched_rows(job, next(fold.train for fold in job.folds if fold.number == number))
+
+
 def test_several_seeds_give_mean_and_spread(cache):
     several = train_head(cache, head="wa-mlp", recipe=FAST, seeds=3, device="cpu")
     alone = [train_head(cache, head="wa-mlp", recipe=FAST, seed=seed, device="cpu").value for seed in range(3)]
@@ -297,7 +308,13 @@ def test_training_stops_early_where_validation_does_not_improve(tmp_path, head):
     for fold in result.folds:
         curve = [line["accuracy"] for line in lines if line["fold"] == fold["fold"]]
         assert fold["epochs"] == len(curve) == int(np.argmax(curve)) + 1 + 3 < 40
-        assert fold["value"] == max(curve)  # the weights of the best epoch
+        head_of_fold = load_head(tmp_path / "head" / f"fold-{fold['fold']}")
+        seen = seen_rows(cache, head_of_fold.description, tmp_path / "head" / f"fold-{fold['fold']}")
+        assert seen.sum() == np.sum(fold["fold"] != FOLD) and fold["train_clips"] == round(0.8 * seen.sum())
+        watched = watched_in(cache, fold["fold"], recipe)
+        found = evaluate_head(head_of_fold, cache, rows=watched).accuracy
+        assert found == max(curve)  # the weights of the best epoch, on the clips that were watched
+    assert "fifth of the training clips" in result.selected_on["epoch"]
     epochs = round(np.mean([fold["epochs"] for fold in result.folds]))
     assert sum(line["training"] == "all" for line in lines) == epochs
 

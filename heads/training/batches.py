@@ -43,6 +43,8 @@ def draw_epoch(
     where clips are not (as the original project does).
     """
     count = max(1, round(recipe.epoch_share * len(positions)))
+    if recipe.drop_last:
+        count = whole_batches(count, recipe.batch_size)
     if weights is None:
         clip = rng.permutation(positions)[:count]
     else:
@@ -56,6 +58,11 @@ def draw_epoch(
     length = rng.integers(0, recipe.time_mask_frames, size=masks, endpoint=True, dtype=np.int16)
     start = rng.integers(0, frames - length, endpoint=True, dtype=np.int16)
     return Draw(clip, partner, share.astype(np.float32), start, start + length)
+
+
+def whole_batches(count: int, size: int) -> int:
+    """How many of `count` clips fill batches of `size`; all where they fill none."""
+    return count // size * size or count
 
 
 def balancing_weights(labels: np.ndarray) -> np.ndarray:
@@ -182,9 +189,17 @@ def mix_and_mask(batch: Collected, recipe: Recipe) -> tuple[Tensor, Tensor]:
         frame = torch.arange(inputs.shape[2], device=inputs.device)
         hidden = (frame >= batch.mask_start[..., None]) & (frame < batch.mask_end[..., None])
         inputs = inputs.masked_fill_(hidden[..., None], 0)
-    smoothing = recipe.label_smoothing
-    targets = targets * (1 - smoothing) + smoothing / targets.shape[1]
+    targets = smoothed(targets, batch.share if recipe.mixup_rate else torch.ones_like(batch.share), recipe)
     return inputs.unflatten(0, (heads, places)), targets.unflatten(0, (heads, places))
+
+
+def smoothed(targets: Tensor, share: Tensor, recipe: Recipe) -> Tensor:
+    """Targets (n, C) with their labels smoothed; share (n,) is 1 for a clip that is not mixed."""
+    smoothing = recipe.label_smoothing
+    found = targets * (1 - smoothing) + smoothing / targets.shape[1]
+    if recipe.label_smoothing_form == "original":
+        found = torch.where((share[:, None] == 1) & (targets == 1), 1 - smoothing, found)
+    return found
 
 
 def decoded(features: Tensor, scale: Tensor | None) -> Tensor:

@@ -95,20 +95,21 @@ def _rows_of(values: Tensor, positions: Tensor, pin: bool) -> Tensor:
 
 
 def load_clips(
-    cache: FeatureCache, rows: np.ndarray, reads: str, device: torch.device, tier: str = "auto", *, processes: int = 1
-) -> Clips:
+    cache: FeatureCache, rows: np.ndarray, reads: str, device: torch.device, tier: str = "auto", *, processes: int = 1,
+    labels: np.ndarray | None = None,
+) -> Clips:  # fmt: skip
     """What a head reads (its `reads`) of these ascending rows, in the fastest tier that holds it or the one asked for.
 
-    `processes` share this machine's main memory. Raises UsageError for a tier there is none of, WhisperATError for one
-    that is too small.
+    `labels` (n, C) take the place of the cache's. `processes` share this machine's main memory. Raises UsageError for a
+    tier there is none of, WhisperATError for one that is too small.
     """
     shapes, size = _shapes(cache, len(rows), reads), stored_bytes(cache, len(rows), reads)
     tier = choose_tier(size, device, tier, processes=processes)
-    labels = torch.from_numpy(cache.labels[rows])
+    targets = torch.from_numpy(cache.labels[rows] if labels is None else labels)
     if tier == "stream":
         shape, dtype = shapes[0]
         return StreamedClips(
-            rows, torch.empty(shape, dtype=dtype, device="meta"), labels, device, cache=cache, reads=reads
+            rows, torch.empty(shape, dtype=dtype, device="meta"), targets, device, cache=cache, reads=reads
         )
     place = device if tier == "device" else torch.device("cpu")
     parts = [torch.empty(shape, dtype=dtype, device=place) for shape, dtype in shapes]
@@ -120,7 +121,7 @@ def load_clips(
 
     with ThreadPoolExecutor(min(READERS, cores())) as pool:
         list(pool.map(read, range(0, len(rows), step)))
-    return Clips(rows, parts[0], labels.to(place), device, parts[1] if len(parts) > 1 else None)
+    return Clips(rows, parts[0], targets.to(place), device, parts[1] if len(parts) > 1 else None)
 
 
 def stored_bytes(cache: FeatureCache, count: int, reads: str) -> int:

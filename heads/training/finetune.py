@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from whisper_at_cli.extract.backbones.encoder import POSITIONS_PER_SECOND, clip_
 from whisper_at_cli.extract.backbones.weights import WhisperWeights, read_weights
 from whisper_at_cli.extract.cache.folds import Fold, cache_folds
 from whisper_at_cli.extract.cache.schema import FRAMES
+from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.extract.evaluation.metrics import evaluate_scores, mean_and_std
+from whisper_at_cli.extract.evaluation.metrics import evaluate_scores
+from whisper_at_cli.extract.evaluation.predictions import Predictions, checked_path
 from whisper_at_cli.extract.folders import writable_folder
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import HeadDescription
@@ -39,12 +41,14 @@ from whisper_at_cli.heads.endtoend import (
     save_end_to_end,
 )
 from whisper_at_cli.heads.forms import build_head
-from whisper_at_cli.heads.training.batches import Step, balancing_weights, draw_epoch, steps
+from whisper_at_cli.heads.training.batches import Step, balancing_weights, draw_epoch, smoothed, steps
 from whisper_at_cli.heads.training.data import every_clip_has_one_label
-from whisper_at_cli.heads.training.plan import training_side_warnings
+from whisper_at_cli.heads.training.plan import training_side_warnings, without_last_batch
 from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, named_recipe
+from whisper_at_cli.heads.training.result import Verdict, judge, or_none
 
 ENCODER_LR_SHARE = 0.01  # of the head's learning rate; the paper says 10 to 100 times smaller
+CLIP_COLUMNS = ("ids", "recordings", "labels", "folds")  # of predictions, one value a clip
 ON_ALL_POSITIONS = "last-tr"  # this head reads the last layer un-pooled, as in the paper's end-to-end rows
 
 
@@ -58,7 +62,7 @@ class FinetuneResult:
     params: int  # of encoder and head
     encoder_lr: float
     metric: str  # "accuracy" where every clip has one label, else "mAP"
-    value: float  # mean over folds
+    value: float  # of all held-out clips together, as in TrainResult
     std: float  # population standard deviation over folds
     folds: list[dict]  # fold, value, train_clips, validation_clips
     losses: list[list[float]]  # of each training, by epoch
@@ -68,6 +72,10 @@ class FinetuneResult:
     device: str
     recipe: dict
     warnings: list[str] = field(default_factory=list)
+    fold_mean: float = math.nan  # mean over folds
+    ci95: list[float] | None = None  # of value
+    intervals: dict = field(default_factory=dict)  # level, method, recordings, clips, draws
+    predictions_file: str | None = None
 
 
 def finetune(
@@ -75,41 +83,53 @@ def finetune(
     width: int | None = None, recipe: Recipe | str | None = None, changes: dict | None = None,
     encoder_lr_share: float = ENCODER_LR_SHARE, clip_seconds: float | None = None, format: str = "auto",
     fold: int | None = None, out: str | Path | None = None, device: str = "auto", seed: int | None = None,
-    progress: Progress | None = None,
+    predictions: str | Path | None = None, progress: Progress | None = None,
 ) -> FinetuneResult:  # fmt: skip
     """Train an encoder and a head on it from a dataset's audio; validate on its folds or split, and save both in `out`.
 
     Folds, split, recipe, `changes`, `out` and `seed` are as in `train_head`; with `fold`, that one alone is held out,
     and the model in `out` is the validated one. With an `encoder_lr_share` of 0 the encoder stays as it is.
-    Clips that cannot be read are left out and named in the warnings.
-    Raises UsageError for what cannot work, WhisperATError where the loss is not finite.
+    Clips that cannot be read are left out and named in the warnings. The scores of held-out clips are written into
+    `predictions`, an .npz file. Raises UsageError for what cannot work, WhisperATError where the loss is not finite.
     """
     started = time.monotonic()
+    predictions = checked_path(predictions) if predictions else None
     changes = (changes or {}) | ({} if seed is None else {"seed": seed})
     job = _plan(dataset, model, head, width, recipe, changes, encoder_lr_share, clip_seconds, format, fold, device)
     out = writable_folder(out) if out else None
     whole = bool(out) and len(job.folds) > 1
     trainer = _Trainer(job, progress, trainings=len(job.folds) + whole)
-    results = []
+    results, held_out = [], []
     for each in job.folds:
         trained = trainer.train(each.train, number=each.number)
-        results.append(_validate(trained, each, job))
+        line, scored = _validate(trained, each, job)
+        results.append(line)
+        held_out.append(scored)
         if out:
             folder = out / f"fold-{each.number}" if whole else out
-            note = f"on {results[-1]['validation_clips']} clips held out"
-            _save(trained, folder, job, each.train, results[-1]["value"], note)
-    value, std = mean_and_std([result["value"] for result in results])
+            note = f"on {line['validation_clips']} clips held out"
+            verdict = judge(scored, job.metric, [[line["value"]]], job.recipe.seed)
+            _save(trained, folder, job, each.train, verdict, note)
+    scored = joined(held_out)
+    verdict = judge(scored, job.metric, [[result["value"] for result in results]], job.recipe.seed)
+    if predictions:
+        scored.save(predictions)
     if out and whole:
         rows = np.unique(np.concatenate([each.test for each in job.folds]))
         trained = trainer.train(rows, number=0)
-        note = f"mean over {len(results)} folds, of models trained without the fold; this one was trained on all clips"
-        _save(trained, out, job, rows, value, note)
+        note = (
+            f"on the held-out clips of {len(results)} folds, by models each trained without its fold; this one was "
+            "trained on all clips"
+        )
+        _save(trained, out, job, rows, verdict, note)
     if job.audio.failures:
         job.warnings.append(job.audio.failure_note())
     return FinetuneResult(
         model=job.weights.name, head=head, dim=width or job.dim, params=trainer.parameters,
-        encoder_lr=job.recipe.lr * encoder_lr_share, metric=job.metric, value=value,
-        std=std, folds=results, losses=trainer.losses, seconds=time.monotonic() - started,
+        encoder_lr=job.recipe.lr * encoder_lr_share, metric=job.metric,
+        value=verdict.value, ci95=verdict.ci95, intervals=verdict.made, fold_mean=verdict.fold_mean,
+        std=verdict.fold_std, folds=results, predictions_file=None if predictions is None else str(predictions),
+        losses=trainer.losses, seconds=time.monotonic() - started,
         samples_per_second=trainer.samples / trainer.seconds, checkpoint=str(out) if out else None,
         device=str(job.device), recipe=dataclasses.asdict(job.recipe), warnings=job.warnings,
     )  # fmt: skip
@@ -177,6 +197,8 @@ def _plan(
     if recipe.loss == "ce" and not single_label:
         raise UsageError("loss ce needs exactly one label on every clip; some here have none or several: use loss bce")
     folds, warnings = cache_folds(clips, seed=recipe.seed)
+    folds, dropped = without_last_batch(folds, recipe)
+    warnings += dropped
     warnings += training_side_warnings(clips.labels, folds, recipe)
     if fold is not None:
         numbers = [each.number for each in folds]
@@ -316,8 +338,7 @@ def mix_waveforms(
     own, other = own[kept], torch.where(other >= 0, other, own)[kept]
     mixed = torch.lerp(waveforms[other], waveforms[own], share[:, None])
     targets = torch.lerp(labels[batch.partner[kept]].float(), labels[batch.clip[kept]].float(), share[:, None])
-    smoothing = recipe.label_smoothing
-    return mixed, targets * (1 - smoothing) + smoothing / targets.shape[1], kept
+    return mixed, smoothed(targets, share, recipe), kept
 
 
 def hide_frames(mel_BMF: Tensor, start: Tensor, end: Tensor) -> Tensor:
@@ -336,28 +357,43 @@ def _optimizer(model: EncoderWithHead, recipe: Recipe, share: float) -> torch.op
     return torch.optim.Adam(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
 
 
-def _validate(model: EncoderWithHead, fold: Fold, job: _Job) -> dict:
-    """A fold's line in the result: the metric over every one of its test clips that can be read."""
+def _validate(model: EncoderWithHead, fold: Fold, job: _Job) -> tuple[dict, Predictions]:
+    """A fold's line in the result, the metric over every one of its test clips that can be read; and their scores."""
     logits, read = predict_audio(model, job.audio, fold.test, job.device)
     if not read.any():
         raise WhisperATError(f"no clip of fold {fold.number} could be read to validate on; {job.audio.failure_note()}")
     metrics = evaluate_scores(logits, job.labels[torch.from_numpy(fold.test[read])])
     if job.metric == "mAP" and metrics.classes_without_positives:
         job.warnings.append(f"fold {fold.number}: {metrics.notes[0]}")
-    value = getattr(metrics, job.metric)
-    return {
-        "fold": fold.number, "value": value, "train_clips": len(fold.train), "validation_clips": int(read.sum()),
+    line = {
+        "fold": fold.number, "value": getattr(metrics, job.metric), "train_clips": len(fold.train),
+        "validation_clips": int(read.sum()),
     }  # fmt: skip
+    rows, clips = fold.test[read], ListedClips.of(job.dataset)
+    scored = Predictions(
+        ids=clips.ids[rows], recordings=source_recordings(clips.ids[rows], clips.paths[rows], clips.dataset),
+        labels=clips.labels[rows], class_names=tuple(job.dataset.class_names), folds=np.full(len(rows), fold.number),
+        names=(f"{job.head}-{job.width}" if job.width else job.head,), seeds=np.array([job.recipe.seed]),
+        scores=logits.cpu().numpy()[None], source=f"train-head --unfreeze {job.dataset.root} ({job.weights.name})",
+    )  # fmt: skip
+    return line, scored
 
 
-def _save(model: EncoderWithHead, folder: Path, job: _Job, rows: np.ndarray, value: float, value_of: str) -> None:
+def joined(several: list[Predictions]) -> Predictions:
+    """Predictions of folds as one: the same head, other clips."""
+    columns: dict[str, Any] = {name: np.concatenate([getattr(each, name) for each in several]) for name in CLIP_COLUMNS}
+    return dataclasses.replace(several[0], scores=np.concatenate([each.scores for each in several], axis=1), **columns)
+
+
+def _save(model: EncoderWithHead, folder: Path, job: _Job, rows: np.ndarray, verdict: Verdict, value_of: str) -> None:
     frames = FRAMES if job.pools else round(job.clip_seconds * POSITIONS_PER_SECOND)
     read = [row for row in rows.tolist() if row not in job.audio.failures]
     description = HeadDescription(
         head=job.head, width=job.width, layers=job.weights.dims["n_audio_layer"], dim=job.dim, frames=frames,
         class_names=job.dataset.class_names, backbone=job.weights.name, weights_sha256="", loss=job.recipe.loss,
-        clip_seconds=job.clip_seconds, metric=job.metric, value=value if math.isfinite(value) else None,
-        value_of=value_of, trained_clips=len(read), seed=job.recipe.seed,
+        clip_seconds=job.clip_seconds, metric=job.metric, value=or_none(verdict.value), ci95=verdict.ci95,
+        fold_mean=or_none(verdict.fold_mean), fold_std=or_none(verdict.fold_std), value_of=value_of,
+        trained_clips=len(read), seed=job.recipe.seed,
         recipe=dataclasses.asdict(job.recipe) | {"encoder_lr_share": job.encoder_lr_share},
     )  # fmt: skip
     save_end_to_end(model, folder, description, [job.dataset.clips[row].id for row in rows])

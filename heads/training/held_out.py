@@ -17,20 +17,19 @@ LACKING = (
 )
 
 
-def held_out_predictions(job: Job, done: Sequence[Trained]) -> Predictions | None:
-    """Of the trainings that were validated, for each seed and fold in this order. None where the scores of one were not
-    kept."""
+def held_out_predictions(job: Job, done: Sequence[Trained], name: str) -> Predictions | None:
+    """Of the trainings that were validated, for each seed and fold in this order, under the name of their head. None
+    where the scores of one were not kept."""
     validated = [each for each in done if each.metrics]
     if any(each.scores is None for each in validated):
         return None
     cache, count = job.cache, len(job.folds)
     by_seed = [validated[start : start + count] for start in range(0, len(validated), count)]
     rows = job.rows[np.concatenate([each.training.test for each in by_seed[0]])]
-    name = f"{job.head}-{job.width}" if job.width else job.head
     return Predictions(
         ids=cache.ids[rows],
         recordings=source_recordings(cache.ids[rows], cache.paths[rows], cache.dataset),
-        labels=cache.labels[rows],
+        labels=job.labels_of(rows),
         class_names=tuple(cache.spec.class_names),
         folds=np.concatenate([np.full(len(fold.test), fold.number) for fold in job.folds]),
         names=(name,) * len(by_seed),

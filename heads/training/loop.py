@@ -23,12 +23,14 @@ from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.devices import one_thread_per_operation
 from whisper_at_cli.extract.errors import WhisperATError
 from whisper_at_cli.extract.evaluation.metrics import Metrics, evaluate_scores
-from whisper_at_cli.heads.evaluate import predict
-from whisper_at_cli.heads.forms import Head
+from whisper_at_cli.heads.evaluate import BATCH_BYTES, predict
+from whisper_at_cli.heads.forms import ConcatLinear, Head, TLTr
+from whisper_at_cli.heads.layers import attention_sums, layer_weights
 from whisper_at_cli.heads.training.batches import Draw, balancing_weights, draw_epoch
 from whisper_at_cli.heads.training.board import Board
 from whisper_at_cli.heads.training.data import Clips
 from whisper_at_cli.heads.training.fleet import Fleet
+from whisper_at_cli.heads.training.linear import fit
 from whisper_at_cli.heads.training.loader import Epochs
 from whisper_at_cli.heads.training.ranks import Ranks
 from whisper_at_cli.heads.training.recipe import Recipe
@@ -47,6 +49,8 @@ class Training:
     recipe: Recipe
     train: np.ndarray  # positions in Clips
     test: np.ndarray  # positions in Clips, none where all clips train
+    watched: np.ndarray = field(default_factory=lambda: np.arange(0))  # positions that stop it early, with patience
+    inner: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # positions (train, test) that choose a strength
 
 
 @dataclass(eq=False)
@@ -82,16 +86,26 @@ class Workplace:
     board: Board | None = None
     after_epoch: Callable[[int, float], None] | None = None  # told how many heads had an epoch, and their loss
 
-    def scores(self, module: nn.Module, training: Training) -> np.ndarray:
-        """(n, C) of every one of a training's test clips. Raises WhisperATError where a score is not finite."""
-        scores = predict(module, self.clips, training.test)
+    def scores(self, module: nn.Module, training: Training, positions: np.ndarray) -> np.ndarray:
+        """(n, C) of every one of these clips. Raises WhisperATError where a score is not finite."""
+        scores = predict(module, self.clips, positions)
         if not np.isfinite(scores).all():
             raise self.not_finite(training, "scores of validation clips are not finite")
         return scores
 
-    def evaluate(self, module: nn.Module, training: Training) -> Metrics:
-        """Metrics over every one of a training's test clips."""
-        return evaluate_scores(self.scores(module, training), self.labels[training.test])
+    def evaluate(self, module: nn.Module, training: Training, positions: np.ndarray) -> Metrics:
+        """Metrics over every one of these clips."""
+        return evaluate_scores(self.scores(module, training, positions), self.labels[positions])
+
+    @torch.no_grad()
+    def attention(self, module: nn.Module, positions: np.ndarray) -> dict | None:
+        """`attention_sums` of a TL-Tr on these clips; None of another head, or without clips."""
+        if not isinstance(module, TLTr) or not len(positions):
+            return None
+        size = max(1, BATCH_BYTES // (4 * self.clips.features[0].numel()))
+        batches = torch.from_numpy(positions).split(size)
+        found = torch.cat([module.layer_attention(self.clips.batch(batch)).cpu() for batch in batches])
+        return attention_sums(found, self.labels[positions])
 
     def not_finite(self, training: Training, what: str) -> WhisperATError:
         """The error for a training with numbers that are not finite, which either came with the features or from it."""
@@ -207,12 +221,14 @@ class _Course:
         )
 
     def _validate(self, lines: list[dict], before: np.ndarray) -> None:
-        """Each head as it is now, on its test clips; heads that have not improved for long stop."""
+        """Each head as it is now, on its test clips for the curve, or with patience on the clips that it watches; heads
+        that have not improved on these for long stop."""
         patience, better = self.trainings[0].recipe.patience, np.zeros(len(lines), dtype=bool)
         for m, training in enumerate(self.trainings):
-            if before[m] or not len(training.test):
+            seen = training.watched if patience else training.test
+            if before[m] or not len(seen):
                 continue
-            metrics = self.place.evaluate(self.fleet.head(m, final=False), training)
+            metrics = self.place.evaluate(self.fleet.head(m, final=False), training, seen)
             value = getattr(metrics, self.place.metric)
             lines[m] |= {} if math.isnan(value) else {self.place.metric: value}
             if value > self.best[m][0]:
@@ -263,22 +279,41 @@ class _Course:
         """The heads with their final weights, validated."""
         done = []
         for m, training in enumerate(self.trainings):
-            module, history = self.fleet.head(m), self.history[m]
-            scores = self.place.scores(module, training) if len(training.test) else None
-            metrics = None if scores is None else evaluate_scores(scores, self.place.labels[training.test])
+            history = self.history[m]
             record = {
-                "epochs": len(history), "metrics": _plain(metrics), "history": history,
-                "layer_weights": _layer_weights(module),
+                "epochs": len(history), "history": history,
                 **{name: sum(line[name] for line in history) for name in ("samples", "seconds", "waiting_seconds")},
             }  # fmt: skip
-            done.append(Trained(training, record, module, scores))
+            done.append(validated(training, record, self.fleet.head(m), self.place))
         return done
 
 
-def _layer_weights(module: Head) -> list[float] | None:
-    """What each layer counts in a head that averages them, 1 in all; None of another head."""
-    weights = getattr(module, "layer_weight", None)
-    return None if weights is None else (weights / weights.sum()).tolist()
+def solve_group(trainings: list[Training], place: Workplace, new_module: Callable[[], Head]) -> list[Trained]:
+    """Heads that are solved, one after another."""
+    done = []
+    for training in trainings:
+        module = new_module()
+        assert isinstance(module, ConcatLinear), "there is no other solved head"
+        fitted = fit(
+            module, place.clips, place.labels, training.train, list(training.inner), training.recipe.loss
+        )  # fmt: skip
+        record = {"epochs": 0, "history": [], "samples": len(training.train), "waiting_seconds": 0.0, **fitted}
+        done.append(validated(training, record, module.to(place.clips.device), place))
+        if place.after_epoch:
+            place.after_epoch(1, math.nan)
+    return done
+
+
+def validated(training: Training, record: dict, module: Head, place: Workplace) -> Trained:
+    """A head that is done, with what it says of its test clips and which layers it looks at."""
+    scores = place.scores(module, training, training.test) if len(training.test) else None
+    metrics = None if scores is None else evaluate_scores(scores, place.labels[training.test])
+    record |= {
+        "metrics": _plain(metrics),
+        "layer_weights": layer_weights(module),
+        "class_attention": place.attention(module, training.test),
+    }
+    return Trained(training, record, module, scores)
 
 
 def _new_module(training: Training, new_module: Callable[[], Head]) -> Head:

@@ -11,11 +11,20 @@ import torch
 
 from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.cache.folds import Fold, cache_folds, untrained_classes
+from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.evaluation.permutation import permuted_by_recording
 from whisper_at_cli.heads.forms import Head, build_head, head_form
+from whisper_at_cli.heads.training.batches import whole_batches
 from whisper_at_cli.heads.training.data import choose_tier, every_clip_has_one_label, stored_bytes, why_not_accuracy
+from whisper_at_cli.heads.training.inner import valid_rows
 from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, faithful_changes, named_recipe
 
+SOLVED_SETTINGS = ("loss", "seed")  # of a recipe, that count for a head without epochs
+PERMUTED = (
+    "labels were permuted by recording: whatever a head scores beyond chance here comes from the head, not from the "
+    "features"
+)
 STACKED_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 28}  # of heads side by side; more fall out of a processor's cache
 STACKED_INPUTS = {"cpu": 1 << 24, "cuda": 1 << 30}  # numbers in a step's inputs
 
@@ -29,15 +38,34 @@ class Job:
     width: int | None
     recipe: Recipe
     folds: list[Fold]
-    rows: np.ndarray  # of all folds, ascending
+    valid: np.ndarray  # rows of the split `valid` where settings are chosen on it, else none
+    rows: np.ndarray  # of all folds and of `valid`, ascending
+    labels: np.ndarray  # (n, C) uint8 of these rows
     metric: str
     device: torch.device
     tier: str
     warnings: list[str]
+    permuted: bool = False  # whether recordings traded their labels
 
     @property
     def reads(self) -> str:
         return head_form(self.head).reads
+
+    @property
+    def solved(self) -> bool:
+        return head_form(self.head).solved
+
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """Where these rows of the cache are among the job's."""
+        return np.searchsorted(self.rows, rows)
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        return self.labels[self.positions(rows)]
+
+    def recorded(self, recipe: Recipe) -> dict:
+        """The settings of a recipe that count for this head."""
+        settings = dataclasses.asdict(recipe)
+        return {name: settings[name] for name in SOLVED_SETTINGS} if self.solved else settings
 
     @property
     def dim(self) -> int:
@@ -58,7 +86,7 @@ class Job:
 
     def heads_side_by_side(self, together: str) -> int:
         """How many heads to train as one model: MLP heads as many as gain by it, others one."""
-        if together == "never" or self.reads == "features" or self.tier == "stream":
+        if together == "never" or self.reads == "features" or self.tier == "stream" or self.solved:
             return 1
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         layers = self.cache.spec.layers if self.reads == "mean" else 1
@@ -68,10 +96,10 @@ class Job:
     def command(self) -> dict:
         """All that decides the weights, in a form that JSON holds and a person can compare."""
         spec, rows = self.cache.spec, self.rows
-        content = [self.cache.ids[rows].tolist(), np.packbits(self.cache.labels[rows]).tobytes().hex()]
+        content = [self.cache.ids[rows].tolist(), np.packbits(self.labels).tobytes().hex()]
         folds = [(fold.number, fold.train.tolist(), fold.test.tolist()) for fold in self.folds]
         return {
-            "head": self.head, "dim": self.dim, "recipe": dataclasses.asdict(self.recipe),
+            "head": self.head, "dim": self.dim, "recipe": self.recorded(self.recipe),
             "folds": f"{len(folds)} ({_digest(folds)})", "clips": f"{len(rows)} ({_digest(content)})",
             "backbone": f"{spec.backbone} ({spec.weights_sha256[:12]})", "classes": len(spec.class_names),
             "clip_seconds": spec.clip_seconds, "dtype": spec.dtype,
@@ -85,44 +113,84 @@ def _digest(content: object) -> str:
 
 def plan(
     cache: FeatureCache, *, head: str, width: int | None, recipe: Recipe | str | None, changes: dict, faithful: bool,
-    device: torch.device, tier: str, processes: int = 1, precision: str | None = None,
+    device: torch.device, tier: str, processes: int = 1, precision: str | None = None, chooses: bool = False,
+    permute_labels: bool = False,
 ) -> Job:  # fmt: skip
     """Settle recipe and folds, and refuse what cannot work; nothing is read but labels. Raises UsageError.
 
-    `precision` is what `auto` stood for where the run began, if it continues one.
+    `precision` is what `auto` stood for where the run began, if it continues one. With `chooses` settings are chosen on
+    clips that no fold tests; with `permute_labels` recordings trade their labels at random.
     """
     spec = cache.spec
     with torch.device("meta"):  # refuses an unknown head or a wrong width, at no cost
         build_head(head, layers=spec.layers, dim=spec.dim, classes=max(1, len(spec.class_names)), width=width)
-    rows = np.flatnonzero(cache.done)
-    if not len(rows):
+    if not (count := int(cache.done.sum())):
         raise UsageError(f"0 of {len(cache)} clips are finished in {cache.path}; run extract again to continue it")
-    single_label = every_clip_has_one_label(cache.labels[rows])
-    if recipe is None:
-        recipe = default_recipe_name(single_label=single_label, clips=len(rows))
-    if isinstance(recipe, str):
-        recipe = named_recipe(recipe, head, dim=spec.dim, width=width)
-    recipe = recipe.with_changes(**((faithful_changes(head) if faithful else {}) | changes))
+    single_label = every_clip_has_one_label(cache.labels[cache.done])
+    recipe = _settled(recipe, changes, faithful, head, width, cache, single_label, count)
     if recipe.precision == "auto":
         recipe = recipe.with_changes(precision=precision or fastest_precision(head, device))
     _check_recipe(recipe, head, single_label, spec.frames)
+    if head_form(head).solved and changes.keys() - set(SOLVED_SETTINGS):
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(changes.keys() - set(SOLVED_SETTINGS)))
+        raise UsageError(f"{head} is solved and has no epochs: {given} does nothing with it, so leave it out")
     folds, warnings = cache_folds(cache, seed=recipe.seed)
+    valid = np.arange(0)
+    if chooses or recipe.patience or head_form(head).solved:
+        valid = valid_rows(cache, folds)
+    warnings = [said for said in warnings if not (len(valid) and said.startswith(f"{len(valid)} finished clips have"))]
+    folds, dropped = without_last_batch(folds, recipe)
+    warnings += dropped
+    rows = np.unique(np.concatenate([valid, *(side for fold in folds for side in (fold.train, fold.test))]))
+    labels = cache.labels[rows]
+    if permute_labels:
+        recordings = source_recordings(cache.ids[rows], cache.paths[rows], cache.dataset)
+        labels = labels[permuted_by_recording(recordings, recipe.seed)]
+        warnings.append(PERMUTED)
     if not single_label:
-        warnings.append(why_not_accuracy(cache.labels[rows], cache.ids[rows]))
-    warnings += training_side_warnings(cache.labels, folds, recipe)
+        warnings.append(why_not_accuracy(cache.labels[cache.done], cache.ids[cache.done]))
+    warnings += training_side_warnings(labels, [_at(rows, fold) for fold in folds], recipe)
     if recipe.epoch_share < 1:
         passes = recipe.epochs * recipe.epoch_share
         warnings.append(
             f"an epoch here draws {recipe.epoch_share:g} of the clips: {recipe.epochs} epochs are {passes:g} passes"
         )
-    rows = np.unique(np.concatenate([side for fold in folds for side in (fold.train, fold.test)]))
     tier = choose_tier(stored_bytes(cache, len(rows), head_form(head).reads), device, tier, processes=processes)
     metric = "accuracy" if single_label else "mAP"
-    return Job(cache, head, width, recipe, folds, rows, metric, device, tier, warnings)
+    return Job(cache, head, width, recipe, folds, valid, rows, labels, metric, device, tier, warnings, permute_labels)
+
+
+def _settled(
+    recipe: Recipe | str | None, changes: dict, faithful: bool, head: str, width: int | None, cache: FeatureCache,
+    single_label: bool, clips: int,
+) -> Recipe:  # fmt: skip
+    """The recipe that was asked for, or the one that suits the data, with its changes."""
+    if recipe is None:
+        recipe = default_recipe_name(single_label=single_label, clips=clips)
+    if isinstance(recipe, str):
+        recipe = named_recipe(recipe, head, dim=cache.spec.dim, width=width)
+    return recipe.with_changes(**((faithful_changes(head) if faithful else {}) | changes))
+
+
+def without_last_batch(folds: list[Fold], recipe: Recipe) -> tuple[list[Fold], list[str]]:
+    """Folds whose test clips fill whole batches where the recipe drops the last one, and how many clips that leaves
+    out."""
+    if not recipe.drop_last:
+        return folds, []
+    kept = [
+        Fold(fold.number, fold.train, fold.test[: whole_batches(len(fold.test), recipe.batch_size)]) for fold in folds
+    ]
+    lost = sum(len(fold.test) for fold in folds) - sum(len(fold.test) for fold in kept)
+    return kept, [f"{lost} clips are not tested: the last incomplete batch is dropped, as originally"] * bool(lost)
+
+
+def _at(rows: np.ndarray, fold: Fold) -> Fold:
+    """A fold by places among these rows."""
+    return Fold(fold.number, np.searchsorted(rows, fold.train), np.searchsorted(rows, fold.test))
 
 
 def training_side_warnings(labels: np.ndarray, folds: list[Fold], recipe: Recipe) -> list[str]:
-    """What the training clips of these folds lack; labels (N, C) are of all clips."""
+    """What the training clips of these folds lack; labels (N, C) are of the clips that folds count."""
     warnings = untrained_classes(labels, folds)
     sides = [fold.train[~labels[fold.train].any(axis=1)] for fold in folds if labels[fold.train].any()]
     unlabelled = len(set().union(*(side.tolist() for side in sides)))

@@ -82,6 +82,10 @@ class Recipe:
     label_smoothing: float = _setting(
         0.1, _number(lambda value: 0 <= value < 1, "from 0 to below 1"), "Targets are y (1 - s) + s / classes."
     )
+    label_smoothing_form: str = _setting(
+        "standard", _one_of("standard", "original"),
+        "original: a positive of an unmixed clip is 1 - s, without the s / classes.",
+    )  # fmt: skip
     mixup_rate: float = _setting(0.5, _number(_share, "from 0 to 1"), "Share of clips that are mixed with another.")
     mixup_alpha: float = _setting(
         10.0, _number(lambda value: 0 < value < math.inf, "above 0"), "A mixed clip's share is drawn from Beta(a, a)."
@@ -108,8 +112,11 @@ class Recipe:
     class_balanced: bool = _setting(False, YES_OR_NO, "Draw clips with replacement, those with rare labels more often.")
     patience: int | None = _setting(
         None, _whole_or_none(1),
-        "Stop when the validation metric has not risen for so many epochs (this chooses on validation clips).",
+        "Stop when the metric has not risen for so many epochs on split valid, or a fifth of the training clips.",
     )  # fmt: skip
+    drop_last: bool = _setting(
+        False, YES_OR_NO, "Leave out the last incomplete batch, in training and in validation, as originally."
+    )
     validate_every: int = _setting(
         1, _whole(0), "Validate after each so many epochs for the curve; 0: only at the end."
     )
@@ -172,7 +179,9 @@ NAMED = {
     "esc50": Recipe(loss="ce"),
 }  # fmt: skip
 
-FAITHFUL = {"mixup_partner": "uniform", "time_mask_layers": "same"}  # as the original code does it
+FAITHFUL = {  # as the original code does it
+    "mixup_partner": "uniform", "time_mask_layers": "same", "label_smoothing_form": "original", "drop_last": True,
+}  # fmt: skip
 FAITHFUL_MASK = 9  # frames, for heads that read frames: the original draws a length from 0 to below 10
 
 

@@ -1,127 +1,190 @@
-"""A search over learning rates and TL-Tr's dimensions: every combination on the same folds and seeds, ranked."""
+"""What is trained for each test fold, and nested search: a fold's settings are chosen on clips that it does not test.
+
+A search trains every combination of learning rate and width on the inner folds of a fold's training clips, or on
+`train` to judge it on `valid` where a dataset has that; the fold is then tested once, with a head of the combination
+that was best there. No test clip takes part in the choice that is made for it, so the value is not optimistic.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-from whisper_at_cli.extract.cache import FeatureCache
-from whisper_at_cli.extract.evaluation.metrics import mean_and_std
-from whisper_at_cli.extract.progress import Progress
+import numpy as np
+
+from whisper_at_cli.extract.errors import UsageError
+from whisper_at_cli.extract.evaluation.metrics import evaluate_scores, mean_and_std
+from whisper_at_cli.heads.forms import head_form
+from whisper_at_cli.heads.training.inner import (
+    FIRST_NUMBER,
+    Division,
+    chosen_on,
+    divisions_of,
+    inner_divisions,
+    watched_on,
+    watched_rows,
+)
 from whisper_at_cli.heads.training.loop import Trained, Training
-from whisper_at_cli.heads.training.plan import Job, plan
-from whisper_at_cli.heads.training.ranks import joined_ranks
+from whisper_at_cli.heads.training.plan import Job
 from whisper_at_cli.heads.training.recipe import Recipe
-from whisper_at_cli.heads.training.records import precision_kept
-from whisper_at_cli.heads.training.train import check_options, fold_trainings, open_run, seed_line
+from whisper_at_cli.heads.training.runner import Runner
 
 RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's learning rate
 WIDTHS = (128, 256, 512)  # of Table 2, those below the encoder's own
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found, the best first."""
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What is trained for each test fold, by its number; 0 is the head that is kept where that sees all clips."""
 
-    head: str
-    metric: str
-    rows: list[dict]  # rank, lr, dim, width, params, value, std, std_over_seeds, folds (values), seconds
-    seconds: float
-    device: str
-    tier: str
-    recipe: dict  # of the first combination; lr differs
-    warnings: list[str] = field(default_factory=list)
+    of_fold: dict[int, tuple[Job, Recipe]]
+    selected_on: dict[str, str]  # what was chosen -> on which clips
+    search: dict | None = None
 
+    @classmethod
+    def of(cls, job: Job, searched: dict[str, str] | None = None) -> Choice:
+        """The same for every fold."""
+        numbers = [0, *(fold.number for fold in job.folds)]
+        selected_on = dict(searched or {})
+        if job.solved:
+            selected_on["strength"] = chosen_on(job)
+        elif job.recipe.patience:
+            selected_on["epoch"] = watched_on(job)
+        return cls(dict.fromkeys(numbers, (job, job.recipe)), selected_on)
 
-def search_heads(
-    cache: FeatureCache, *, head: str, rates: Sequence[float] | None = None, widths: Sequence[int] | None = None,
-    recipe: Recipe | str | None = None, changes: dict | None = None, faithful: bool = False,
-    out: str | Path | None = None, device: str = "auto", tier: str = "auto", seed: int | None = None, seeds: int = 1,
-    together: str = "auto", restart: bool = False, tensorboard: bool = False, progress: Progress | None = None,
-) -> SearchResult:  # fmt: skip
-    """Train and validate every combination of learning rates and widths on a cache's folds or split; save no head.
-
-    By default a quarter to four times the recipe's learning rate, and for tl-tr the widths of Table 2 that are smaller
-    than the encoder's. With `out`, metrics and the ranked table (search.json) are kept there, and the same call
-    continues a search that was stopped. Raises as `train_head` does.
-    """
-    started = time.monotonic()
-    changes = (changes or {}) | ({} if seed is None else {"seed": seed})
-    check_options(seeds, together, tensorboard, out)
-    if widths is None and head == "tl-tr":
-        widths = [width for width in WIDTHS if width < cache.spec.dim]
-    with ExitStack() as stack:
-        ranks, target = stack.enter_context(joined_ranks(device))
-        jobs = [
-            plan(
-                cache, head=head, width=width, recipe=recipe, changes=changes, faithful=faithful, device=target,
-                tier=tier, processes=ranks.here, precision=None if restart or not out else precision_kept(out),
-            )
-            for width in (widths or (None,))
-        ]  # fmt: skip
-        grid = [(job, _rates(job, rates)) for job in jobs]
-        more = {"seeds": seeds, "search": [[job.dim, rates_of] for job, rates_of in grid]}
-        runner = stack.enter_context(
-            open_run(jobs[0], ranks, out, more, restart=restart, tensorboard=tensorboard, progress=progress)
-        )
-        plans = [(job, _trainings(job, rates_of, seeds)) for job, rates_of in grid]
-        for _, trainings in plans:
-            runner.expect(trainings)
-        trained = [(job, runner.train(job, trainings, together)) for job, trainings in plans]
-        result = _ranked(trained, seeds, time.monotonic() - started)
-        if runner.folder:
-            runner.folder.write("search.json", (json.dumps(dataclasses.asdict(result), indent=1) + "\n").encode())
-            runner.finish(result, [each for _, done in trained for each in done])
-    return result
+    @property
+    def name(self) -> str:
+        """Of the head, in predictions."""
+        job, _ = self.of_fold[0]
+        widths = {of_fold.width for of_fold, _ in self.of_fold.values()}
+        return f"{job.head}-{job.width}" if job.width and len(widths) == 1 else job.head
 
 
-def _rates(job: Job, rates: Sequence[float] | None) -> list[float]:
-    found = [job.recipe.lr * factor for factor in RATE_FACTORS] if rates is None else list(dict.fromkeys(rates))
-    return [job.recipe.with_changes(lr=rate).lr for rate in found]
+def fold_trainings(choice: Choice, seeds: int) -> list[tuple[Job, Training]]:
+    """A training for each seed and fold."""
+    found = []
+    first, _ = choice.of_fold[0]
+    for seed in range(first.recipe.seed, first.recipe.seed + seeds):
+        for fold in first.folds:
+            job, recipe = choice.of_fold[fold.number]
+            name = f"fold-{fold.number}" if seeds == 1 else f"seed-{seed}/fold-{fold.number}"
+            recipe = dataclasses.replace(recipe, seed=seed)
+            found.append((job, training_of(job, recipe, name, fold.number, fold.train, fold.test)))
+    return found
 
 
-def _trainings(job: Job, rates: list[float], seeds: int) -> list[Training]:
-    return [
-        dataclasses.replace(training, recipe=dataclasses.replace(training.recipe, lr=rate))
-        for rate in rates
-        for training in fold_trainings(job, seeds, prefix=f"dim-{job.dim}/lr-{rate:g}/")
-    ]
-
-
-def _ranked(trained: list[tuple[Job, list[Trained]]], seeds: int, seconds: float) -> SearchResult:
-    rows = []
-    for job, done in trained:
-        each = seeds * len(job.folds)
-        rows += [_row(job, done[start : start + each]) for start in range(0, len(done), each)]
-    rows.sort(key=lambda row: (math.isnan(row["value"]), -row["value"]))
-    job = trained[0][0]
-    warnings = list(dict.fromkeys(warning for each, _ in trained for warning in each.warnings))
-    warnings.append(
-        f"the best of {len(rows)} combinations was chosen on the clips that it is scored on: its value is optimistic"
-    )
-    return SearchResult(
-        head=job.head, metric=job.metric, rows=[{"rank": rank, **row} for rank, row in enumerate(rows, 1)],
-        seconds=seconds, device=str(job.device), tier=job.tier, recipe=dataclasses.asdict(job.recipe),
-        warnings=warnings,
+def training_of(job: Job, recipe: Recipe, name: str, number: int, train: np.ndarray, test: np.ndarray) -> Training:
+    """A training on these rows; with patience it watches some of them, or the split `valid`, and does not train on
+    those."""
+    watched = watched_rows(job, train) if recipe.patience else np.arange(0)
+    inner = divisions_of(job, number) if job.solved else []
+    return Training(
+        name, number, recipe, job.positions(np.setdiff1d(train, watched)), job.positions(test),
+        job.positions(watched), tuple((job.positions(one), job.positions(other)) for one, other in inner),
     )  # fmt: skip
 
 
-def _row(job: Job, done: list[Trained]) -> dict:
-    """One combination."""
-    count = len(job.folds)
-    by_seed = [seed_line(job, done[start : start + count]) for start in range(0, len(done), count)]
-    by_fold = zip(*([fold["value"] for fold in of_seed["folds"]] for of_seed in by_seed), strict=True)
-    of_folds = [mean_and_std(values)[0] for values in by_fold]
-    value, std = mean_and_std(of_folds)
-    return {
-        "lr": done[0].training.recipe.lr, "dim": job.dim, "width": job.width, "params": job.parameters(),
-        "value": value, "std": std, "folds": of_folds,
-        "std_over_seeds": mean_and_std([of_seed["value"] for of_seed in by_seed])[1],
-        "seconds": sum(each.record["seconds"] for each in done),
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Grid:
+    """Learning rates and widths of tl-tr to choose from; None: those around the recipe's, and of Table 2."""
+
+    rates: Sequence[float] | None = None
+    widths: Sequence[int] | None = None
+
+    def widths_for(self, head: str, dim: int) -> Sequence[int | None]:
+        """Raises UsageError for a head that has nothing to choose."""
+        if head_form(head).solved:
+            raise UsageError(f"{head} always chooses its strength on inner folds: leave out --search")
+        table = [width for width in WIDTHS if width < dim] if head == "tl-tr" else []
+        return list(dict.fromkeys(self.widths)) if self.widths else table or [None]
+
+    def combinations(self, jobs: list[Job]) -> list[tuple[Job, float]]:
+        """Of each job's width with every learning rate, as its recipe has them."""
+        return [
+            (job, job.recipe.with_changes(lr=rate).lr)
+            for job in jobs
+            for rate in dict.fromkeys(self.rates or [job.recipe.lr * factor for factor in RATE_FACTORS])
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    """A combination and what it scored on inner clips, for each test fold."""
+
+    job: Job
+    rate: float
+    of_fold: dict[int, float]
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return mean_and_std(list(self.of_fold.values()))[0]
+
+    def rank(self, value: float) -> tuple:
+        """To sort by, the best first; of equal ones that which is nearest the recipe's rate, then the narrowest."""
+        return (math.isnan(value), -value, round(abs(math.log(self.rate / self.job.recipe.lr)), 9), self.job.dim)
+
+
+def choose(combinations: list[tuple[Job, float]], runner: Runner, together: str) -> Choice:
+    """The best combination for each test fold by the metric on its inner clips, as a mean over inner folds; for the
+    head that is kept, that which is best on average over folds. The first seed chooses for all."""
+    base, divisions = combinations[0][0], inner_divisions(combinations[0][0])
+    trainings = [_inner_training(job, rate, each) for job, rate in combinations for each in divisions]
+    runner.expect([training for _, training in trainings])
+    done = runner.train(trainings, together, keep_scores=True)
+    count = len(divisions)
+    tried = [
+        _tried(job, rate, divisions, done[at * count : (at + 1) * count]) for at, (job, rate) in enumerate(combinations)
+    ]
+    best = {fold.number: _best(tried, fold.number) for fold in base.folds}
+    best[0] = min(tried, key=lambda each: each.rank(each.mean))
+    several = len({job.dim for job, _ in combinations}) > 1
+    searched = dict.fromkeys(("lr", "dim") if several else ("lr",), chosen_on(base))
+    return dataclasses.replace(
+        Choice.of(base, searched),
+        of_fold={number: (each.job, each.job.recipe.with_changes(lr=each.rate)) for number, each in best.items()},
+        search={"rows": _rows(tried, best), "chosen_on": chosen_on(base), "metric": base.metric},
+    )
+
+
+def _inner_training(job: Job, rate: float, division: Division) -> tuple[Job, Training]:
+    recipe = dataclasses.replace(
+        job.recipe, lr=rate, validate_every=job.recipe.validate_every if job.recipe.patience else 0
+    )
+    name = f"search/dim-{job.dim}/lr-{rate:g}/inner-{division.number - FIRST_NUMBER + 1}"
+    test = np.concatenate([rows for _, rows in division.tests])
+    return job, training_of(job, recipe, name, division.number, division.train, test)
+
+
+def _tried(job: Job, rate: float, divisions: list[Division], done: list[Trained]) -> _Tried:
+    values: dict[int, list[float]] = {fold.number: [] for fold in job.folds}
+    for division, each in zip(divisions, done, strict=True):
+        assert each.scores is not None, "scores of inner trainings are kept"
+        first = 0
+        for number, rows in division.tests:
+            scores = each.scores[first : first + len(rows)]
+            values[number].append(getattr(evaluate_scores(scores, job.labels_of(rows)), job.metric))
+            first += len(rows)
+    means = {number: mean_and_std(found)[0] for number, found in values.items()}
+    return _Tried(job, rate, means, sum(each.record["seconds"] for each in done))
+
+
+def _best(tried: list[_Tried], number: int) -> _Tried:
+    return min(tried, key=lambda each: each.rank(each.of_fold[number]))
+
+
+def _rows(tried: list[_Tried], best: dict[int, _Tried]) -> list[dict]:
+    """A line for each combination, the best on average first; values are of inner clips."""
+    ordered = sorted(tried, key=lambda each: each.rank(each.mean))
+    return [
+        {
+            "rank": rank, "lr": each.rate, "dim": each.job.dim, "width": each.job.width,
+            "params": each.job.parameters(), "value": each.mean, "std": mean_and_std(list(each.of_fold.values()))[1],
+            "folds": list(each.of_fold.values()), "seconds": each.seconds,
+            "chosen_for": [number for number, chosen in best.items() if number and chosen is each],
+            "kept": best[0] is each,
+        }
+        for rank, each in enumerate(ordered, 1)
+    ]  # fmt: skip
