@@ -13,6 +13,7 @@ from test_cli import run
 
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.evaluation import bootstrap as resampling
+from whisper_at_cli.extract.evaluation import statistics
 from whisper_at_cli.extract.evaluation.bootstrap import (
     bootstrap,
     bootstrap_classes,
@@ -80,9 +81,12 @@ def test_draws_of_accuracy_repeat_whole_recordings_and_count_folds_alike(rng):
         assert values == pytest.approx((right(found) * share)[:, clips].sum(axis=1) / share[clips].sum())
 
 
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("ties", [False, True])
-def test_draws_of_map_are_those_of_repeated_clips(rng, ties):
+def test_draws_of_map_are_those_of_repeated_clips(rng, ties, few, monkeypatch):
+    monkeypatch.setattr(statistics, "FEW_POSITIVES", 40 if few else 0)
     found = several_labels(rng, ties=ties)
+    found.scores[1][found.labels > 0] += 3  # most positives have nothing but positives above them
     drawn = bootstrap(found, draws=15, seed=2)
     assert drawn.metric == "mAP"
     for weights, values in zip(np.concatenate(list(draw_weights(20, 15, 2))), drawn.draws, strict=True):
