@@ -31,7 +31,7 @@ LAYERS_INTRO = (
     "counts, as an outline."
 )
 NOISE_INTRO = (
-    "Thin dotted lines are clean speech. WER can exceed 100 %, because insertions count as errors. Where "
+    "Thin dotted lines are clean speech. WER exceeds 100 % where errors outnumber the reference's words. Where "
     "the same model was probed, a dot per class shows whether the sounds it knows better disturb it less; the line is "
     "a least-squares fit over all classes."
 )
