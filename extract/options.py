@@ -18,8 +18,9 @@ class _Address(click.Path):
         return value if "://" in str(value) else super().convert(value, param, ctx)
 
 
-CACHE = click.argument("cache", type=_Address(path_type=Path))
-DATASET = click.argument("dataset", type=_Address(path_type=Path))
+ADDRESS = _Address(path_type=Path)
+CACHE = click.argument("cache", type=ADDRESS)
+DATASET = click.argument("dataset", type=ADDRESS)
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="cuda, cuda:1, mps or cpu; auto takes the best."
 )
