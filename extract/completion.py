@@ -36,6 +36,7 @@ VALUES_OF = {  # of one command's parameter
     ("extract", "address"): ("auto",),
     ("sync", "format"): DATASETS,
     ("compare", "metric"): ("accuracy", "mAP", "bits"),
+    ("compare", "form"): ("text", "markdown"),
     ("verify", "sample"): ("100%", "10%", "1%"),
     ("export", "format"): ("npz", "hdf5"),
     ("probe", "layers"): ("all",),

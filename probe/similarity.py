@@ -1,8 +1,8 @@
 """How alike the representations of two layers are: linear CKA, debiased (Kornblith et al., 2019; Nguyen et al., 2021).
 
 CKA compares which clips lie near which: 1 where one layer is a rotated and scaled copy of the other, 0 where the two
-know nothing of each other. The plain estimate is far above 0 for unrelated features once channels outnumber clips; this one
-takes the unbiased estimate of HSIC (Song et al., 2012), which has the mean 0 there and so may fall a little below it.
+know nothing of each other. The plain estimate is far above 0 for unrelated features once channels outnumber clips; this
+one takes the unbiased estimate of HSIC (Song et al., 2012), which has the mean 0 there, and so may be a little below.
 
 With K and L the Gram matrices of two layers, their diagonals set to 0, and 1 a vector of ones:
     HSIC = (tr KL + (1'K1)(1'L1) / ((n-1)(n-2)) - 2/(n-2) 1'KL1) / (n(n-3))

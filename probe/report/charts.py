@@ -15,6 +15,10 @@ WIDTH, HEIGHT = 460, 290
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 40
 SERIES = 7  # colours before they repeat
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
+HATCH = (
+    '<defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<line class="hatch" x1="0" y1="0" x2="0" y2="5"/></pattern></defs>'
+)
 LABEL_HEIGHT, LABEL_CHARACTER = 11, 5.6
 
 
@@ -120,14 +124,14 @@ def bar_chart(
     counts: dict[int, int], *, x_label: str, y_label: str, about: str, tied: dict[int, int] | None = None,
     intervals: dict[int, tuple[float, float]] | None = None,
 ) -> str:  # fmt: skip
-    """A bar for each whole number from the first to the last. The part that is `tied` stands on top, as an outline;
-    `intervals` are whiskers."""
+    """A bar for each whole number from the first to the last. The part that is `tied` stands on top, hatched as in
+    Figure 3; `intervals` are whiskers."""
     first, last = min(counts), max(counts)
     most = max([*counts.values(), *(high for _, high in (intervals or {}).values())])
     y_ticks = [tick for tick in nice_ticks(0, most) if tick == int(tick)]
     top = max(most * 1.08, y_ticks[-1])
     frame = Frame((first - 0.6, last + 0.6), (0, top), whole_ticks(first, last), y_ticks, x_label, y_label)
-    parts = []
+    parts = [HATCH] if any((tied or {}).values()) else []
     for number, count in counts.items():
         shared = (tied or {}).get(number, 0)
         said = f"{count} at {number}" + (f", {shared} of them as good in a higher layer" if shared else "")

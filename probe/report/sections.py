@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from whisper_at_cli.extract.evaluation.commands import p_value
+from whisper_at_cli.extract.evaluation.compare import Comparison
 from whisper_at_cli.extract.html import escape
 from whisper_at_cli.probe.report.charts import Curve, bar_chart, fit_line, line_chart, scatter_chart, whole_ticks
 from whisper_at_cli.probe.report.results import (
@@ -28,7 +30,7 @@ LAYERS_INTRO = (
     "Layer 1 is the first encoder block. The band holds the true values of all layers at once with 95 % confidence "
     "(bootstrap over recordings; of results without intervals it is one standard deviation over folds). Bars count for "
     "how many classes each layer is the best by class-wise score, with 95 % intervals; of layers that tie, the lowest "
-    "counts, as an outline."
+    "counts, hatched."
 )
 NOISE_INTRO = (
     "Thin dotted lines are clean speech. WER exceeds 100 % where errors outnumber the reference's words. Where "
@@ -92,6 +94,20 @@ def _with_interval(value: float | None, ci95: Sequence[float] | None, std: float
     if value is not None and ci95:
         return f"{percent(value)} ({percent(ci95[0])}–{percent(ci95[1])})"
     return percent(value) + (f" ± {percent(std)}" if value is not None and std else "")
+
+
+def compared(found: Comparison) -> str:
+    """Every system of the predictions that were given, one a row."""
+    rows = [
+        (each["name"], _with_interval(each["value"], each["ci95"], None), p_value(each["p_best"]), each["seeds"])
+        for each in found.systems
+    ]
+    return section(
+        "All models",
+        table(("Model", f"{METRICS[found.metric][0]} (%)", "p against the best", "Seeds"), rows),
+        f"On the same {found.clips} held-out clips of {found.recordings} recordings. In brackets: 95 % intervals by "
+        "bootstrap over recordings. p is adjusted for all pairs (max-t). Chance does not look at the clips.",
+    )
 
 
 def layers(probes: Sequence[Probe]) -> str:
@@ -246,7 +262,7 @@ def provenance(probes: Sequence[Probe], robustness: Sequence[Source], heads: Seq
     for probe in probes:
         left_out = (
             "layers", "best_layer_per_class", "best_layer_per_class_ties", "best_layer_per_class_kept",
-            "best_layer_counts", "warnings",
+            "best_layer_counts", "warnings", "shots", "mdl", "nested",
         )  # fmt: skip
         known = _known(probe.source, left_out)
         if cache := probe.source.cache:
