@@ -2,9 +2,9 @@
 
     python benchmarks/esc10_table.py ../shared/data/esc10 --model tiny.en --out esc10-table
 
-Runs `extract`, `probe`, `train-head`, `compare` and `report`; probes and heads only where their file is not there yet,
-so that a run that was stopped goes on. Leaves in --out: caches, predictions (.npz), table.json, table.md and report.html;
-prints table.md. Heads take most of the time (--heads leaves some out).
+Runs `extract`, `probe`, `train-head`, `compare` and `report`; probes and heads only where their file is not there
+yet, so that a run that was stopped goes on. Leaves in --out: caches, predictions (.npz), table.json, table.md and
+report.html; prints table.md. Heads take most of the time (--heads leaves some out).
 """
 
 from __future__ import annotations

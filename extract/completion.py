@@ -40,6 +40,7 @@ VALUES_OF = {  # of one command's parameter
     ("verify", "sample"): ("100%", "10%", "1%"),
     ("export", "format"): ("npz", "hdf5"),
     ("probe", "layers"): ("all",),
+    ("probe", "shots"): ("1,2,4,8,16", "8"),
     ("probe", "kind"): ("linear", "knn", "attentive"),
     ("figure", "number"): ("1", "2", "3", "5"),
     ("figure", "wer"): ("whisper", "paper"),
@@ -61,7 +62,7 @@ VALUES_OF = {  # of one command's parameter
     ("transcribe", "tag_window"): ("shared", "exact"),
 }
 PATHS = {  # that may be addresses or names too, and so are no click.Path
-    ("figure", "inputs"), ("compare", "inputs"), ("figure", "robustness"), ("report", "sources"), ("evaluate", "data"),
+    ("figure", "inputs"), ("compare", "inputs"), ("figure", "robustness"), ("report", "sources"), ("report", "predictions"), ("evaluate", "data"),
     ("import-head", "cache"),
 }  # fmt: skip
 MODELS = {(name, "model") for name in ("extract", "robustness", "train-head", "transcribe", "tag")}

@@ -9,6 +9,7 @@ import pytest
 
 from pages import HOSTILE, Elements, assert_nothing_got_out
 from planted import planted_cache
+from predicted import planted
 from results import CLASSES, HEAD, noise_result, probe_result
 from whisper_at_cli.cli import main
 from whisper_at_cli.probe.report.charts import Curve, fit_line, line_chart, nice_ticks, scatter_chart, whole_ticks
@@ -286,3 +287,16 @@ def test_intervals_of_layers_classes_and_heads_are_on_the_page():
     assert "1 at 1, 1 of them as good in a higher layer" in page and 'class="bar tied s1"' in page
     rows = re.search(r"95 % interval</th>.*?</table>", page, re.DOTALL)[0]
     assert re.findall(r">(yes|no)<", rows) == ["yes", "no", "no"] and "56.9–62.1" in rows
+
+
+def test_predictions_make_one_table_of_all_models_with_intervals_and_chance(capsys, tmp_path):
+    planted(np.random.default_rng(5), true=[0.6, 0.9], clips=100).save(tmp_path / "p.npz")
+    out = tmp_path / "report.html"
+    status, text, err = run(capsys, "report", "--predictions", tmp_path / "p.npz", "--out", out, "--json")
+    assert status == 0, err
+    compared = json.loads(text)["compared"]
+    assert [row["name"] for row in compared] == ["layer-1", "layer-2", "chance"]
+    page = out.read_text()
+    best = compared[1]
+    shown = f"{100 * best['value']:.1f} ({100 * best['ci95'][0]:.1f}–{100 * best['ci95'][1]:.1f})"
+    assert "All models" in page and shown in page and "&lt; 0.0001" in page and ">best<" in page

@@ -63,9 +63,13 @@ def paper_rows(found: Comparison) -> list[tuple[str, str, str, str]]:
     """A row for each system, in percent; p is adjusted for all pairs."""
     return [
         (each["name"], percent(each["value"]), interval(each["ci95"], percent),
-         "best" if each is _best(found) else p_value(each["p_best"]))
+         p_best(found, each))
         for each in found.systems
     ]  # fmt: skip
+
+
+def p_best(found: Comparison, system: dict) -> str:
+    return "best" if system is _best(found) else p_value(system["p_best"])
 
 
 def _best(found: Comparison) -> dict:

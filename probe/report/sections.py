@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from whisper_at_cli.extract.evaluation.commands import p_value
+from whisper_at_cli.extract.evaluation.commands import p_best
 from whisper_at_cli.extract.evaluation.compare import Comparison
 from whisper_at_cli.extract.html import escape
 from whisper_at_cli.probe.report.charts import Curve, bar_chart, fit_line, line_chart, scatter_chart, whole_ticks
@@ -99,7 +99,7 @@ def _with_interval(value: float | None, ci95: Sequence[float] | None, std: float
 def compared(found: Comparison) -> str:
     """Every system of the predictions that were given, one a row."""
     rows = [
-        (each["name"], _with_interval(each["value"], each["ci95"], None), p_value(each["p_best"]), each["seeds"])
+        (each["name"], _with_interval(each["value"], each["ci95"], None), p_best(found, each), each["seeds"])
         for each in found.systems
     ]
     return section(
