@@ -62,8 +62,8 @@ VALUES_OF = {  # of one command's parameter
     ("transcribe", "tag_window"): ("shared", "exact"),
 }
 PATHS = {  # that may be addresses or names too, and so are no click.Path
-    ("figure", "inputs"), ("compare", "inputs"), ("figure", "robustness"), ("report", "sources"), ("report", "predictions"), ("evaluate", "data"),
-    ("import-head", "cache"),
+    ("figure", "inputs"), ("compare", "inputs"), ("figure", "robustness"), ("report", "sources"),
+    ("report", "predictions"), ("evaluate", "data"), ("import-head", "cache"),
 }  # fmt: skip
 MODELS = {(name, "model") for name in ("extract", "robustness", "train-head", "transcribe", "tag")}
 FILE = CompletionItem("", type="file")  # has the shell itself complete a path
