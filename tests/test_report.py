@@ -6,10 +6,10 @@ import re
 
 import numpy as np
 import pytest
+from predicted import planted
 
 from pages import HOSTILE, Elements, assert_nothing_got_out
 from planted import planted_cache
-from predicted import planted
 from results import CLASSES, HEAD, noise_result, probe_result
 from whisper_at_cli.cli import main
 from whisper_at_cli.probe.report.charts import Curve, fit_line, line_chart, nice_ticks, scatter_chart, whole_ticks
