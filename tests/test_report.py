@@ -300,3 +300,14 @@ def test_predictions_make_one_table_of_all_models_with_intervals_and_chance(caps
     best = compared[1]
     shown = f"{100 * best['value']:.1f} ({100 * best['ci95'][0]:.1f}–{100 * best['ci95'][1]:.1f})"
     assert "All models" in page and shown in page and "&lt; 0.0001" in page and ">best<" in page
+
+
+def test_dots_have_their_intervals_across_and_up_inside_the_axes():
+    points = {"dog": (50.0, 10.0), "rain": (60.0, 20.0), "wind": (70.0, 25.0)}
+    bars = {"dog": ([30.0, 95.0], None), "rain": ([55.0, 65.0], [-40.0, 120.0]), "wind": (None, None)}
+    chart = scatter_chart(points, x_label="F1", y_label="WER", about="", bars=bars)
+    crosses = re.findall(r'class="cross" points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', chart)
+    assert len(crosses) == 3, "two across and one up"
+    across, _, up = [list(map(float, ends)) for ends in crosses]
+    assert across[1] == across[3] and across[0] < across[2] and up[0] == up[2] and up[1] > up[3]
+    assert all(54 <= x <= 448 and 12 <= y <= 250 for ends in (across, up) for x, y in (ends[:2], ends[2:]))

@@ -17,6 +17,7 @@ from whisper_at_cli.probe.report.results import (
     head_name,
     head_value,
     increase_between,
+    intervals_in_noise,
     model_name,
     noise_of,
     probes_in_noise,
@@ -34,8 +35,8 @@ LAYERS_INTRO = (
 )
 NOISE_INTRO = (
     "Thin dotted lines are clean speech. WER exceeds 100 % where errors outnumber the reference's words. Where "
-    "the same model was probed, a dot per class shows whether the sounds it knows better disturb it less; the line is "
-    "a least-squares fit over all classes."
+    "the same model was probed, a dot per class shows whether the sounds it knows better disturb it less, with 95 % "
+    "intervals of both where the results have them; the line is a least-squares fit over all classes."
 )
 SCORINGS = {"wer": "after Whisper's normalisation of text", "wer_paper": "as the paper scores it"}
 
@@ -213,6 +214,7 @@ def _scatter(probe: Probe, noisy: Source) -> str:
         x_label=f"{probe.measure} of the class in layer {probe.layers[-1]} (%)",
         y_label=f"WER at {low:g} dB minus at {high:g} dB (%)".replace("-", "−"),
         about=f"increase of the word error rate against class-wise {probe.measure}, a dot per class",
+        bars={name.replace("_", " "): ends for name, ends in intervals_in_noise(probe, noisy).items()},
     )  # fmt: skip
     fitted = fit_line(*zip(*points.values(), strict=True))
     correlated = f", Pearson's r {fitted[2]:.2f}".replace("-", "−") if fitted else ""
