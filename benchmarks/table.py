@@ -28,6 +28,8 @@ GROUPS = (
 NO_RATIO = {
     "robustness-tiny.en-speech14-esc10.json": "word error rates of a recogniser in noise, which have no baseline and "
     "no limit to be a ratio to; `docs/robustness.md` shows them",
+    "robustness-greedy-tiny.en-speech14-esc10.json": "the same, decoded at temperature 0 only (`--greedy`)",
+    "esc10-table-tiny.en.json": "accuracies of ESC-10 with intervals, as `esc10_table.py --heads` (no heads) made them",
     "mutation.json": "the share of planted faults that the tests notice; README.md here says it at its end",
     "engines-simulation.png": "the figure of the simulated cluster, drawn from `engines-cpu.json`",
 }

@@ -36,9 +36,11 @@ VALUES_OF = {  # of one command's parameter
     ("extract", "address"): ("auto",),
     ("sync", "format"): DATASETS,
     ("compare", "metric"): ("accuracy", "mAP", "bits"),
+    ("compare", "form"): ("text", "markdown"),
     ("verify", "sample"): ("100%", "10%", "1%"),
     ("export", "format"): ("npz", "hdf5"),
     ("probe", "layers"): ("all",),
+    ("probe", "shots"): ("1,2,4,8,16", "8"),
     ("probe", "kind"): ("linear", "knn", "attentive"),
     ("figure", "number"): ("1", "2", "3", "5"),
     ("figure", "wer"): ("whisper", "paper"),
@@ -69,8 +71,8 @@ VALUES_OF = {  # of one command's parameter
     ("transcribe", "tag_window"): ("shared", "exact"),
 }
 PATHS = {  # that may be addresses or names too, and so are no click.Path
-    ("figure", "inputs"), ("compare", "inputs"), ("figure", "robustness"), ("report", "sources"), ("evaluate", "data"),
-    ("import-head", "cache"),
+    ("figure", "inputs"), ("compare", "inputs"), ("figure", "robustness"), ("report", "sources"),
+    ("report", "predictions"), ("evaluate", "data"), ("import-head", "cache"),
 }  # fmt: skip
 MODELS = {(name, "model") for name in ("extract", "robustness", "train-head", "transcribe", "tag")}
 FILE = CompletionItem("", type="file")  # has the shell itself complete a path

@@ -21,8 +21,9 @@ class Address(click.Path):
         return value if "://" in str(value) else super().convert(value, param, ctx)
 
 
-CACHE = click.argument("cache", type=Address(path_type=Path))
-DATASET = click.argument("dataset", type=Address(path_type=Path))
+ADDRESS = Address(path_type=Path)
+CACHE = click.argument("cache", type=ADDRESS)
+DATASET = click.argument("dataset", type=ADDRESS)
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="cuda, cuda:1, mps or cpu; auto takes the best."
 )

@@ -1,4 +1,4 @@
-"""The commands of stage 2b: probe, figure. Heavy imports sit inside them."""
+"""The commands of stage 2b: probe, figure, cka. Heavy imports sit inside them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.options import CACHE, DEVICE, PREDICTIONS, SEED, command
+from whisper_at_cli.extract.options import ADDRESS, CACHE, DEVICE, PREDICTIONS, SEED, command
 from whisper_at_cli.extract.output import interval, print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 
@@ -45,6 +45,10 @@ CONFUSIONS_SHOWN = 5
 @click.option("--faithful", is_flag=True, help="The original project's classifier, for comparison; slow.")
 @click.option("--unstandardised", is_flag=True, help="With --faithful: features as they are, not standardised.")
 @click.option("--permute-labels", is_flag=True, help="Control: recordings trade their labels at random first.")
+@click.option("--nested", is_flag=True, help="Also choose the best layer on inner folds; its value is then unbiased.")
+@click.option("--shots", help="Also train on so many clips of each class, as 1,2,4,8,16; mean of 10 draws.")
+@click.option("--mdl", is_flag=True, help="Also the description length of the labels given each layer (online code).")
+@click.option("--test-cache", type=ADDRESS, help="Train on CACHE and test on this one; classes are matched by name.")
 @PREDICTIONS
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write every number into this file too.")
 @click.option(
@@ -54,9 +58,9 @@ CONFUSIONS_SHOWN = 5
 @DEVICE
 @click.pass_context
 def probe_command(
-    ctx: click.Context, cache: Path | str, layers: tuple[str, ...], kind: str, strength: str, neighbours: int,
-    faithful: bool, unstandardised: bool, permute_labels: bool, predictions: Path | None, csv_path: Path | None,
-    figure: Path | None, seed: int, device: str, as_json: bool,
+    ctx: click.Context, /, cache: Path | str, layers: tuple[str, ...], kind: str, strength: str, neighbours: int,
+    faithful: bool, unstandardised: bool, shots: str | None, test_cache: Path | str | None, csv_path: Path | None,
+    figure: Path | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Fit a probe to each layer of CACHE and print how well it tells the classes apart.
 
@@ -66,6 +70,7 @@ def probe_command(
         whisper-at-cli probe esc50.zarr --layer all --figure layers.pdf --csv layers.csv
         whisper-at-cli probe esc50.zarr --layer 16 --layer 32 --strength auto --json
         whisper-at-cli probe esc50.zarr --kind knn --neighbours 5
+        whisper-at-cli probe esc50.zarr --nested --shots 1,2,4,8,16 --mdl --figure shots.pdf
     """
     from whisper_at_cli.extract import FeatureCache
     from whisper_at_cli.probe import probe_layers
@@ -75,8 +80,8 @@ def probe_command(
     with progress_on_stderr("probe", "layers", quiet=ctx.obj["quiet"]) as progress:
         result = probe_layers(
             opened, layers=_layer_numbers(layers), kind=kind, strength=_strength(strength), neighbours=neighbours,
-            standardise=not unstandardised, device=device, seed=seed, predictions=predictions,
-            permute_labels=permute_labels, progress=progress,
+            standardise=not unstandardised, shots=_shots(shots), progress=progress,
+            test_cache=FeatureCache.open(test_cache) if test_cache else None, **options,
         )  # fmt: skip
     print_notes(result.warnings)
     if csv_path:
@@ -84,15 +89,17 @@ def probe_command(
 
         write_csv(result, csv_path)
     if figure:
-        from whisper_at_cli.probe.figures import draw_layer_accuracy
+        from whisper_at_cli.probe.figures import draw_layer_accuracy, draw_shots
 
-        draw_layer_accuracy([(opened.spec.backbone, result)], figure)
+        (draw_shots if result.shots else draw_layer_accuracy)([(opened.spec.backbone, result)], figure)
         click.echo(f"figure: {figure}", err=True)
     if as_json:
         print_json(result)
     else:
         print_probe(result)
         _print_classes(result)
+        _print_shots(result)
+        _print_mdl(result)
 
 
 def _was_given(ctx: click.Context, option: str) -> bool:
@@ -119,6 +126,35 @@ def _strength(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise UsageError(f"--strength {text} is neither a number nor 'auto'") from None
+
+
+def _shots(text: str | None) -> list[int]:
+    """Numbers of shots, ascending, each once."""
+    if text is None:
+        return []
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise UsageError(f"--shots {text} is not a list of whole numbers, such as 1,2,4,8,16") from None
+
+
+def _print_shots(result: ProbeResult) -> None:
+    for found in result.shots:
+        print_table(
+            [(row["layer"], score(row["accuracy"]), interval(row["ci95"]), score(row["std_over_draws"]))
+             for row in found.layers],
+            (f"{found.shots}-shot layer", "accuracy", LEVEL, f"std over {len(found.layers[0]['draws'])} draws"),
+        )  # fmt: skip
+        if found.fewer:
+            click.echo(f"fewer than {found.shots} clips to train on, all of them taken: {', '.join(found.fewer)}\n")
+
+
+def _print_mdl(result: ProbeResult) -> None:
+    if result.mdl:
+        print_table(
+            [(row["layer"], f"{row['codelength_bits']:.0f}", f"{row['compression']:.2f}") for row in result.mdl.layers],
+            ("layer", f"codelength of {result.mdl.clips} labels (bits)", "compression"),
+        )
 
 
 def _layer_numbers(layers: tuple[str, ...]) -> str | list[int]:
@@ -166,10 +202,27 @@ def _print_certainty(result: ProbeResult) -> None:
     if len(result.layers) > 1 and result.best_layer is not None:
         found = f"not distinguishable from layer {result.best_layer}: layers {', '.join(others)}"
         click.echo(found if others else f"every other layer is worse than layer {result.best_layer}")
+    _print_best(result)
     click.echo(f"chance: {score(result.chance)}")
     click.echo(
         f"intervals: bootstrap over {said['recordings']} recordings, {said['draws']:,} draws (BCa); "
         "worse than best: p < 0.05, adjusted for all pairs of layers\n"
+    )
+
+
+def _print_best(result: ProbeResult) -> None:
+    if len(result.layers) < 2 or result.best_layer is None:
+        return
+    best = next(layer for layer in result.layers if layer.layer == result.best_layer)
+    said = f"best layer: {result.best_layer}, {score(getattr(best, result.metric))}, chosen on the tested clips"
+    if result.nested is None:
+        click.echo(f"{said}, so this is too high on average; --nested chooses on other clips")
+        return
+    chosen = ", ".join(f"{row['layer']}" for row in result.nested["layers"])
+    click.echo(f"{said} (too high on average)")
+    click.echo(
+        f"best layer by nested selection: {score(result.nested['value'])} ({interval(result.nested['ci95'])}); layers "
+        f"of the folds: {chosen}; chosen on {result.nested['chosen_on']}"
     )
 
 
@@ -351,4 +404,39 @@ def _prober(
     return probe
 
 
-COMMANDS = (probe_command, figure_command)
+@command("cka")
+@CACHE
+@click.argument("other", required=False, type=ADDRESS)
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw the similarities as a heat map here.")
+def cka_command(cache: Path | str, other: Path | str | None, figure: Path | None, as_json: bool) -> None:
+    """Linear CKA between the layers of CACHE, or between its layers and those of OTHER: how alike they represent clips.
+
+    Debiased, on the time means; 1 is alike, 0 unrelated. OTHER may be of another model: clips are matched by id.
+
+    \b
+        whisper-at-cli cka esc50.zarr --figure cka.pdf
+        whisper-at-cli cka tiny.zarr base.zarr --json
+    """
+    from whisper_at_cli.extract import FeatureCache
+    from whisper_at_cli.probe.similarity import layer_similarity
+
+    found = layer_similarity(FeatureCache.open(cache), FeatureCache.open(other) if other else None)
+    print_notes(found.warnings)
+    if figure:
+        from whisper_at_cli.probe.figures import draw_similarity
+
+        draw_similarity(found, figure)
+        click.echo(f"figure: {figure}", err=True)
+    if as_json:
+        print_json(found)
+        return
+    header = (f"{found.first} \\ {found.second}", *(f"{layer}" for layer in range(1, len(found.cka[0]) + 1)))
+    print_table([(layer, *map(_short, row)) for layer, row in enumerate(found.cka, start=1)], header)
+    click.echo(f"debiased linear CKA of {found.clips} clips' time means; rows and columns are layers")
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+COMMANDS = (probe_command, figure_command, cka_command)

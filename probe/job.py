@@ -13,17 +13,19 @@ import numpy as np
 import torch
 
 from whisper_at_cli.extract.cache import FeatureCache
-from whisper_at_cli.extract.cache.folds import cache_folds, untrained_classes
+from whisper_at_cli.extract.cache.folds import TRAIN_NAMES, Fold, cache_folds, untrained_classes
 from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.extract.evaluation.permutation import permuted_by_recording
 from whisper_at_cli.probe.scores import HeldOut
+from whisper_at_cli.probe.transfer import TransferCaches
 
 PERMUTED = (
     "labels were permuted by recording: whatever a probe scores beyond chance here comes from the probe, not from the "
     "features"
 )
+VALID_NAMES = ("valid", "validation", "val", "dev")
 BATCH_BYTES = 1 << 30  # of memory that one batch of problems may take
 
 
@@ -35,16 +37,18 @@ class Prediction:
     logits: np.ndarray  # (n, C); -inf for a class that no clip in use has
     unconverged: list[int] = field(default_factory=list)  # numbers of the folds whose fit was stopped early
     strengths: dict[int, float] = field(default_factory=dict)  # fold number -> the strength that was chosen for it
+    inner_FnK: np.ndarray | None = None  # (F, n, K) logits by models of inner divisions, NaN for other clips
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
     """All that is the same for every layer."""
 
-    cache: FeatureCache
+    cache: FeatureCache | TransferCaches
     rows: np.ndarray  # (n,) ascending rows of the cache
     known: np.ndarray  # (K,) the classes' columns in the cache
     train: np.ndarray  # (n, F) bool
+    valid: np.ndarray  # (n,) bool: clips of a valid split, which neither train nor are tested, but choose
     held_out: HeldOut
     metric: str  # accuracy where every clip has one label, else mAP
     seed: int
@@ -52,15 +56,18 @@ class Job:
     warnings: list[str]
 
     @classmethod
-    def plan(cls, cache: FeatureCache, *, device: str, seed: int, permute_labels: bool = False) -> Job:
-        """With `permute_labels` recordings trade their labels at random. Raises UsageError where there is nothing to
-        tell apart."""
+    def plan(
+        cls, cache: FeatureCache | TransferCaches, *, device: str, seed: int, permute_labels: bool = False,
+        selects: bool = False,
+    ) -> Job:  # fmt: skip
+        """With `permute_labels` recordings trade their labels at random; with `selects` clips of a valid split are
+        there to choose by. Raises UsageError where there is nothing to tell apart."""
         folds, warnings = cache_folds(cache, seed=seed)
-        rows = np.unique(np.concatenate([side for fold in folds for side in (fold.train, fold.test)]))
+        valid, warnings = _valid_split(cache, folds, warnings) if selects else (np.empty(0, dtype=np.int64), warnings)
+        rows = np.unique(np.concatenate([valid, *(side for fold in folds for side in (fold.train, fold.test))]))
         labels = cache.labels[rows]
         if permute_labels:
-            sources = source_recordings(cache.ids[rows], cache.paths[rows], cache.dataset)
-            labels = labels[permuted_by_recording(sources, seed)]
+            labels = labels[permuted_by_recording(_recordings(cache, rows), seed)]
             warnings = [*warnings, PERMUTED]
         known = np.flatnonzero(labels.any(axis=0))
         told_apart = len(known) > 1 or (len(known) == 1 and not labels[:, known].all())
@@ -78,6 +85,7 @@ class Job:
             rows=rows,
             known=known,
             train=train,
+            valid=np.isin(rows, valid),
             held_out=HeldOut(cache.spec.class_names, labels, tests),
             metric="accuracy" if one_label else "mAP",
             seed=seed,
@@ -96,7 +104,7 @@ class Job:
 
     def sources(self) -> np.ndarray:
         """(n,) str: which recording a clip was cut from."""
-        return source_recordings(self.cache.ids[self.rows], self.cache.paths[self.rows], self.cache.dataset)
+        return _recordings(self.cache, self.rows)
 
     def blank_logits(self) -> np.ndarray:
         """(n, C) to be filled in where a class is known."""
@@ -130,6 +138,29 @@ class Job:
             yield workers
         finally:
             torch.set_num_threads(threads)
+
+
+def _recordings(cache: FeatureCache | TransferCaches, rows: np.ndarray) -> np.ndarray:
+    if isinstance(cache, TransferCaches):
+        return cache.sources(rows)
+    return source_recordings(cache.ids[rows], cache.paths[rows], cache.dataset)
+
+
+def _valid_split(
+    cache: FeatureCache | TransferCaches, folds: list[Fold], warnings: list[str]
+) -> tuple[np.ndarray, list[str]]:
+    """Rows of a valid split that `folds` leave out, since another is tested, and the warnings without them."""
+    names = np.char.lower(np.asarray(cache.split, dtype=str))
+    used = np.concatenate([folds[0].train, folds[0].test])
+    if len(folds) > 1 or not np.isin(names[folds[0].train], TRAIN_NAMES).all():
+        return np.empty(0, dtype=np.int64), warnings
+    free = np.setdiff1d(np.flatnonzero(cache.done), used)
+    valid = free[np.isin(names[free], VALID_NAMES)]
+    if not len(valid):
+        return valid, warnings
+    others = len(free) - len(valid)
+    said = f"{others} finished clips have a split other than train, valid and test and were left out"
+    return valid, [said] if others else []
 
 
 def _choose_device(device: str) -> torch.device:

@@ -12,11 +12,18 @@ from whisper_at_cli.extract.cache import FeatureCache
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.evaluation.predictions import checked_path
 from whisper_at_cli.extract.progress import Progress
+from whisper_at_cli.probe.description import Description, description_length
 from whisper_at_cli.probe.job import Job, Prediction
+from whisper_at_cli.probe.linear import LinearProbe
+from whisper_at_cli.probe.nested import nested_best
 from whisper_at_cli.probe.scores import LayerAccuracy, LayerPrecision, best_layers
+from whisper_at_cli.probe.shots import Shots, few_shot
+from whisper_at_cli.probe.strength import AUTO, inner_divisions
+from whisper_at_cli.probe.transfer import TransferCaches
 from whisper_at_cli.probe.uncertainty import chance, held_out_predictions, with_bits, with_intervals
 
 KINDS = ("linear", "knn", "attentive", "faithful")
+TESTED = "the tested clips themselves, so its value is too high on average"
 PROBABILITIES = ("linear", "attentive")  # kinds whose scores are the logits of a softmax
 NEIGHBOURS = 10
 
@@ -48,6 +55,13 @@ class ProbeResult:
     predictions_file: str | None = None
     permuted_labels: bool = False
     chance: float | None = None  # the metric of a model that does not look at the clips
+    best_layer_chosen_on: str = TESTED
+    nested: dict | None = None  # value, ci95, chosen_on, layers[{fold, layer}]: see nested.py
+    shots: list[Shots] = field(default_factory=list)
+    mdl: Description | None = None
+    test_cache: str | None = None  # tested on this one
+    classes_matched: list[str] = field(default_factory=list)  # with a test cache
+    classes_left_out: list[str] = field(default_factory=list)
 
 
 def probe_layers(
@@ -62,19 +76,32 @@ def probe_layers(
     seed: int = 0,
     predictions: str | Path | None = None,
     permute_labels: bool = False,
+    nested: bool = False,
+    shots: Sequence[int] = (),
+    mdl: bool = False,
+    test_cache: FeatureCache | None = None,
     progress: Progress | None = None,
 ) -> ProbeResult:
     """Probe layers (1-based, or "all") on the official folds, else the split, else random folds from `seed`.
 
     `kind` is one of KINDS. `strength`, of linear and attentive probes, is scikit-learn's C: the smaller, the stronger
     the penalty; linear probes take "auto" too. `neighbours` is for knn, `standardise` for faithful. `progress` is told
-    of layers. Raises UsageError where there is no such layer or nothing to tell apart, CacheError for features that
-    are not finite.
+    of layers. Of linear probes alone: `nested` also chooses the best layer on inner folds, `shots` measures with so
+    many training clips of each class, `mdl` the description length. With `test_cache` all clips of `cache` train and
+    all of the other are tested. Raises UsageError where there is no such layer or nothing to tell apart, CacheError
+    for features that are not finite.
     """
     predictions = checked_path(predictions) if predictions else None
+    _check_linear(kind, strength, nested=nested, shots=shots, mdl=mdl)
     numbers = _layer_numbers(cache, layers)
     method, settings = _method(kind, strength=strength, neighbours=neighbours, standardise=standardise)
-    job = Job.plan(cache, device=device, seed=seed, permute_labels=permute_labels)
+    both = TransferCaches(cache, test_cache) if test_cache else None
+    job = Job.plan(
+        both or cache, device=device, seed=seed, permute_labels=permute_labels, selects=nested or strength == AUTO
+    )
+    inner = inner_divisions(job) if nested else None
+    if inner:
+        method = LinearProbe(strength, inner)
     scores: list[LayerAccuracy | LayerPrecision] = []
     found: list[Prediction] = []
     for prediction in method.run(job, numbers):
@@ -88,10 +115,8 @@ def probe_layers(
     scores, certainty = with_intervals(scores, held_out, job.metric, seed=seed)
     if job.metric == "accuracy" and kind in PROBABILITIES:
         scores = with_bits(scores, held_out, seed=seed)
-    best, best_per_class = (
-        best_layers(numbers, [getattr(score, job.metric) for score in scores]),
-        _best_per_class(scores),
-    )
+    best = best_layers(numbers, [getattr(score, job.metric) for score in scores])
+    best_per_class = _best_per_class(scores)
     return ProbeResult(
         metric=job.metric,
         layers=scores,
@@ -100,7 +125,7 @@ def probe_layers(
         clips=len(job.rows),
         backbone=cache.spec.backbone,
         strength=strength if kind in ("linear", "attentive") else None,
-        warnings=[*job.warnings, *_notes(found, strength)],
+        warnings=[*job.warnings, *(both.notes() if both else []), *_notes(found, strength)],
         probe=kind,
         best_layer_ties=best if len(best) > 1 else [],
         best_layer_per_class_ties={name: layers for name, layers in best_per_class.items() if len(layers) > 1},
@@ -108,8 +133,30 @@ def probe_layers(
         predictions_file=str(predictions) if predictions else None,
         permuted_labels=permute_labels,
         chance=chance(job),
+        nested=nested_best(job, inner, found, held_out) if inner else None,
+        shots=list(few_shot(job, numbers, shots, strength=float(strength))) if shots else [],
+        mdl=description_length(job, numbers, strength=float(strength)) if mdl else None,
         **certainty,
+        **(_known_of_both(both) if both else {}),
     )
+
+
+def _check_linear(kind: str, strength: float | str, *, nested: bool, shots: Sequence[int], mdl: bool) -> None:
+    """Raises UsageError for what only linear probes have, and for wrong numbers of shots."""
+    asked = [name for name, wanted in (("--nested", nested), ("--shots", shots), ("--mdl", mdl)) if wanted]
+    if asked and kind != "linear":
+        raise UsageError(f"{asked[0]} is for linear probes; leave it out with --kind {kind}")
+    if strength == AUTO and asked and asked[-1] != "--nested":
+        raise UsageError(f"{asked[-1]} needs a number for --strength (got auto)")
+    if wrong := [count for count in shots if count < 1]:
+        raise UsageError(f"--shots must be at least 1 (got {wrong[0]})")
+
+
+def _known_of_both(both: TransferCaches) -> dict:
+    return {
+        "test_cache": str(both.caches[1].path), "classes_matched": list(both.matched),
+        "classes_left_out": [name for names in both.left_out for name in names],
+    }  # fmt: skip
 
 
 def _known_of(job: Job, settings: dict) -> dict:
@@ -139,8 +186,6 @@ class Method(Protocol):
 def _method(kind: str, *, strength: float | str, neighbours: int, standardise: bool) -> tuple[Method, dict]:
     """The probe of a kind, and its settings for the record."""
     if kind == "linear":
-        from whisper_at_cli.probe.linear import LinearProbe
-
         return LinearProbe(strength), {}
     if kind == "knn":
         from whisper_at_cli.probe.neighbours import NeighbourProbe

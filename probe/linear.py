@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.probe import job as shared
 from whisper_at_cli.probe.job import Job, Prediction
 from whisper_at_cli.probe.solver import solve
-from whisper_at_cli.probe.strength import AUTO, Inner, best_strengths, inner_divisions
+from whisper_at_cli.probe.strength import AUTO, GRID, Inner, best_strengths, inner_divisions
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class LinearProbe:
     """`strength` is scikit-learn's C, or "auto": chosen for each layer and fold on the fold's training clips alone."""
 
     strength: float | str = 1.0
+    inner: Inner | None = None  # predictions then have the scores by which a layer may be chosen
 
     def __post_init__(self) -> None:
         if self.strength == AUTO:
@@ -37,7 +38,7 @@ class LinearProbe:
 
     def run(self, job: Job, layers: list[int]) -> Iterator[Prediction]:
         """Predictions of each layer in order."""
-        inner = inner_divisions(job) if self.strength == AUTO else None
+        inner = self.inner or (inner_divisions(job) if self.strength == AUTO else None)
         at_once, folds_at_once = self.batch_size(job)
         groups = [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
         with job.threads_for(len(groups)) as workers, ThreadPoolExecutor(workers) as pool:
@@ -51,7 +52,7 @@ class LinearProbe:
         per_layer = 4 * (6 * clips * dim + 3 * dim * dim)
         per_fold = 4 * len(job.known) * (8 * clips + 8 * dim)
         folds_at_once = max(1, (shared.BATCH_BYTES - per_layer) // per_fold)
-        if self.strength != AUTO:
+        if self.strength != AUTO and self.inner is None:
             folds_at_once = min(folds, folds_at_once)
         if job.device.type == "cpu":
             return 1, folds_at_once
@@ -59,10 +60,14 @@ class LinearProbe:
 
     def _probe(self, job: Job, layers: list[int], folds_at_once: int, inner: Inner | None) -> list[Prediction]:
         x_GND = torch.from_numpy(np.stack([job.mean(layer) for layer in layers]))
-        strength_GF = None
-        if inner is not None:
-            strength_GF = best_strengths(job, x_GND, inner, folds_at_once)
-        return self._fit(job, layers, x_GND, folds_at_once, strength_GF)
+        if inner is None:
+            return self._fit(job, layers, x_GND, folds_at_once, None)
+        grid = GRID if isinstance(self.strength, str) else (self.strength,)
+        strength_GF, inner_GFnK = best_strengths(job, x_GND, inner, folds_at_once, grid)
+        found = self._fit(job, layers, x_GND, folds_at_once, strength_GF if self.strength == AUTO else None)
+        if self.inner is not None:
+            found = [replace(each, inner_FnK=inner_FnK) for each, inner_FnK in zip(found, inner_GFnK, strict=True)]
+        return found
 
     def _fit(
         self, job: Job, layers: list[int], x_GND: Tensor, folds_at_once: int, strength_GF: Tensor | None

@@ -17,6 +17,7 @@ Shapes: G layers solved together, N clips, D channels (a last one, always 1, car
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +65,9 @@ def solve(
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
     device: str | torch.device = "cpu",
+    standardise: bool = True,
 ) -> Solution:
-    """Fit every layer of x on every fold, in the dtype of x.
+    """Fit every layer of x on every fold, in the dtype of x; without `standardise` channels are taken as they are.
 
     x, y (0/1) and train (bool: does the clip train in this fold?) are on the CPU. `strength` is one number, or (G, F)
     with one for each problem, or (S,): then every layer is solved with each of them, and where the solution says G it
@@ -78,7 +80,7 @@ def solve(
     copies = len(strength) if strength.ndim == 1 else 1
     if strength.ndim < 2:
         strength = strength.expand(copies).repeat(len(x_GND))[:, None]
-    features = Features(x_GND, train_NF, device, copies)
+    features = Features(x_GND, train_NF, device, copies, statistics if standardise else _unchanged)
     batch = Batch(features, LOSSES[loss], y_NC, train_NF, strength[:, None, :, None])
     iterations = torch.zeros_like(batch.w[:, :1, :, :1], dtype=torch.long)
     inverse, previous, iteration = None, None, 0
@@ -189,9 +191,13 @@ class Features:
     With `copies`, as many of each layer side by side.
     """
 
-    def __init__(self, x_GND: Tensor, train_NF: Tensor, device: str | torch.device, copies: int = 1):
-        self.mean_GFD, self.std_GFD = statistics(x_GND, train_NF)
-        mean_G1D, std_G1D = statistics(x_GND, train_NF.any(dim=1, keepdim=True))
+    def __init__(
+        self, x_GND: Tensor, train_NF: Tensor, device: str | torch.device, copies: int = 1,
+        moments: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ):  # fmt: skip
+        moments = moments or statistics
+        self.mean_GFD, self.std_GFD = moments(x_GND, train_NF)
+        mean_G1D, std_G1D = moments(x_GND, train_NF.any(dim=1, keepdim=True))
         standard_GND = ((x_GND - mean_G1D) / std_G1D).to(x_GND.dtype)
         self.x = torch.nn.functional.pad(standard_GND, (0, 1), value=1.0).to(device)
         shift, scale = (self.mean_GFD - mean_G1D) / std_G1D, self.std_GFD / std_G1D  # what is left to do for each fold
@@ -216,6 +222,12 @@ def statistics(x_GND: Tensor, train_NF: Tensor) -> tuple[Tensor, Tensor]:
     folds = [torch.std_mean(x_GND[:, rows].double(), dim=1, correction=0) for rows in train_NF.T]
     std, mean = (torch.stack(moment, dim=1) for moment in zip(*folds, strict=True))
     return mean, torch.where(std <= torch.finfo(x_GND.dtype).eps * mean.abs(), 1.0, std)
+
+
+def _unchanged(x_GND: Tensor, train_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and deviation (G, F, D) under which standardising changes nothing."""
+    shape = (len(x_GND), train_NF.shape[1], x_GND.shape[2])
+    return torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
 
 
 class Softmax:

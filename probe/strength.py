@@ -1,7 +1,8 @@
 """The strength of linear probes, chosen for each layer and fold on the clips that train in this fold, and no others.
 
-A fold's training clips are divided again: where the dataset has three folds or more by its other folds, each tested on
-a model of the remaining ones, else at random as `evaluation_folds` would. Of the strengths on a grid the one wins under
+Where the dataset has a valid split beside train and test, its clips choose. Else a fold's training clips are divided
+again: where the dataset has three folds or more by its other folds, each tested on a model of the remaining ones, else
+at random as `evaluation_folds` would. Of the strengths on a grid the one wins under
 which the held-out clips are most likely, the smallest of several. A model that saw neither fold i nor fold j serves
 twice: it is tested on j where i is the outer fold, and on i where j is. All strengths, inner divisions and layers of a
 group are one solve.
@@ -11,6 +12,7 @@ n clips, P inner divisions, S strengths, G layers, F outer folds, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -36,10 +38,13 @@ class Inner:
 
     train: np.ndarray  # (n, P) bool
     checks: list[tuple[int, int, np.ndarray]]  # (division, outer fold from 0, clips that it is tested on for this fold)
+    clips: str  # which clips choose
 
 
 def inner_divisions(job: Job) -> Inner:
     tests = list(job.held_out.tests.values())
+    if job.valid.any():
+        return Inner(job.train, [(0, 0, np.flatnonzero(job.valid))], "the dataset's valid split")
     if len(tests) >= 3:
         return _by_outer_folds(job.train, tests)
     masks: list[np.ndarray] = []
@@ -49,8 +54,8 @@ def inner_divisions(job: Job) -> Inner:
         if (count := int(job.train[:, outer].sum())) < 2:
             number = list(job.held_out.tests)[outer]
             raise UsageError(
-                f"--strength auto needs at least 2 training clips in every fold (fold {number} has {count}); give a "
-                "number"
+                f"--strength auto and --nested need at least 2 training clips in every fold (fold {number} has "
+                f"{count}); give a strength, without --nested"
             )
         divisions, _ = evaluation_folds(
             np.zeros(n, dtype=np.int64), np.full(n, ""), job.labels, job.train[:, outer], seed=job.seed,
@@ -59,7 +64,7 @@ def inner_divisions(job: Job) -> Inner:
         for fold in divisions:
             checks.append((len(masks), outer, fold.test))
             masks.append(np.isin(np.arange(n), fold.train))
-    return Inner(np.stack(masks, axis=1), checks)
+    return Inner(np.stack(masks, axis=1), checks, "random inner folds of each fold's training clips")
 
 
 def _by_outer_folds(train: np.ndarray, tests: list[np.ndarray]) -> Inner:
@@ -68,12 +73,15 @@ def _by_outer_folds(train: np.ndarray, tests: list[np.ndarray]) -> Inner:
     for i, j in combinations(range(len(tests)), 2):
         checks += [(len(masks), i, tests[j]), (len(masks), j, tests[i])]
         masks.append(train[:, i] & train[:, j])
-    return Inner(np.stack(masks, axis=1), checks)
+    return Inner(np.stack(masks, axis=1), checks, "inner folds: the other folds of each fold's training clips")
 
 
-def best_strengths(job: Job, x_GND: Tensor, inner: Inner, at_once: int) -> Tensor:
-    """(G, F): for each layer and outer fold the strength under which held-out clips are most likely."""
-    G, S = len(x_GND), len(GRID)
+def best_strengths(
+    job: Job, x_GND: Tensor, inner: Inner, at_once: int, grid: Sequence[float] = GRID
+) -> tuple[Tensor, np.ndarray]:
+    """(G, F): for each layer and outer fold the strength of `grid` under which held-out clips are most likely; and the
+    logits (G, F, n, K) of these clips with it, NaN for others."""
+    G, S = len(x_GND), len(grid)
     y_NK = torch.from_numpy(job.labels)
     folds = job.train.shape[1]
     logits = np.full((folds, G * S, *job.labels.shape), np.nan, dtype=np.float32)
@@ -81,14 +89,15 @@ def best_strengths(job: Job, x_GND: Tensor, inner: Inner, at_once: int) -> Tenso
     for first in range(0, inner.train.shape[1], step):
         train_NP = torch.from_numpy(inner.train[:, first : first + step])
         solution = solve(
-            x_GND, y_NK, train_NP, loss=job.loss, strength=torch.tensor(GRID), tolerance=TOLERANCE, device=job.device
+            x_GND, y_NK, train_NP, loss=job.loss, strength=torch.tensor(grid), tolerance=TOLERANCE, device=job.device
         )
         for division, outer, clips in inner.checks:
             if first <= division < first + step:
                 x = x_GND[:, clips].repeat_interleave(S, dim=0)
                 logits[outer][:, clips] = solution.logits(x, division - first).numpy()
-    chosen = [[GRID[best] for best in _fit(job, of_fold).reshape(G, S).argmax(axis=1).tolist()] for of_fold in logits]
-    return torch.tensor(chosen, dtype=torch.float64).T.contiguous()
+    chosen_FG = np.stack([_fit(job, of_fold).reshape(G, S).argmax(axis=1) for of_fold in logits])
+    of_chosen = logits[np.arange(folds)[:, None], np.arange(G) * S + chosen_FG]
+    return torch.tensor(grid, dtype=torch.float64)[torch.from_numpy(chosen_FG.T.copy())], of_chosen.swapaxes(0, 1)
 
 
 def _fit(job: Job, logits: np.ndarray) -> np.ndarray:

@@ -179,3 +179,21 @@ def test_a_program_that_fails_is_named_with_its_status(plan, tmp_path, capsys):
     words = plan.command(step, out=tmp_path, data=None, work=tmp_path, quick=False)
     assert not plan.run(step, words, tmp_path / "log.txt")
     assert "FAILED with status 2: none" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_one_command_makes_the_table_of_esc10(shared, tmp_path, tiny_en):
+    """Random weights and log-mel statistics lie below every trained layer; the heads are left out here."""
+    words = [sys.executable, str(FOLDER / "esc10_table.py"), str(shared / "data" / "esc10"), "--model", str(tiny_en)]
+    done = subprocess.run([*words, "--heads", "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "table.json").read_text())
+    names = [row["name"] for row in table["systems"]]
+    assert names == [
+        *(f"{of}:layer-{n}" for of in ("layers", "random") for n in (1, 2, 3, 4)),
+        "log-mel:layer-1",
+        "chance",
+    ]
+    below = [pair for pair in table["pairs"] if pair["a"].startswith("layers") and not pair["b"].startswith("layers")]
+    assert len(below) == 24 and all(pair["difference"] > 0 and pair["p_adjusted"] < 0.001 for pair in below)
+    assert "All models" in (tmp_path / "report.html").read_text() and done.stdout.startswith("| model |")

@@ -13,6 +13,7 @@ from test_cli import run
 
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.evaluation import bootstrap as resampling
+from whisper_at_cli.extract.evaluation import statistics
 from whisper_at_cli.extract.evaluation.bootstrap import (
     bootstrap,
     bootstrap_classes,
@@ -80,9 +81,12 @@ def test_draws_of_accuracy_repeat_whole_recordings_and_count_folds_alike(rng):
         assert values == pytest.approx((right(found) * share)[:, clips].sum(axis=1) / share[clips].sum())
 
 
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("ties", [False, True])
-def test_draws_of_map_are_those_of_repeated_clips(rng, ties):
+def test_draws_of_map_are_those_of_repeated_clips(rng, ties, few, monkeypatch):
+    monkeypatch.setattr(statistics, "FEW_POSITIVES", 40 if few else 0)
     found = several_labels(rng, ties=ties)
+    found.scores[1][found.labels > 0] += 3  # most positives have nothing but positives above them
     drawn = bootstrap(found, draws=15, seed=2)
     assert drawn.metric == "mAP"
     for weights, values in zip(np.concatenate(list(draw_weights(20, 15, 2))), drawn.draws, strict=True):
@@ -111,6 +115,41 @@ def test_scores_of_models_that_learned_nothing_have_the_precision_of_chance():
     scores = np.where(folds <= 2, 0.0, -1.0)[:, None]
     assert class_ap(labels, scores, folds)[0] == pytest.approx(1 / 20)
     assert class_ap(labels, scores)[0] == pytest.approx(3 / 60)
+
+
+def test_a_class_that_no_model_could_learn_has_the_precision_of_chance_by_the_same_rule():
+    """All its positives lie in one fold, whose models have seen none of them."""
+    labels = np.zeros((400, 2), dtype=np.uint8)
+    labels[:12, 0], labels[12:, 1] = 1, 1
+    folds = np.arange(400) // 80
+    scores = np.where(folds == 0, 0.0, -3.0)[:, None].repeat(2, axis=1)
+    found = predictions(scores[None], labels, folds=folds)
+    assert class_ap(labels, scores, folds)[0] == pytest.approx(12 / 80) == class_ap(labels, scores)[0]
+    assert bootstrap_classes(found.of_chance(), draws=10).estimate.shape == (1, 2)
+    assert class_ap(labels, found.of_chance().scores[0], folds)[0] == pytest.approx(12 / 80)
+
+
+def test_a_model_that_does_not_look_is_one_more_row_of_a_comparison(rng):
+    found = planted(rng, true=[0.7, 0.9], clips=200)
+    compared = compare([("", found)], chance=True)
+    assert [row["name"] for row in compared.systems] == ["layer-1", "layer-2", "chance"]
+    shares = [(found.labels[found.folds != number].sum(axis=0)).argmax() for number in found.folds]
+    right_N = found.labels[np.arange(200), shares]
+    expected = np.mean([right_N[found.folds == number].mean() for number in np.unique(found.folds)])
+    assert compared.systems[2]["value"] == pytest.approx(expected) and compared.systems[2]["p_best"] < 0.001
+    assert len(compared.pairs) == 3 and compared.systems[1]["p_best"] == 1
+
+
+def test_one_table_for_a_paper_is_printed_as_markdown(capsys, tmp_path, rng):
+    planted(rng, true=[0.6, 0.9], clips=100).save(tmp_path / "p.npz")
+    status, out, err = run(capsys, "compare", str(tmp_path / "p.npz"), "--chance", "--table", "markdown")
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0] == "| model | accuracy (%) | 95 % interval | p against the best |" and len(lines) == 5
+    assert lines[3].endswith("| best |") and lines[4].startswith("| chance |")
+    status, out, _ = run(capsys, "compare", str(tmp_path / "p.npz"), "--table", "text")
+    assert status == 0 and "p against the best" in out and "difference" not in out
+    assert run(capsys, "compare", str(tmp_path / "p.npz"), "--table", "html")[0] == 2
 
 
 def test_draws_of_f1_are_those_of_repeated_clips(rng):

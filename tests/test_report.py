@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from predicted import planted
 
 from pages import HOSTILE, Elements, assert_nothing_got_out
 from planted import planted_cache
@@ -286,3 +287,27 @@ def test_intervals_of_layers_classes_and_heads_are_on_the_page():
     assert "1 at 1, 1 of them as good in a higher layer" in page and 'class="bar tied s1"' in page
     rows = re.search(r"95 % interval</th>.*?</table>", page, re.DOTALL)[0]
     assert re.findall(r">(yes|no)<", rows) == ["yes", "no", "no"] and "56.9–62.1" in rows
+
+
+def test_predictions_make_one_table_of_all_models_with_intervals_and_chance(capsys, tmp_path):
+    planted(np.random.default_rng(5), true=[0.6, 0.9], clips=100).save(tmp_path / "p.npz")
+    out = tmp_path / "report.html"
+    status, text, err = run(capsys, "report", "--predictions", tmp_path / "p.npz", "--out", out, "--json")
+    assert status == 0, err
+    compared = json.loads(text)["compared"]
+    assert [row["name"] for row in compared] == ["layer-1", "layer-2", "chance"]
+    page = out.read_text()
+    best = compared[1]
+    shown = f"{100 * best['value']:.1f} ({100 * best['ci95'][0]:.1f}–{100 * best['ci95'][1]:.1f})"
+    assert "All models" in page and shown in page and "&lt; 0.0001" in page and ">best<" in page
+
+
+def test_dots_have_their_intervals_across_and_up_inside_the_axes():
+    points = {"dog": (50.0, 10.0), "rain": (60.0, 20.0), "wind": (70.0, 25.0)}
+    bars = {"dog": ([30.0, 95.0], None), "rain": ([55.0, 65.0], [-40.0, 120.0]), "wind": (None, None)}
+    chart = scatter_chart(points, x_label="F1", y_label="WER", about="", bars=bars)
+    crosses = re.findall(r'class="cross" points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', chart)
+    assert len(crosses) == 3, "two across and one up"
+    across, _, up = [list(map(float, ends)) for ends in crosses]
+    assert across[1] == across[3] and across[0] < across[2] and up[0] == up[2] and up[1] > up[3]
+    assert all(54 <= x <= 448 and 12 <= y <= 250 for ends in (across, up) for x, y in (ends[:2], ends[2:]))

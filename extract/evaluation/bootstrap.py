@@ -9,10 +9,12 @@ M systems, N clips, G recordings, C classes, B draws.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from whisper_at_cli.extract.ahead import in_order
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.evaluation.predictions import Predictions
 from whisper_at_cli.extract.evaluation.statistics import Accuracy, Bits, ClassAP, ClassF1, Statistic, mean_over_classes
@@ -20,7 +22,7 @@ from whisper_at_cli.extract.evaluation.statistics import Accuracy, Bits, ClassAP
 DRAWS = 10_000
 CLASS_DRAWS = 2_000  # of what is kept for every class and system
 LEAST_DRAWS = 1_000
-AP_BUDGET = 6e9  # clips times classes times runs times draws; beyond it mAP has fewer draws, at least LEAST_DRAWS
+AP_BUDGET = 4e10  # clips times classes times runs times draws; beyond it mAP has fewer draws, at least LEAST_DRAWS
 CHUNK = 1 << 21  # weights or values held at once
 METRICS: dict[str, Callable[[Predictions, np.ndarray, int], Statistic]]
 METRICS = {"accuracy": Accuracy, "mAP": ClassAP, "bits": Bits}
@@ -89,11 +91,13 @@ def bootstrap_together(
     def values(weights_bG: np.ndarray) -> np.ndarray:
         return np.hstack([statistic.values(weights_bG) for statistic in statistics]).round(DIGITS)
 
+    with ThreadPoolExecutor(1) as pool:  # the next weights are drawn meanwhile
+        drawn = np.concatenate(list(in_order(pool, values, draw_weights(G, draws, seed, width), ahead=1)))
     return Bootstrap(
         metric=metric,
         systems=tuple(system for each in statistics for system in each.systems),
         estimate=values(np.ones((1, G)))[0],
-        draws=np.concatenate([values(weights) for weights in draw_weights(G, draws, seed, width)]),
+        draws=drawn,
         jackknife=np.concatenate([values(left) for left in blocks_left_out(G, JACKKNIFE_BLOCKS[metric], width)]),
         recordings=G,
         clips=N,
@@ -107,12 +111,12 @@ def affordable_draws(several: list[Predictions]) -> int:
 
 
 def draw_weights(recordings: int, draws: int, seed: int, width: int = 0) -> Iterator[np.ndarray]:
-    """(b, G) float64: how often each recording is drawn, G in all in every draw. A few draws at a time."""
+    """(b, G) whole numbers: how often each recording is drawn, G in all in every draw. A few draws at a time."""
     rng = np.random.default_rng(seed)
     for b in _pieces(draws, max(recordings, width)):
         drawn = rng.integers(0, recordings, size=(b, recordings))
         drawn += np.arange(b)[:, None] * recordings
-        yield np.bincount(drawn.reshape(-1), minlength=b * recordings).reshape(b, recordings).astype(np.float64)
+        yield np.bincount(drawn.reshape(-1), minlength=b * recordings).reshape(b, recordings)
 
 
 def blocks_left_out(recordings: int, most: int, width: int = 0) -> Iterator[np.ndarray]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.options import SEED, command
 from whisper_at_cli.extract.output import interval, print_json, print_notes, print_table, score
 
@@ -19,8 +20,13 @@ PAIRS_SHOWN = 15  # beyond, only those with the best
 @click.argument("inputs", nargs=-1, required=True, metavar="F.npz...")
 @click.option("--metric", help="accuracy, mAP or bits.  [default: accuracy where every clip has one label, else mAP]")
 @click.option("--draws", type=click.IntRange(min=100), help="Bootstrap draws.  [default: 10,000]")
+@click.option("--chance", is_flag=True, help="One more row: a model that does not look at the clips.")
+@click.option("--table", "form", help="Print one table without the pairs, for a paper: text or markdown.")
 @SEED
-def compare_command(inputs: tuple[str, ...], metric: str | None, draws: int | None, seed: int, as_json: bool) -> None:
+def compare_command(
+    inputs: tuple[str, ...], metric: str | None, draws: int | None, chance: bool, form: str | None, seed: int,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Compare layers, heads, caches and models by held-out predictions: differences with intervals, exact tests.
 
     Files are those of --predictions of `probe`, `train-head` and `evaluate`. F.npz:NAME takes one layer or head of a
@@ -31,15 +37,52 @@ def compare_command(inputs: tuple[str, ...], metric: str | None, draws: int | No
         whisper-at-cli train-head esc10.zarr --head wa-mlp --predictions wa-mlp.npz
         whisper-at-cli compare probe.npz:layer-4 wa-mlp.npz
         whisper-at-cli compare probe.npz --json
+        whisper-at-cli compare probe.npz wa-mlp.npz --chance --table markdown
     """
     from whisper_at_cli.extract.evaluation.compare import compare, read_inputs
 
-    found = compare(read_inputs(inputs), metric=metric, draws=draws, seed=seed)
+    if form not in (None, "text", "markdown"):
+        raise UsageError(f"--table {form} is not known; choose text or markdown")
+    found = compare(read_inputs(inputs), metric=metric, draws=draws, seed=seed, chance=chance)
     print_notes(found.warnings)
     if as_json:
         print_json(found)
+    elif form == "markdown":
+        click.echo(markdown(found))
+    elif form:
+        print_table(paper_rows(found), paper_header(found))
     else:
         print_comparison(found)
+
+
+def paper_header(found: Comparison) -> tuple[str, ...]:
+    return "model", f"{found.metric} (%)", "95 % interval", "p against the best"
+
+
+def paper_rows(found: Comparison) -> list[tuple[str, str, str, str]]:
+    """A row for each system, in percent; p is adjusted for all pairs."""
+    return [
+        (each["name"], percent(each["value"]), interval(each["ci95"], percent),
+         p_best(found, each))
+        for each in found.systems
+    ]  # fmt: skip
+
+
+def p_best(found: Comparison, system: dict) -> str:
+    return "best" if system is _best(found) else p_value(system["p_best"])
+
+
+def _best(found: Comparison) -> dict:
+    return max(found.systems, key=lambda each: -1.0 if each["value"] is None else each["value"])
+
+
+def markdown(found: Comparison) -> str:
+    rows = [paper_header(found), ("---",) * 4, *paper_rows(found)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def percent(value: float | None) -> str:
+    return "undefined" if value is None else f"{100 * value:.1f}"
 
 
 def print_comparison(found: Comparison) -> None:
@@ -52,7 +95,7 @@ def print_comparison(found: Comparison) -> None:
     )
     pairs = found.pairs
     if len(pairs) > PAIRS_SHOWN:
-        best = max(found.systems, key=lambda each: -1.0 if each["value"] is None else each["value"])["name"]
+        best = _best(found)["name"]
         pairs = [pair for pair in pairs if best in (pair["a"], pair["b"])]
     tests = dict.fromkeys(pair["test"] for pair in pairs)
     print_table(

@@ -29,7 +29,7 @@ class Comparison:
     """Systems side by side. Differences are the first's value minus the second's."""
 
     metric: str  # accuracy or mAP
-    systems: list[dict]  # name, value, ci95, band95, seeds, std_over_seeds, differs_from_best
+    systems: list[dict]  # name, value, ci95, band95, seeds, differs_from_best, p_best (adjusted for all pairs)
     pairs: list[dict]  # a, b, difference, ci95, p, test, p_bootstrap, p_adjusted, only_a, only_b
     clips: int
     recordings: int
@@ -40,14 +40,18 @@ class Comparison:
 
 
 def compare(
-    several: Sequence[tuple[str, Predictions]], *, metric: str | None = None, draws: int | None = None, seed: int = 0
-) -> Comparison:
+    several: Sequence[tuple[str, Predictions]], *, metric: str | None = None, draws: int | None = None, seed: int = 0,
+    chance: bool = False,
+) -> Comparison:  # fmt: skip
     """Compare every system of several predictions, each under a name that is put before its own ("" for none).
 
-    Only clips that all have, by id, are compared. Raises UsageError where classes or labels differ, or fewer than two
+    Only clips that all have, by id, are compared. With `chance` a model that does not look at the clips is one more.
+    Raises UsageError where classes or labels differ, or fewer than two
     systems are given.
     """
     matched, warnings = _matched([predictions for _, predictions in several])
+    if chance:
+        several, matched = [*several, ("", matched[0].of_chance())], [*matched, matched[0].of_chance()]
     found = bootstrap_together(matched, metric=metric, draws=draws, seed=seed)
     apart = [each.only(system) for each in matched for system in each.systems]
     if len(apart) < 2:
@@ -104,7 +108,7 @@ def _systems(found: Bootstrap, names: list[str], apart: list[Predictions]) -> li
         {
             "name": name, "value": number(found.estimate[at]), "ci95": bounds(judged.ci[at]),
             "band95": bounds(judged.band[at]), "seeds": len(apart[at].names),
-            "differs_from_best": bool(judged.differs[at]),
+            "differs_from_best": bool(judged.differs[at]), "p_best": number(judged.p[at]),
         }
         for at, name in enumerate(names)
     ]  # fmt: skip

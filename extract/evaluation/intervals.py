@@ -134,8 +134,11 @@ def _t(found: Bootstrap, pair: tuple[int, int]) -> tuple[np.ndarray, float]:
     in the larger standard errors that new recordings would have."""
     a, b = pair
     draws, estimate = found.draws[:, a] - found.draws[:, b], found.estimate[a] - found.estimate[b]
-    deviation = np.nan_to_num(np.abs(draws - estimate))
-    error = np.nanstd(draws)
+    deviation = np.abs(draws - estimate)
+    if np.isnan(deviation).any():
+        error, deviation = np.nanstd(draws), np.nan_to_num(deviation)
+    else:
+        error = np.std(draws)
     if np.isnan(estimate) or found.recordings < 2:
         return np.zeros(len(draws)), np.nan
     if error <= 1e-12:

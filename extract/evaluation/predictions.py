@@ -103,6 +103,15 @@ class Predictions:
         at = [self.class_names.index(name) for name in names]
         return replace(self, class_names=names, labels=self.labels[:, at], scores=self.scores[:, :, at])
 
+    def of_chance(self) -> Predictions:
+        """The same clips scored by models that do not look at them: the share of each class among the clips of the
+        other folds (of all clips, where there is one fold)."""
+        scores = np.empty((1, *self.labels.shape), dtype=np.float32)
+        for number in np.unique(self.folds):
+            here = self.folds == number
+            scores[0, here] = self.labels[~here if not here.all() else here].mean(axis=0)
+        return replace(self, names=("chance",), seeds=np.zeros(1, dtype=int), scores=scores, source="chance")
+
     def save(self, path: str | Path) -> None:
         """Write an .npz file, whole or not at all. Raises UsageError for another suffix or a place that refuses it."""
         path = checked_path(path)

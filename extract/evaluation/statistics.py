@@ -8,7 +8,9 @@ K runs (a head's seeds count one by one), M systems (seeds averaged), N clips, G
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +22,7 @@ from whisper_at_cli.extract.evaluation.predictions import Predictions
 
 WORST_BITS = -40.0  # log2 of a probability
 FEW_POSITIVES = 40  # a class and fold: up to here a dense product is faster (measured with 50 classes of 400 clips)
+SPARSE_SHARE = 0.1  # of the clips of a fold: a positive with fewer above it is quicker in a sparse product
 
 
 class Statistic(Protocol):
@@ -97,6 +100,9 @@ class ClassAP:
 
     Clips with the same score pass together. A drawn clip counts as often as it was drawn, as a positive and among the
     clips that are ranked above others.
+
+    What is computed is how much precision is lost. A positive with nothing but positives above loses none under any
+    draw, so that the better a model, the fewer of its positives are looked at.
     """
 
     def __init__(self, predictions: Predictions, recording_N: np.ndarray, recordings: int):
@@ -104,39 +110,67 @@ class ClassAP:
         self.classes = len(predictions.class_names)
         folds = [np.flatnonzero(predictions.folds == number) for number in np.unique(predictions.folds)]
         self.folds = [rows for rows in folds if predictions.labels[rows].any()]  # others rank nothing
-        self.rankings = [
-            [_ranking(predictions.labels[rows], scores[rows]) for rows in self.folds] for scores in predictions.scores
-        ]
+        with _pool(len(predictions.scores)) as pool:
+            self.rankings = list(pool.map(self._rankings, predictions.scores))
+        of_class, clip = np.nonzero(predictions.labels.T)
+        self.positives_CG = _counts(of_class, recording_N[clip], (self.classes, recordings))
+
+    def _rankings(self, scores_NC: np.ndarray) -> list[_Ranking]:
+        return [_ranking(self.predictions.labels[rows], scores_NC[rows]) for rows in self.folds]
 
     def class_values(self, weights_bG: np.ndarray) -> np.ndarray:
         """(b, M, C); NaN for a class of which no positive was drawn."""
-        weights_Gb = np.ascontiguousarray(weights_bG.T, dtype=np.float32)
-        weights = [weights_Gb[self.recording_N[rows]] for rows in self.folds]
-        with ThreadPoolExecutor(max(1, min(cores(), len(self.rankings)))) as pool:
-            draws = len(weights_bG)
-            found = np.stack(list(pool.map(lambda rankings: self._class_ap(rankings, weights, draws), self.rankings)))
+        found = 1 - np.stack(list(self._lost(weights_bG, lambda lost_Cb: lost_Cb)))
         return _mean_over_seeds(found, self.predictions).transpose(2, 0, 1)
 
     def values(self, weights_bG: np.ndarray) -> np.ndarray:
         """(b, M): the mean over classes of which a positive was drawn."""
-        return mean_over_classes(self.class_values(weights_bG))
+        found = 1 - np.stack(list(self._lost(weights_bG, lambda lost_Cb: mean_over_classes(lost_Cb.T))))
+        return _mean_over_seeds(found, self.predictions).T
 
-    def _class_ap(self, rankings: list[_Ranking], weights: list[np.ndarray], draws: int) -> np.ndarray:
-        """(C, b) of one run; `weights` are those of the clips (n, b) of each fold, for b draws."""
-        total, positives = np.zeros((2, self.classes, draws))
-        for ranking, weights_nb in zip(rankings, weights, strict=True):
-            of_classes, summed, drawn = ranking.precisions(weights_nb)
-            total[of_classes] += summed
-            positives[of_classes] += drawn
-        with np.errstate(invalid="ignore"):
-            return total / positives
+    def _lost(self, weights_bG: np.ndarray, summary: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+        """`summary` of the precision (C, b) that each run loses, for b draws; NaN where no positive was drawn."""
+        weights_Gb = np.ascontiguousarray(weights_bG.T, dtype=np.float32)
+        drawn = [_Drawn.of(self.predictions.labels[rows], weights_Gb[self.recording_N[rows]]) for rows in self.folds]
+        positives_Cb = (self.positives_CG @ weights_Gb).astype(np.float64)
+        positives_Cb[positives_Cb == 0] = np.nan
+
+        def of_run(rankings: list[_Ranking]) -> np.ndarray:
+            lost_Cb = np.zeros(positives_Cb.shape)
+            for ranking, of_fold in zip(rankings, drawn, strict=True):
+                lost_Cb += ranking.lost(of_fold)
+            return summary(lost_Cb / positives_Cb)
+
+        with _pool(len(self.rankings)) as pool:
+            yield from pool.map(of_run, self.rankings)
+
+
+def _pool(tasks: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, min(cores(), tasks)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """How often the n clips of one fold were drawn, and below them the positives of each class and all clips."""
+
+    weights_mb: np.ndarray  # m = n + C + 1
+    clips: int  # n
+
+    @classmethod
+    def of(cls, labels_nC: np.ndarray, weights_nb: np.ndarray) -> _Drawn:
+        positives_Cb = sparse.csr_matrix(labels_nC.T, dtype=np.float32) @ weights_nb
+        return cls(np.concatenate([weights_nb, positives_Cb, weights_nb.sum(axis=0)[None]]), len(weights_nb))
+
+    @property
+    def weights_nb(self) -> np.ndarray:
+        return self.weights_mb[: self.clips]
 
 
 class _Ranking(Protocol):
-    """The clips of one fold, sorted for each class by one run. n clips, P positives, c classes that have any."""
+    """The clips of one fold, sorted for each class by one run. n clips, U positives that have negatives above them."""
 
-    def precisions(self, weights_nb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Classes (c,), the sum of the precision at each drawn positive (c, b), and how many were drawn (c, b)."""
+    def lost(self, drawn: _Drawn) -> np.ndarray:
+        """(C, b): the sum over drawn positives of 1 - precision."""
         ...
 
 
@@ -146,29 +180,35 @@ def _ranking(labels_nC: np.ndarray, scores_nC: np.ndarray) -> _Ranking:
 
 
 class _FewPositives:
-    """What lies above each positive, of all classes at once, as one dense matrix product."""
+    """What lies above each positive: of all classes at once as one dense product, or sparse where little lies above or
+    below."""
 
     def __init__(self, labels_nC: np.ndarray, scores_nC: np.ndarray):
-        of_class, self.clip_P = np.nonzero(labels_nC.T)
-        self.classes, class_P = np.unique(of_class, return_inverse=True)
-        own_P = scores_nC[self.clip_P, of_class]
-        self.above_Pn = (scores_nC.T[of_class] >= own_P[:, None]).astype(np.float32)
-        places = np.arange(len(of_class))
-        self.class_cP = _counts(class_P, places, (len(self.classes), len(places)))
-        beside = [
-            (first + a, first + b)
-            for first, own in ((here[0], own_P[here]) for here in map(np.flatnonzero, self.class_cP.toarray()))
-            for a, b in [np.nonzero(own[None, :] >= own[:, None])]
-        ]
-        rows, columns = (np.concatenate(side) for side in zip(*beside, strict=True))
-        self.reached_PP = _counts(rows, columns, (len(places), len(places)))
+        (n, C), positive_Cn = labels_nC.shape, labels_nC.T > 0
+        falls_C = np.where(labels_nC > 0, -np.inf, scores_nC).max(axis=0)  # the highest negative
+        of_class, clip = np.nonzero(positive_Cn & (scores_nC <= falls_C).T)
+        above_Un = scores_nC.T[of_class] >= scores_nC[clip, of_class][:, None]
+        count = above_Un.sum(axis=1)
+        order = np.argsort(np.minimum(count, n - count), kind="stable")
+        of_class, self.clip_U, above_Un, count = of_class[order], clip[order], above_Un[order], count[order]
+        little = int((np.minimum(count, n - count) <= n * SPARSE_SHARE).sum())
+        self.much = above_Un[little:].astype(np.float32)
+        some, most = above_Un[:little], count[:little, None] > n / 2
+        self.little = _difference(np.hstack([some & ~most, np.zeros((little, C), bool), most]), ~some & most)
+        of_own_U = np.arange(C) == of_class[:, None]
+        self.reached = _difference(
+            np.hstack([np.zeros_like(above_Un), of_own_U, np.zeros((len(order), 1), bool)]),
+            positive_Cn[of_class] & ~above_Un,
+        )
+        self.class_CU = sparse.csr_matrix(of_own_U.T, dtype=np.float32)
 
-    def precisions(self, weights_nb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        drawn_Pb = weights_nb[self.clip_P]
-        precision = self.reached_PP @ drawn_Pb
-        precision /= np.maximum(self.above_Pn @ weights_nb, 1)  # 0 only where the positive itself was not drawn
-        precision *= drawn_Pb
-        return self.classes, self.class_cP @ precision, self.class_cP @ drawn_Pb
+    def lost(self, drawn: _Drawn) -> np.ndarray:
+        lost_Ub = self.reached @ drawn.weights_mb
+        above_Ub = np.concatenate([self.little @ drawn.weights_mb, self.much @ drawn.weights_nb])
+        lost_Ub /= np.maximum(above_Ub, 1, out=above_Ub)  # 0 only where the positive itself was not drawn
+        np.subtract(1, lost_Ub, out=lost_Ub)
+        lost_Ub *= drawn.weights_nb[self.clip_U]
+        return self.class_CU @ lost_Ub
 
 
 class _ManyPositives:
@@ -178,18 +218,17 @@ class _ManyPositives:
     """
 
     def __init__(self, labels_nC: np.ndarray, scores_nC: np.ndarray):
-        n = len(labels_nC)
-        self.classes = np.flatnonzero(labels_nC.any(axis=0))
-        self.blocks: list[tuple[int, int]] = []  # first place, last place + 1
+        n, self.classes = labels_nC.shape
+        self.blocks: list[tuple[int, int, int]] = []  # class, first place, last place + 1
         clips, hits, places = [], [], 0
-        for c in self.classes:
+        for c in np.flatnonzero(labels_nC.any(axis=0)).tolist():
             order = np.argsort(-scores_nC[:, c], kind="stable")
             falling, positive = -scores_nC[order, c], np.flatnonzero(labels_nC[order, c])
             ends, place = np.unique(np.searchsorted(falling, falling[positive], side="right"), return_inverse=True)
             at = np.searchsorted(ends, np.arange(ends[-1]), side="right")
             clips.append((places + at, order[: ends[-1]]))
             hits.append((places + place, order[positive]))
-            self.blocks.append((places, places + len(ends)))
+            self.blocks.append((c, places, places + len(ends)))
             places += len(ends)
         self.clips_Un, self.hits_Un = (
             _counts(
@@ -198,16 +237,15 @@ class _ManyPositives:
             for pairs in (clips, hits)
         )
 
-    def precisions(self, weights_nb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        clips_Ub, hits_Ub = self.clips_Un @ weights_nb, self.hits_Un @ weights_nb
-        summed, drawn = np.empty((2, len(self.blocks), weights_nb.shape[1]))
-        for at, (first, last) in enumerate(self.blocks):
+    def lost(self, drawn: _Drawn) -> np.ndarray:
+        clips_Ub, hits_Ub = self.clips_Un @ drawn.weights_nb, self.hits_Un @ drawn.weights_nb
+        lost_Cb = np.zeros((self.classes, clips_Ub.shape[1]))
+        for c, first, last in self.blocks:
             here = hits_Ub[first:last]
             reached, above = here.cumsum(axis=0), clips_Ub[first:last].cumsum(axis=0)
-            drawn[at] = reached[-1]
             np.divide(reached, np.maximum(above, 1), out=reached)
-            summed[at] = np.einsum("ub,ub->b", reached, here)
-        return self.classes, summed, drawn
+            lost_Cb[c] = np.einsum("ub,ub->b", 1 - reached, here)
+        return lost_Cb
 
 
 def right(predictions: Predictions) -> np.ndarray:
@@ -239,6 +277,13 @@ def mean_over_classes(values: np.ndarray) -> np.ndarray:
     defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(defined, values, 0).sum(axis=-1) / defined.sum(axis=-1)
+
+
+def _difference(more_Um: np.ndarray, less_Un: np.ndarray) -> sparse.csr_matrix:
+    """(U, m): 1 where `more`, -1 where `less`, which has the first n columns."""
+    found = more_Um.astype(np.float32)
+    found[:, : less_Un.shape[1]] -= less_Un
+    return sparse.csr_matrix(found)
 
 
 def _counts(row: np.ndarray, column: np.ndarray, shape: tuple[int, int]) -> sparse.csr_matrix:

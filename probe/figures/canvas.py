@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".pdf", ".svg")
 COLUMN_INCHES = 3.15  # 80 mm, a column of Interspeech's template
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#7F7F7F",
+)  # Okabe and Ito's, and grey
 MARKERS = "os^Dv<>PX"  # nine, so that they repeat with other colours and lines
 MARKS = 8  # on one curve, at most: more hide its dashes
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
@@ -47,7 +56,7 @@ def marks(points: int, number: int) -> tuple[int, int]:
 
 
 def look(number: int) -> dict:
-    """Colour, marker and line of the n-th curve, counted from 0. No two of the first 63 share colour and marker."""
+    """Colour, marker and line of the n-th curve, counted from 0. No two of the first 72 share colour and marker."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[number % len(MARKERS)],

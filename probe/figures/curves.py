@@ -156,6 +156,44 @@ def _draw_layer_curve(axes: Axes, curve: dict, look: dict, number: int) -> None:
     axes.plot(layers, value, markersize=3, linewidth=1.2, label=curve["name"], markevery=every, **look)
 
 
+def draw_shots(results: Sequence[tuple[str, object]], path: str | Path) -> dict:
+    """Accuracy against the number of training clips of each class, a curve for each layer (or, of several results, each
+    result and layer), with 95 % intervals over recordings. Returns the numbers, which lie beside `path` too."""
+    path = canvas.checked_path(path)
+    curves: list[dict[str, Any]] = []
+    for name, result in results:
+        rows = as_result(name, result).content["shots"]
+        for at, layer in enumerate(rows[0]["layers"]):
+            points = [row["layers"][at] for row in rows]
+            curves.append(
+                {
+                    "name": f"layer {layer['layer']}" if len(results) == 1 else f"{name}, layer {layer['layer']}",
+                    "shots": [row["shots"] for row in rows],
+                    "accuracy": [point["accuracy"] for point in points],
+                    "std_over_draws": [point["std_over_draws"] for point in points],
+                    "ci95": [point["ci95"] for point in points],
+                }
+            )
+    figure = canvas.new_figure(0.7 + canvas.legend_height([curve["name"] for curve in curves]))
+    axes = figure.add_subplot()
+    for number, curve in enumerate(curves):
+        look = canvas.look(number)
+        middle = [100 * value for value in curve["accuracy"]]
+        shift = 1 + 0.02 * (number - (len(curves) - 1) / 2)  # so that whiskers do not cover each other
+        x = [shots * shift for shots in curve["shots"]]
+        axes.plot(x, middle, markersize=3, linewidth=1.2, label=curve["name"], **look)
+        for at, ends in zip(x, curve["ci95"], strict=True):
+            if ends:
+                axes.vlines(at, 100 * ends[0], 100 * ends[1], color=look["color"], linewidth=0.6)
+    axes.set_xscale("log", base=2)
+    canvas.tidy_axes(axes, "Training clips of each class", "Accuracy (%)")
+    ticks = curves[0]["shots"]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_title("bars: 95 % intervals over recordings", fontsize=canvas.TICKS, loc="right")
+    canvas.legend_above(figure, [axes])
+    return canvas.save(figure, {"figure": "shots", "curves": curves}, path)
+
+
 def layer_ticks(last: int) -> list[int]:
     """Layer 1 and then round layer numbers, at most nine in all."""
     if last <= 8:

@@ -33,6 +33,8 @@ def label_points(
 
     Fixes the figure's layout: draw everything else first.
     """
+    from matplotlib.patheffects import withStroke
+
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
@@ -62,6 +64,7 @@ def label_points(
             },
         )  # fmt: skip
         annotation.set_in_layout(False)
+        annotation.set_path_effects([withStroke(linewidth=1.5, foreground="white")])  # bars pass behind it
     boxes = np.hstack([chosen, chosen + sizes])
     overlap = _shared_area(boxes[:, None], boxes[None]) > 1e-6
     return int(np.triu(overlap, 1).sum())

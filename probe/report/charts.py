@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from whisper_at_cli.extract.html import escape
 
 WIDTH, HEIGHT = 460, 290
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 40
 SERIES = 7  # colours before they repeat
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
+HATCH = (
+    '<defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<line class="hatch" x1="0" y1="0" x2="0" y2="5"/></pattern></defs>'
+)
 LABEL_HEIGHT, LABEL_CHARACTER = 11, 5.6
 
 
@@ -120,14 +124,14 @@ def bar_chart(
     counts: dict[int, int], *, x_label: str, y_label: str, about: str, tied: dict[int, int] | None = None,
     intervals: dict[int, tuple[float, float]] | None = None,
 ) -> str:  # fmt: skip
-    """A bar for each whole number from the first to the last. The part that is `tied` stands on top, as an outline;
-    `intervals` are whiskers."""
+    """A bar for each whole number from the first to the last. The part that is `tied` stands on top, hatched as in
+    Figure 3; `intervals` are whiskers."""
     first, last = min(counts), max(counts)
     most = max([*counts.values(), *(high for _, high in (intervals or {}).values())])
     y_ticks = [tick for tick in nice_ticks(0, most) if tick == int(tick)]
     top = max(most * 1.08, y_ticks[-1])
     frame = Frame((first - 0.6, last + 0.6), (0, top), whole_ticks(first, last), y_ticks, x_label, y_label)
-    parts = []
+    parts = [HATCH] if any((tied or {}).values()) else []
     for number, count in counts.items():
         shared = (tied or {}).get(number, 0)
         said = f"{count} at {number}" + (f", {shared} of them as good in a higher layer" if shared else "")
@@ -156,10 +160,21 @@ def _bar(frame: Frame, number: int, low: float, high: float, kind: str, said: st
     )
 
 
-def scatter_chart(points: dict[str, tuple[float, float]], *, x_label: str, y_label: str, about: str) -> str:
-    """A dot per name, as many names beside their dots as find room, and the line of least squares over all."""
+def scatter_chart(
+    points: dict[str, tuple[float, float]], *, x_label: str, y_label: str, about: str,
+    bars: dict[str, tuple[Sequence[float] | None, Sequence[float] | None]] | None = None,
+) -> str:  # fmt: skip
+    """A dot per name, as many names beside their dots as find room, and the line of least squares over all. `bars` are
+    intervals across and up, where there are any."""
     xs, ys = [x for x, _ in points.values()], [y for _, y in points.values()]
-    x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), nice_ticks(min(ys), max(ys))
+    bars = bars or {}
+    x_ticks, y_ticks = (
+        nice_ticks(min(ends), max(ends))
+        for ends in (
+            [*values, *(end for pair in bars.values() for end in pair[side] or ())]
+            for side, values in enumerate((xs, ys))
+        )
+    )
     frame = Frame((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), x_ticks, y_ticks, x_label, y_label)
     parts = [frame.draw()]
     fitted = fit_line(xs, ys)
@@ -167,6 +182,7 @@ def scatter_chart(points: dict[str, tuple[float, float]], *, x_label: str, y_lab
         slope, offset, _ = fitted
         line = [_clipped(frame, x, slope, offset) for x in (min(xs), max(xs))]
         parts.append(f'<polyline class="line s7" stroke-dasharray="6 3" points="{_points(line)}"/>')
+    parts += [_cross(frame, points[name], *ends) for name, ends in bars.items()]
     placed = [(x - 4, y - 4, x + 4, y + 4) for x, y in (frame.at(*point) for point in points.values())]
     for name, point in points.items():
         x, y = frame.at(*point)
@@ -174,6 +190,16 @@ def scatter_chart(points: dict[str, tuple[float, float]], *, x_label: str, y_lab
         parts.append(f'<circle class="dot s1" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{escape(said)}</title></circle>')
         parts.append(_beside(x, y, name, placed))
     return _svg("".join(parts), about)
+
+
+def _cross(frame: Frame, point: tuple[float, float], across: Sequence[float] | None, up: Sequence[float] | None) -> str:
+    """The intervals of a dot."""
+    lines = [((end, point[1]) for end in across or ()), ((point[0], end) for end in up or ())]
+    return "".join(
+        f'<polyline class="cross" points="{_points([frame.at(*end) for end in ends])}"/>'
+        for ends in map(list, lines)
+        if ends
+    )
 
 
 def _beside(x: float, y: float, name: str, placed: list[tuple[float, float, float, float]]) -> str:

@@ -33,13 +33,19 @@ JSON_FILE = click.Path(path_type=Path, dir_okay=False)
     "--head", "heads", multiple=True, type=JSON_FILE,
     help="A result of `train-head --json` or `evaluate --json`; repeatable.",
 )  # fmt: skip
+@click.option(
+    "--predictions",
+    multiple=True,
+    metavar="F.npz",
+    help="Held-out predictions (of probe, train-head or evaluate) for one table of all, with chance; repeatable.",
+)
 @click.option("--title", help="The page's heading.  [default: Probe report]")
 @SEED
 @DEVICE
 @click.pass_context
 def report_command(
     ctx: click.Context, sources: tuple[str, ...], out: Path, robustness: tuple[Path, ...], heads: tuple[Path, ...],
-    title: str | None, seed: int, device: str, as_json: bool,
+    predictions: tuple[str, ...], title: str | None, seed: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Write one self-contained HTML page about the layers of each CACHE: charts, classes, confusion, provenance.
 
@@ -52,18 +58,24 @@ def report_command(
         whisper-at-cli report tiny.zarr base.json --robustness tiny.en.json --head tagger.json --out report.html
     """
     from whisper_at_cli.extract.cache.store import LocalStore
+    from whisper_at_cli.extract.evaluation.compare import compare, read_inputs
     from whisper_at_cli.probe.report.page import render_report, report_numbers
 
-    if not (sources or robustness or heads):
-        raise UsageError("nothing to report on; give a CACHE, a result of `probe --json`, --robustness or --head")
+    if not (sources or robustness or heads or predictions):
+        raise UsageError(
+            "nothing to report on; give a CACHE, a result of `probe --json`, --robustness, --head or --predictions"
+        )
     noisy = [_read(path, "robustness --json", _is_robustness) for path in robustness]
     trained = [_read(path, "train-head --json` or `evaluate --json", _is_head) for path in heads]
     probes = [_probe(source, seed=seed, device=device, quiet=ctx.obj["quiet"]) for source in sources]
-    page = render_report(probes, noisy, trained, title=title or "").encode()
+    compared = compare(read_inputs(predictions), seed=seed, chance=True) if predictions else None
+    page = render_report(probes, noisy, trained, compared=compared, title=title or "").encode()
     LocalStore(out.parent).write_whole(out.name, [page])
+    print_notes(compared.warnings if compared else [])
     for probe in probes:
         print_notes(probe.result.get("warnings") or [])
     numbers = {"report": str(out), "bytes": len(page)} | report_numbers(probes, noisy, trained)
+    numbers["compared"] = compared.systems if compared else []
     if as_json:
         print_json(numbers)
         return

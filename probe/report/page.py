@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from whisper_at_cli import __version__
+from whisper_at_cli.extract.evaluation.compare import Comparison
 from whisper_at_cli.extract.html import document, escape, fill, template
 from whisper_at_cli.probe.report import sections
 from whisper_at_cli.probe.report.charts import fit_line
@@ -29,12 +30,14 @@ HERE = "whisper_at_cli.probe.report"
 
 
 def render_report(
-    probes: Sequence[Source], robustness: Sequence[Source] = (), heads: Sequence[Source] = (), *, title: str = ""
-) -> str:
+    probes: Sequence[Source], robustness: Sequence[Source] = (), heads: Sequence[Source] = (), *,
+    compared: Comparison | None = None, title: str = "",
+) -> str:  # fmt: skip
     """The page as text. Sections without results are left out."""
     named = name_probes(probes)
     content = [
         sections.glance(named, robustness, heads),
+        sections.compared(compared) if compared else "",
         sections.layers(named),
         sections.noise(named, robustness),
         *(sections.classes(probe, robustness) for probe in named),

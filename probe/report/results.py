@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from whisper_at_cli.probe.figures.inputs import increase_intervals
+
 NOISY_SNR, QUIET_SNR = -10.0, 20.0  # between which the paper's Figure 2 takes the increase of the WER
 METRICS = {"accuracy": ("Accuracy", "class_f1", "F1"), "mAP": ("mAP", "class_ap", "AP")}
 
@@ -141,6 +143,17 @@ def scored_in_noise(probe: Probe, noisy: Source) -> dict[str, tuple[float, float
     """By class, its score in the last layer and its WER increase, in percent; classes that have both."""
     increase, scores = wer_increase(noisy), probe.last_scores
     return {name: (100 * score, 100 * increase[name]) for name, score in scores.items() if name in increase}
+
+
+def intervals_in_noise(probe: Probe, noisy: Source) -> dict[str, tuple[list[float] | None, list[float] | None]]:
+    """By class of `scored_in_noise`, the 95 % intervals of both, in percent; None where the results do not say."""
+    scores = probe.rows[-1].get("class_ci95") or {}
+    increase = increase_intervals(noisy.result["results"], *increase_between(noisy), "whisper")
+    return {name: (_percent(scores.get(name)), _percent(increase.get(name))) for name in scored_in_noise(probe, noisy)}
+
+
+def _percent(ends: Sequence[float] | None) -> list[float] | None:
+    return [100 * end for end in ends] if ends else None
 
 
 def probes_in_noise(probes: Sequence[Probe], robustness: Sequence[Source]) -> list[tuple[Probe, Source]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from whisper_at_cli.extract.evaluation.commands import p_best
+from whisper_at_cli.extract.evaluation.compare import Comparison
 from whisper_at_cli.extract.html import escape
 from whisper_at_cli.probe.report.charts import Curve, bar_chart, fit_line, line_chart, scatter_chart, whole_ticks
 from whisper_at_cli.probe.report.results import (
@@ -15,6 +17,7 @@ from whisper_at_cli.probe.report.results import (
     head_name,
     head_value,
     increase_between,
+    intervals_in_noise,
     model_name,
     noise_of,
     probes_in_noise,
@@ -28,12 +31,12 @@ LAYERS_INTRO = (
     "Layer 1 is the first encoder block. The band holds the true values of all layers at once with 95 % confidence "
     "(bootstrap over recordings; of results without intervals it is one standard deviation over folds). Bars count for "
     "how many classes each layer is the best by class-wise score, with 95 % intervals; of layers that tie, the lowest "
-    "counts, as an outline."
+    "counts, hatched."
 )
 NOISE_INTRO = (
-    "Thin dotted lines are clean speech. WER can exceed 100 %, because insertions count as errors. Where "
-    "the same model was probed, a dot per class shows whether the sounds it knows better disturb it less; the line is "
-    "a least-squares fit over all classes."
+    "Thin dotted lines are clean speech. WER exceeds 100 % where errors outnumber the reference's words. Where "
+    "the same model was probed, a dot per class shows whether the sounds it knows better disturb it less, with 95 % "
+    "intervals of both where the results have them; the line is a least-squares fit over all classes."
 )
 SCORINGS = {"wer": "after Whisper's normalisation of text", "wer_paper": "as the paper scores it"}
 
@@ -92,6 +95,20 @@ def _with_interval(value: float | None, ci95: Sequence[float] | None, std: float
     if value is not None and ci95:
         return f"{percent(value)} ({percent(ci95[0])}–{percent(ci95[1])})"
     return percent(value) + (f" ± {percent(std)}" if value is not None and std else "")
+
+
+def compared(found: Comparison) -> str:
+    """Every system of the predictions that were given, one a row."""
+    rows = [
+        (each["name"], _with_interval(each["value"], each["ci95"], None), p_best(found, each), each["seeds"])
+        for each in found.systems
+    ]
+    return section(
+        "All models",
+        table(("Model", f"{METRICS[found.metric][0]} (%)", "p against the best", "Seeds"), rows),
+        f"On the same {found.clips} held-out clips of {found.recordings} recordings. In brackets: 95 % intervals by "
+        "bootstrap over recordings. p is adjusted for all pairs (max-t). Chance does not look at the clips.",
+    )
 
 
 def layers(probes: Sequence[Probe]) -> str:
@@ -197,6 +214,7 @@ def _scatter(probe: Probe, noisy: Source) -> str:
         x_label=f"{probe.measure} of the class in layer {probe.layers[-1]} (%)",
         y_label=f"WER at {low:g} dB minus at {high:g} dB (%)".replace("-", "−"),
         about=f"increase of the word error rate against class-wise {probe.measure}, a dot per class",
+        bars={name.replace("_", " "): ends for name, ends in intervals_in_noise(probe, noisy).items()},
     )  # fmt: skip
     fitted = fit_line(*zip(*points.values(), strict=True))
     correlated = f", Pearson's r {fitted[2]:.2f}".replace("-", "−") if fitted else ""
@@ -246,7 +264,7 @@ def provenance(probes: Sequence[Probe], robustness: Sequence[Source], heads: Seq
     for probe in probes:
         left_out = (
             "layers", "best_layer_per_class", "best_layer_per_class_ties", "best_layer_per_class_kept",
-            "best_layer_counts", "warnings",
+            "best_layer_counts", "warnings", "shots", "mdl", "nested",
         )  # fmt: skip
         known = _known(probe.source, left_out)
         if cache := probe.source.cache:

@@ -31,7 +31,7 @@ def _cell(value: str | int | float | None) -> str:
         return f'<td class="number">{value:.4g}</td>'
     if isinstance(value, int):
         return f'<td class="number">{value:,}</td>'
-    number = ' class="number"' if value[:1].isdigit() or value == "–" else ""
+    number = ' class="number"' if value[:1].isdigit() or value[:1] in "–<" else ""
     return f"<td{number}>{escape(value)}</td>"
 
 

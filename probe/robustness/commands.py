@@ -47,7 +47,10 @@ SKIPS_SHOWN = 20
     help="exact: each mixture has its SNR, unclipped; paper: level of the whole clip, 16-bit clipping for Whisper.",
 )  # fmt: skip
 @click.option("--language", default="en", show_default=True, help="Of the speech; for multilingual models.")
-@click.option("--fallback", is_flag=True, help="Whisper's rising temperatures for doubtful windows, as in the paper.")
+@click.option(
+    "--greedy", is_flag=True,
+    help="Decode Whisper at temperature 0 only.  [default: with temperature fallback, as in the paper]",
+)  # fmt: skip
 @click.option("--batch-size", default="auto", show_default=True, help="Utterances decoded together.")
 @DEVICE
 @click.pass_context

@@ -103,7 +103,7 @@ class RobustnessReport:
 def measure_robustness(
     speech: str | Path, noise: str | Path, *, model: str | Path | Recogniser, snrs: Iterable[float] = PAPER_SNRS,
     out: str | Path | None = None, utterances: int = PAPER_UTTERANCES, clips_per_class: int | None = None,
-    mixing: str = "exact", language: str = "en", fallback: bool = False, batch_size: int | None = None,
+    mixing: str = "exact", language: str = "en", greedy: bool = False, batch_size: int | None = None,
     device: str = "auto", format: str = "auto", progress: Progress | None = None,
 ) -> RobustnessReport:  # fmt: skip
     """Mix, transcribe, score; continues what is in `out` already (default: robustness/MODEL).
@@ -117,7 +117,7 @@ def measure_robustness(
     notes += noises.notes
     jobs = plan(spoken, noises, snrs, clips_per_class or min(len(spoken), PAPER_UTTERANCES))
     if isinstance(model, str | Path):
-        model = load_recogniser(model, device=device, language=language, fallback=fallback)
+        model = load_recogniser(model, device=device, language=language, greedy=greedy)
     fixed = _fixed_settings(model, mixing, found, noises)
     out = Path(out) if out is not None else Path("robustness") / model.name.replace("/", "--")
     size = batch_size or model.batch_size

@@ -6,6 +6,7 @@ import copy
 import json
 import threading
 import zlib
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -49,30 +50,30 @@ class Recogniser(Protocol):
 
 
 class WhisperRecogniser:
-    """Whisper, greedy, with timestamps: the text that `whisper.transcribe` gives, many utterances at once.
+    """Whisper with timestamps: the text that `whisper.transcribe` gives, many utterances at once.
 
-    Without `fallback` that is `transcribe(temperature=0)`. With it, what Whisper itself finds too repetitive or too
-    improbable is decoded again at rising temperatures, as by default there and in the paper. Utterances over 30 s, and
-    the few that Whisper would go on with in a second window, go through `transcribe` itself.
+    As by default there and in the paper, a window whose text is too repetitive or too improbable is decoded again at
+    rising temperatures. With `greedy` it is not: `transcribe(temperature=0)`. Windows that fall back, utterances over
+    30 s, and the few that Whisper would go on with in a second window, go through `transcribe` itself.
     """
 
     reads_int16 = True
 
     def __init__(
         self, model: Whisper, *, name: str, weights_sha256: str, decoder_sha256: str = "", language: str = "en",
-        fallback: bool = False,
+        greedy: bool = False,
     ):  # fmt: skip
         check_language(language, multilingual=model.is_multilingual, name=name)
         self.model, self.name, self.weights_sha256 = model, name, weights_sha256
-        self.language, self.fallback, self.device = language, fallback, model.device
+        self.language, self.greedy, self.device = language, greedy, model.device
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        decoding = "greedy, temperature fallback" if fallback else "greedy"
+        decoding = "greedy" if greedy else "greedy, temperature fallback"
         self.settings = {"decoding": decoding, "language": language, "decoder_sha256": decoder_sha256}
         self.encoder = _fast_encoder(model) if self.device.type == "cpu" else None
         self.batch_size = self._fitting_batch_size()
-        # what is drawn at a temperature comes from one generator: side by side, two utterances would share it
-        self.streams = 1 if fallback else default_streams(self.device)
+        self.streams = default_streams(self.device)
         self._local = threading.local()
+        self._generator = threading.Lock()  # torch has one for all threads: each utterance that is drawn has it alone
 
     def transcribe(self, waveforms: list[np.ndarray]) -> list[str]:
         texts: list[str | None] = [None] * len(waveforms)
@@ -107,7 +108,7 @@ class WhisperRecogniser:
         """The text that `transcribe` makes of a first window; None where it would decode more."""
         probable = result.avg_logprob > -1.0
         silent = result.no_speech_prob > 0.6 and not probable
-        if self.fallback and not silent and (result.compression_ratio > 2.4 or result.avg_logprob < -1.0):
+        if not (self.greedy or silent) and (result.compression_ratio > 2.4 or result.avg_logprob < -1.0):
             return None
         if silent:
             return ""
@@ -117,9 +118,10 @@ class WhisperRecogniser:
         return None if goes_on else result.text
 
     def _transcribe_alone(self, samples: np.ndarray) -> str:
-        torch.manual_seed(zlib.crc32(samples.tobytes()))  # the same draws whenever this utterance comes
-        temperatures = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0) if self.fallback else 0.0
-        result = self._own_model().transcribe(samples, language=self.language, temperature=temperatures, fp16=False)
+        temperatures = 0.0 if self.greedy else (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+        with nullcontext() if self.greedy else self._generator:
+            torch.manual_seed(zlib.crc32(samples.tobytes()))  # the same draws whenever this utterance comes
+            result = self._own_model().transcribe(samples, language=self.language, temperature=temperatures, fp16=False)
         return result["text"].strip()
 
     def _timestamp_begin(self) -> int:
@@ -177,7 +179,7 @@ def _encode(encoder: WhisperEncoder, ln_post: nn.Module, mel_BMF: Tensor) -> Ten
 
 
 def load_recogniser(
-    model: str | Path, *, device: str = "auto", language: str = "en", fallback: bool = False
+    model: str | Path, *, device: str = "auto", language: str = "en", greedy: bool = False
 ) -> Recogniser:
     """A recogniser for whatever `load_whisper` takes, or for a CTC model of `transformers` (folder or hub name).
 
@@ -187,8 +189,8 @@ def load_recogniser(
     if is_transformers(model):
         from whisper_at_cli.probe.robustness.ctc import load_ctc
 
-        if fallback:
-            raise UsageError(f"--fallback is Whisper's; {model} is no Whisper model. Leave it out")
+        if greedy:
+            raise UsageError(f"--greedy is for Whisper models; {model} is a CTC model. Leave it out")
         return load_ctc(model, device=device, language=language)
     from whisper_at_cli.extract.backbones.load import load_whisper
     from whisper_at_cli.extract.backbones.weights import read_weights, state_sha256
@@ -201,7 +203,7 @@ def load_recogniser(
         "decoder_sha256": state_sha256(decoder),
     }
     check_language(language, multilingual=weights.dims["n_vocab"] >= 51865, name=weights.name)
-    return WhisperRecogniser(load_whisper(weights, device=device), **known, language=language, fallback=fallback)
+    return WhisperRecogniser(load_whisper(weights, device=device), **known, language=language, greedy=greedy)
 
 
 def is_transformers(model: str | Path) -> bool:

@@ -3,7 +3,8 @@
 wer         after Whisper's text normaliser: digits, abbreviations, spellings and fillers are evened out
 wer_paper   as in the paper: upper case, punctuation removed, nothing else; Whisper's digits count as errors
 
-Both are corpus-level: errors of all utterances over words of all references. Insertions count, so it may exceed 1.
+Both are corpus-level: errors of all utterances over words of all references. They exceed 1 where there are more errors,
+insertions among them, than words.
 """
 
 from __future__ import annotations
