@@ -79,7 +79,7 @@ PLAN = (
     Step(
         "nested-esc10-tiny.en-cpu",
         f"nested.py --cache {CACHE} --head concat-linear --head concat-linear-stats --head last-mlp --head wa-mlp",
-        "--seeds 1 --epochs 1", 1.0,
+        "--seeds 1 --epochs 1", 0.6,
     ),
     Step("probe-esc10-tiny.en-cpu", f"probe.py --cache {CACHE}", "--one-blas-thread --rounds 1", 0.6),
     Step("probe-large-cpu", "probe.py --large", "--clips 200 --rounds 1", 0.9),
