@@ -63,7 +63,7 @@ PLAN = (
         "extract-large-v1-bfloat16-cpu",
         "extract.py --random-weights large-v1 --precision bfloat16 --clips 24 --baseline-clips 6 --rounds 1", TINY, 2.3,
     ),
-    Step("host-cpu", "host.py", "--clips 128 --decoded 64 --rounds 1 --files wav", 2.0),
+    Step("host-cpu", "host.py", "--clips 128 --decoded 64 --rounds 1 --files wav", 5.5),
     Step("fidelity-tiny.en-esc10", f"fidelity.py --model tiny.en --dataset {ESC10}", "--clips 20 --error-clips 2", 0.8),
     Step("cache-cpu", "cache.py", f"{SMALL_CACHE} --shard-mb 0.05", 0.5),
     Step("cache-chunk-shapes", "chunks.py", f"{SMALL_CACHE} --per-shard 8", 0.5),

@@ -106,7 +106,7 @@ def select_command(
              for value in values for part in (name, value)] + (["--dtype", dtype] if dtype else [])  # fmt: skip
     with progress_on_stderr("select", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = select(
-            cache, out, splits=splits, classes=classes, layers=layer_numbers(layers, "--layers") if layers else None,
+            cache, out, splits=splits, classes=classes, layers=layer_numbers(layers, "--layers"),
             dtype=dtype, skip_pending=skip_pending, command=["select", str(cache), str(out), *given], progress=progress,
         )  # fmt: skip
     _print_derived(report, as_json)

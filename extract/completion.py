@@ -40,6 +40,7 @@ VALUES_OF = {  # of one command's parameter
     ("verify", "sample"): ("100%", "10%", "1%"),
     ("export", "format"): ("npz", "hdf5"),
     ("probe", "layers"): ("all",),
+    ("select", "layers"): ("all",),
     ("probe", "shots"): ("1,2,4,8,16", "8"),
     ("probe", "kind"): ("linear", "knn", "attentive"),
     ("figure", "number"): ("1", "2", "3", "5"),

@@ -44,13 +44,18 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     return register
 
 
-def layer_numbers(given: tuple[str, ...], option: str) -> list[int]:
-    """The layers that an option names, as `4`, `1,2` or `1-4`, in that order. Raises UsageError for anything else."""
+def layer_numbers(given: tuple[str, ...], option: str) -> list[int] | None:
+    """The layers that an option names, as `4`, `1,2` or `1-4`, in that order; None for `all`, or for none given.
+
+    Raises UsageError for anything else.
+    """
+    if not given or "all" in given:
+        return None
     numbers: list[int] = []
     for part in ",".join(given).split(","):
         match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
         if not match:
-            raise UsageError(f"{option} {part} is not a layer: give numbers from 1, as 4 or 1,2 or 1-4")
+            raise UsageError(f"{option} {part} is not a layer: give numbers from 1, as 4 or 1,2 or 1-4, or all")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise UsageError(f"{option} {part} is empty: give the lower layer first, as {last}-{first}")

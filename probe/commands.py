@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.extract.options import ADDRESS, CACHE, DEVICE, PREDICTIONS, SEED, command
+from whisper_at_cli.extract.options import ADDRESS, CACHE, DEVICE, PREDICTIONS, SEED, command, layer_numbers
 from whisper_at_cli.extract.output import interval, print_json, print_notes, print_table, score
 from whisper_at_cli.extract.progress import progress_on_stderr
 
@@ -79,8 +78,8 @@ def probe_command(
     kind = _kind(ctx, kind, faithful)
     with progress_on_stderr("probe", "layers", quiet=ctx.obj["quiet"]) as progress:
         result = probe_layers(
-            opened, layers=_layer_numbers(layers), kind=kind, strength=_strength(strength), neighbours=neighbours,
-            standardise=not unstandardised, shots=_shots(shots), progress=progress,
+            opened, layers=layer_numbers(layers, "--layer") or "all", kind=kind, strength=_strength(strength),
+            neighbours=neighbours, standardise=not unstandardised, shots=_shots(shots), progress=progress,
             test_cache=FeatureCache.open(test_cache) if test_cache else None, **options,
         )  # fmt: skip
     print_notes(result.warnings)
@@ -155,21 +154,6 @@ def _print_mdl(result: ProbeResult) -> None:
             [(row["layer"], f"{row['codelength_bits']:.0f}", f"{row['compression']:.2f}") for row in result.mdl.layers],
             ("layer", f"codelength of {result.mdl.clips} labels (bits)", "compression"),
         )
-
-
-def _layer_numbers(layers: tuple[str, ...]) -> str | list[int]:
-    if "all" in layers:
-        return "all"
-    numbers: list[int] = []
-    for part in ",".join(layers).split(","):
-        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
-        if not match:
-            raise UsageError(f"--layer {part} is not a layer: give numbers from 1, as 4 or 1,2 or 1-4, or all")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise UsageError(f"--layer {part} is empty: give the lower layer first, as {last}-{first}")
-        numbers += range(first, last + 1)
-    return numbers
 
 
 def print_probe(result: ProbeResult) -> None:

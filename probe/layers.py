@@ -102,34 +102,25 @@ def probe_layers(
     inner = inner_divisions(job) if nested else None
     if inner:
         method = LinearProbe(strength, inner)
-    scores: list[LayerAccuracy | LayerPrecision] = []
-    found: list[Prediction] = []
-    for prediction in method.run(job, numbers):
-        found.append(prediction)
-        scores.append(_score(job, prediction))
-        if progress:
-            progress(len(scores), len(numbers), f"layer {prediction.layer}")
+    found = _run(job, method, numbers, progress)
     held_out = held_out_predictions(job, found)
     if predictions:
         held_out.save(predictions)
-    scores, certainty = with_intervals(scores, held_out, job.metric, seed=seed)
+    scores, certainty = with_intervals([_score(job, each) for each in found], held_out, job.metric, seed=seed)
     if job.metric == "accuracy" and kind in PROBABILITIES:
         scores = with_bits(scores, held_out, seed=seed)
     best = best_layers(numbers, [getattr(score, job.metric) for score in scores])
     best_per_class = _best_per_class(scores)
     return ProbeResult(
-        metric=job.metric,
-        layers=scores,
+        metric=job.metric, layers=scores, clips=len(job.rows), backbone=cache.spec.backbone, probe=kind,
+        strength=strength if kind in ("linear", "attentive") else None,
         best_layer=best[0] if best else None,
         best_layer_per_class={name: layers[0] if layers else None for name, layers in best_per_class.items()},
-        clips=len(job.rows),
-        backbone=cache.spec.backbone,
-        strength=strength if kind in ("linear", "attentive") else None,
         warnings=[*job.warnings, *(both.notes() if both else []), *_notes(found, strength)],
-        probe=kind,
         best_layer_ties=best if len(best) > 1 else [],
         best_layer_per_class_ties={name: layers for name, layers in best_per_class.items() if len(layers) > 1},
         **_known_of(job, settings),
+        **(_known_of_both(both) if both else {}),
         predictions_file=str(predictions) if predictions else None,
         permuted_labels=permute_labels,
         chance=chance(job),
@@ -137,8 +128,17 @@ def probe_layers(
         shots=list(few_shot(job, numbers, shots, strength=float(strength))) if shots else [],
         mdl=description_length(job, numbers, strength=float(strength)) if mdl else None,
         **certainty,
-        **(_known_of_both(both) if both else {}),
-    )
+    )  # fmt: skip
+
+
+def _run(job: Job, method: Method, numbers: list[int], progress: Progress | None) -> list[Prediction]:
+    """What the probes of these layers say of the held-out clips."""
+    found: list[Prediction] = []
+    for prediction in method.run(job, numbers):
+        found.append(prediction)
+        if progress:
+            progress(len(found), len(numbers), f"layer {prediction.layer}")
+    return found
 
 
 def _check_linear(kind: str, strength: float | str, *, nested: bool, shots: Sequence[int], mdl: bool) -> None:
@@ -228,13 +228,10 @@ def _layer_numbers(cache: FeatureCache, layers: str | Sequence[int]) -> list[int
     if isinstance(layers, str):
         if layers != "all":
             raise UsageError(f"layers are numbers from 1 or 'all'; {layers!r} was asked for")
-        return list(range(1, cache.spec.layers + 1))
+        return list(cache.spec.numbered_layers)
     numbers = sorted({operator.index(layer) for layer in layers})
     if not numbers:
         raise UsageError("no layer was asked for; give numbers from 1 or 'all'")
     for layer in numbers:
-        if not 1 <= layer <= cache.spec.layers:
-            raise UsageError(
-                f"{cache.path} ({cache.spec.backbone}) has layers 1 to {cache.spec.layers}; layer {layer} was asked for"
-            )
+        cache.spec.refuse_layer(layer, str(cache.path))
     return numbers

@@ -60,7 +60,7 @@ def layer_similarity(first: FeatureCache, second: FeatureCache | None = None) ->
     x = [
         _centred(cache.mean(layer=layer, rows=np.sort(rows[place]))[np.argsort(np.argsort(rows[place]))])
         for cache, rows, place in zip(caches, done, places, strict=False)
-        for layer in range(1, cache.spec.layers + 1)
+        for layer in cache.layer_numbers
     ]
     cka_MM = debiased_cka(x)
     A = first.spec.layers

@@ -151,7 +151,7 @@ def test_the_plan_makes_every_result_that_two_cores_can(plan):
     made = {f"{step.name}.json" for step in plan.PLAN if not step.makes}
     kept = {path.name for path in RESULTS if "rows" in measured(path)}
     assert made == {name for name in kept if "gpu" not in name}
-    assert sum(step.minutes for step in plan.PLAN) < 30
+    assert sum(step.minutes for step in plan.PLAN) < 45, "as benchmarks/README.md says"
 
 
 @pytest.mark.parametrize("name", ["cache-cpu", "cache-chunk-shapes", "metrics-cpu", "rows-cpu"])

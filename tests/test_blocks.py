@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, Status, store
+from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, Status, direct, store
 from whisper_at_cli.extract.cache.shards import ShardImage, shard_buffers
 from whisper_at_cli.extract.cache.storage import to_storage
 from whisper_at_cli.extract.cache.store import LocalStore
@@ -72,7 +72,7 @@ def test_a_block_in_memory_of_its_own_and_one_laid_out_as_the_file_write_the_sam
 def small_direct(monkeypatch):
     """Direct writing of files of a few pages."""
     monkeypatch.setattr(store, "DIRECT_BYTES", 3 * 4096)
-    monkeypatch.setattr(store, "DIRECT_PIECE", 2 * 4096)
+    monkeypatch.setattr(direct, "DIRECT_PIECE", 2 * 4096)
     monkeypatch.setattr(LocalStore, "_in_memory", False)
 
 
@@ -93,7 +93,7 @@ def test_what_is_written_past_the_page_cache_is_all_there(tmp_path, small_direct
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct writing on this system")
-@pytest.mark.parametrize("code", store.NOT_DIRECT)
+@pytest.mark.parametrize("code", direct.NOT_DIRECT)
 @pytest.mark.parametrize("after", [0, 1])
 def test_what_cannot_be_written_directly_goes_through_the_page_cache(tmp_path, small_direct, monkeypatch, code, after):
     data, calls, write = pages(7 * 4096 + 5), [], os.write

@@ -179,19 +179,6 @@ def test_few_shard_files_are_open_at_once_and_the_least_used_is_closed(tmp_path,
     assert [file._file is None for file in cache._files["features"].values()] == [False, False, True]
 
 
-def test_the_index_of_a_shard_that_was_closed_is_not_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "OPEN_SHARDS", 1)
-    indexes, whole = [], ShardFile._read_index
-    monkeypatch.setattr(ShardFile, "_read_index", lambda self, file: indexes.append(self.path) or whole(self, file))
-    cache = small_cache(tmp_path / "a.zarr", failed=(1, 6))
-    for _ in range(3):
-        for row in (0, 5, 9, 3):
-            assert (cache.features([row])[0] == FEATURES[row].astype(np.float32)).all()
-    assert len(indexes) == 3
-    with pytest.raises(CacheError, match="no features: it is failed"):
-        cache.features([1])
-
-
 def test_what_a_reader_says_of_its_clips(tmp_path):
     cache = small_cache(tmp_path / "a.zarr", failed=(2,), fold=np.arange(N) % 3, split=["train", ""] * 5 + ["eval"])
     assert len(cache) == N and cache.complete and cache.done.sum() == N - 1

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from whisper_at_cli.extract.cache import shards, store
+from planted import planted_cache
+from whisper_at_cli.extract.cache import reader, shards, store
 from whisper_at_cli.extract.cache.shards import ShardFile, chunk_buffers, crc32c, read_chunk, shard_buffers
 from whisper_at_cli.extract.cache.store import BucketFile, LocalFile, LocalStore, location
 from whisper_at_cli.extract.errors import CacheError, UsageError
@@ -282,3 +283,19 @@ def test_scales_take_less_room_than_their_values(tmp_path):
     ]
     assert sizes[0] == 4 * 2004 + 68 and sizes[1] < 400
     assert np.iinfo(np.uint64).max == shards.ABSENT and sys.byteorder == "little"
+
+
+def test_the_index_of_a_shard_that_was_closed_is_not_read_again(tmp_path, monkeypatch):
+    values = np.arange(11 * 3 * 25 * 8, dtype=np.float32).reshape(11, 3, 25, 8)
+    cache = planted_cache(
+        tmp_path / "a.zarr", values, np.arange(11) % 2, shard_mb=4.2 * values[0].nbytes / 1e6, failed=(1, 6)
+    )
+    monkeypatch.setattr(reader, "OPEN_SHARDS", 1)
+    indexes, whole = [], ShardFile._read_index
+    monkeypatch.setattr(ShardFile, "_read_index", lambda self, file: indexes.append(self.path) or whole(self, file))
+    for _ in range(3):
+        for row in (0, 5, 9, 3):
+            assert (cache.features([row])[0] == values[row]).all()
+    assert len(indexes) == 3 and len(set(indexes)) == 3
+    with pytest.raises(CacheError, match="no features: it is failed"):
+        cache.features([1])

@@ -15,6 +15,8 @@ from whisper_at_cli.extract.cache import CacheWriter, FeatureCache, Status, copy
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 from whisper_at_cli.extract.cache.verify import verify
 from whisper_at_cli.extract.errors import CacheError, UsageError
+from whisper_at_cli.heads import train_head
+from whisper_at_cli.probe import probe_layers
 
 L, T, D = 3, 25, 8
 CLIP_BYTES = L * T * D * 4
@@ -114,6 +116,12 @@ def test_a_selection_has_the_clips_classes_and_layers_that_were_asked_for(tmp_pa
     with pytest.raises(UsageError, match="has layers 1, 3; layer 2 was asked for"):
         part.layer(2)
     assert verify(part.path).ok and zarr.open_group(part.path, mode="r")["layer"][:].tolist() == [1, 3]
+    probed = probe_layers(part)
+    assert [row.layer for row in probed.layers] == [1, 3]
+    with pytest.raises(UsageError, match="has layers 1, 3; layer 2 was asked for"):
+        probe_layers(part, layers=[2])
+    with pytest.raises(UsageError, match="has but layers 1, 3; a head needs all layers"):
+        train_head(part, head="last-mlp", out=tmp_path / "head")
     again = derive.select(part.path, tmp_path / "last", layers=[3])
     assert again.layers == 1 and FeatureCache.open(tmp_path / "last").layer_numbers == (3,)
 

@@ -262,15 +262,8 @@ class FeatureCache:
         return self.spec.numbered_layers
 
     def _layer_index(self, layer: int) -> int:
-        numbers = self.layer_numbers
-        if layer not in numbers:
-            held = (
-                f"layers 1 to {numbers[-1]}"
-                if not self.spec.layer_numbers
-                else "layers " + ", ".join(map(str, numbers))
-            )
-            raise UsageError(f"{self.path} ({self.spec.backbone}) has {held}; layer {layer} was asked for")
-        return numbers.index(layer)
+        self.spec.refuse_layer(layer, str(self.path))
+        return self.layer_numbers.index(layer)
 
     def _shard(self, name: str, shard: int) -> ShardFile:
         with self._guard:

@@ -108,6 +108,13 @@ class CacheSpec:
         """The numbers of its layers in the encoder, from 1."""
         return self.layer_numbers or tuple(range(1, self.layers + 1))
 
+    def refuse_layer(self, layer: int, path: str) -> None:
+        """Raise UsageError where the cache at `path` has no such layer."""
+        if layer not in self.numbered_layers:
+            some = ", ".join(map(str, self.layer_numbers))
+            held = f"layers {some}" if some else f"layers 1 to {self.layers}"
+            raise UsageError(f"{path} ({self.backbone}) has {held}; layer {layer} was asked for")
+
     @property
     def mean_dtype(self) -> str:
         return "float32" if self.dtype == "float32" else "float16"

@@ -20,7 +20,6 @@ asking(name)                 a context in which a failure of the store becomes a
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import threading
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from whisper_at_cli.extract.cache.direct import write_direct
 from whisper_at_cli.extract.cache.side_by_side import side_by_side
 from whisper_at_cli.extract.errors import StoreError, UsageError, WhisperATError
 from whisper_at_cli.extract.machine import IN_MEMORY, file_system
@@ -45,9 +45,6 @@ if TYPE_CHECKING:
 BUFFERS = 1024  # that the system takes in one call
 PIECE_BYTES = 1 << 20  # of a file that are written by one call
 DIRECT_BYTES = 64 << 20  # a file of so many is written past the page cache; smaller ones are soon read again
-DIRECT_PIECE = 8 << 20  # bytes of one such call
-BLOCK_BYTES = 4096  # of memory and file: the largest that disks are known to ask for
-NOT_DIRECT = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)  # the file system, or this memory, has no direct writing
 REQUESTS = 32  # that a bucket is asked side by side
 PART_BYTES = 8 << 20  # of a file that goes to a bucket in several parts
 PARTS = 4  # of one file on their way at once
@@ -119,7 +116,8 @@ class LocalStore:
     def _write(self, file: int, buffers: list) -> None:
         """Write many buffers. File systems in memory take them as they are; on disks, large pieces cost a third."""
         if not self._in_memory and len(buffers) == 1 and memoryview(buffers[0]).nbytes >= DIRECT_BYTES:
-            _write_direct(file, memoryview(buffers[0]).cast("B"))
+            data = memoryview(buffers[0]).cast("B")
+            _write_pieces(file, [data[write_direct(file, data) :]])
         elif self._in_memory:
             for first in range(0, len(buffers), BUFFERS):
                 _writev(file, buffers[first : first + BUFFERS])
@@ -478,38 +476,6 @@ def _write_pieces(file: int, buffers: list) -> None:
                 filled = 0
     if filled:
         _writev(file, [piece[:filled]])
-
-
-def _write_direct(file: int, data: memoryview) -> None:
-    """Write many bytes past the kernel's page cache, which would cost a copy; through it, where that is not possible.
-
-    Direct writing takes whole blocks of memory and file alone, so the last bytes go through the page cache.
-    """
-    at = 0
-    if np.frombuffer(data, np.uint8).ctypes.data % BLOCK_BYTES == 0 and _set_direct(file, on=True):
-        try:
-            while at < len(data) - BLOCK_BYTES:
-                whole = min(DIRECT_PIECE, len(data) - at) // BLOCK_BYTES * BLOCK_BYTES
-                at += os.write(file, data[at : at + whole])
-        except OSError as error:
-            if error.errno not in NOT_DIRECT:
-                raise
-        _set_direct(file, on=False)
-    _write_pieces(file, [data[at:]])
-
-
-def _set_direct(file: int, *, on: bool) -> bool:
-    """Whether writing past the page cache could be switched on or off."""
-    if not hasattr(os, "O_DIRECT"):  # not on macOS and Windows
-        return False
-    import fcntl
-
-    flags = fcntl.fcntl(file, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-    except OSError:
-        return False
-    return True
 
 
 def _writev(file: int, buffers: list) -> None:

@@ -124,6 +124,11 @@ def plan(
     spec = cache.spec
     with torch.device("meta"):  # refuses an unknown head or a wrong width, at no cost
         build_head(head, layers=spec.layers, dim=spec.dim, classes=max(1, len(spec.class_names)), width=width)
+    if spec.layer_numbers:
+        raise UsageError(
+            f"{cache.path} has but layers {', '.join(map(str, spec.layer_numbers))}; a head needs all layers of the "
+            "encoder. Train it on the cache that this one was selected from"
+        )
     if not (count := int(cache.done.sum())):
         raise UsageError(f"0 of {len(cache)} clips are finished in {cache.path}; run extract again to continue it")
     single_label = every_clip_has_one_label(cache.labels[cache.done])
