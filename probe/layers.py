@@ -109,16 +109,11 @@ def probe_layers(
     scores, certainty = with_intervals([_score(job, each) for each in found], held_out, job.metric, seed=seed)
     if job.metric == "accuracy" and kind in PROBABILITIES:
         scores = with_bits(scores, held_out, seed=seed)
-    best = best_layers(numbers, [getattr(score, job.metric) for score in scores])
-    best_per_class = _best_per_class(scores)
     return ProbeResult(
         metric=job.metric, layers=scores, clips=len(job.rows), backbone=cache.spec.backbone, probe=kind,
         strength=strength if kind in ("linear", "attentive") else None,
-        best_layer=best[0] if best else None,
-        best_layer_per_class={name: layers[0] if layers else None for name, layers in best_per_class.items()},
+        **_best(numbers, scores, job.metric),
         warnings=[*job.warnings, *(both.notes() if both else []), *_notes(found, strength)],
-        best_layer_ties=best if len(best) > 1 else [],
-        best_layer_per_class_ties={name: layers for name, layers in best_per_class.items() if len(layers) > 1},
         **_known_of(job, settings),
         **(_known_of_both(both) if both else {}),
         predictions_file=str(predictions) if predictions else None,
@@ -129,6 +124,18 @@ def probe_layers(
         mdl=description_length(job, numbers, strength=float(strength)) if mdl else None,
         **certainty,
     )  # fmt: skip
+
+
+def _best(numbers: list[int], scores: Sequence[LayerAccuracy | LayerPrecision], metric: str) -> dict:
+    """The best layer, of all classes and of each, and those that tie with it."""
+    best = best_layers(numbers, [getattr(score, metric) for score in scores])
+    per_class = _best_per_class(scores)
+    return {
+        "best_layer": best[0] if best else None,
+        "best_layer_ties": best if len(best) > 1 else [],
+        "best_layer_per_class": {name: layers[0] if layers else None for name, layers in per_class.items()},
+        "best_layer_per_class_ties": {name: layers for name, layers in per_class.items() if len(layers) > 1},
+    }
 
 
 def _run(job: Job, method: Method, numbers: list[int], progress: Progress | None) -> list[Prediction]:
