@@ -126,7 +126,7 @@ def probe_layers(
     )  # fmt: skip
 
 
-def _best(numbers: list[int], scores: Sequence[LayerAccuracy | LayerPrecision], metric: str) -> dict:
+def _best(numbers: list[int], scores: list[LayerAccuracy | LayerPrecision], metric: str) -> dict:
     """The best layer, of all classes and of each, and those that tie with it."""
     best = best_layers(numbers, [getattr(score, metric) for score in scores])
     per_class = _best_per_class(scores)
