@@ -9,6 +9,8 @@ in turn, several rounds, and each one's best round counts: other work on a share
 random batches   48 clips drawn at random, all layers
 contiguous       48 clips side by side, all layers
 one layer        one layer of all clips; bytes read are the process's own count of what it asked the system for
+several threads  random batches, read by a thread for each core at once
+many shards      random batches of small clips, four to a shard, from many shards beside few
 writing          whole shards, each on disk before the next; beside plain `write` of the same bytes with fsync
 
 Prints JSON.
@@ -20,12 +22,15 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from record import Figure, Result, Row, arguments, at_least, at_most, best_of, describe, in_folder, publish, settings
 
 from whisper_at_cli.extract.cache import CacheSpec, CacheWriter, ClipTable, FeatureCache, ShardBlock, Status
+from whisper_at_cli.extract.machine import cores
 
 
 def write_cache(path: Path, features: np.ndarray, dtype: str, shard_mb: float) -> float:
@@ -93,6 +98,8 @@ class Forms:
             ("random batches", "cache"): lambda: self.cache.features(self._drawn()),
             ("random batches", "memory map"): lambda: self.map[self._drawn()],
             ("random batches", "npz"): self._npz,
+            ("several threads", "cache"): lambda: at_once(lambda: self.cache.features(self._drawn()), cores()),
+            ("several threads", "memory map"): lambda: at_once(lambda: self.map[self._drawn()], cores()),
             ("contiguous", "cache"): lambda: self.cache.features(self._run()),
             ("contiguous", "memory map"): self._run_of_map,
             ("one layer", "cache"): lambda: self.cache.layer(layer + 1, dtype="float16"),
@@ -113,6 +120,34 @@ class Forms:
     def _npz(self) -> np.ndarray:
         drawn = self.rng.integers(0, self.npz_clips, self.batch)
         return np.stack([np.load(self.folder / f"{clip}.npz")["arr_0"] for clip in drawn])
+
+
+class ManyShards:
+    """Caches of small clips, four to a shard: one of few shards, one of many."""
+
+    CLIPS_PER_SHARD = 4
+
+    def __init__(self, folder: Path, few: int, many: int, layers: int, channels: int, batch: int):
+        clip = np.random.default_rng(0).normal(size=(layers, 25, channels)).astype(np.float16)
+        self.rng, self.batch, self.caches = np.random.default_rng(1), batch, {}
+        for name, shards in (("few", few), ("many", many)):
+            features = np.broadcast_to(clip, (shards * self.CLIPS_PER_SHARD, *clip.shape))
+            write_cache(folder / f"{name}.zarr", features, "float16", self.CLIPS_PER_SHARD * clip.nbytes / 1e6)
+            self.caches[name] = FeatureCache.open(folder / f"{name}.zarr")
+            self.caches[name].features(np.arange(len(features))[:: self.CLIPS_PER_SHARD])  # every shard is known
+
+    def readers(self) -> dict[str, Callable[[], np.ndarray]]:
+        return {name: partial(self._read, cache) for name, cache in self.caches.items()}
+
+    def _read(self, cache: FeatureCache) -> np.ndarray:
+        return cache.features(self.rng.integers(0, len(cache), self.batch))
+
+
+def at_once(read: Callable[[], np.ndarray], threads: int) -> None:
+    """Call it from several threads at once."""
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(read) for _ in range(threads)]:
+            done.result()
 
 
 def layer_bytes_read_per_byte(path: Path, layer: int) -> float:
@@ -137,11 +172,14 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
     readers = forms.readers()
     repeats = {key: 1 if key[1] == "npz" else options.repeats for key in readers}
     seconds = {key: best.seconds for key, best in best_of(options.rounds, readers, repeats).items()}
-    clips = {"random batches": B, "contiguous": B, "one layer": N}
+    clips = {"random batches": B, "several threads": B * cores(), "contiguous": B, "one layer": N}
+    many = ManyShards(folder, options.few_shards, options.many_shards, 4, 384, B).readers()
+    shards = {name: best.seconds for name, best in best_of(options.rounds, many, dict.fromkeys(many, 20)).items()}
     rates: dict[str, dict] = {task: {} for task in (*clips, "writing")}
     for (task, form), took in seconds.items():
         rate = clips[task] * clip_bytes / (L if task == "one layer" else 1) / took / 1e9
         rates[task][form] = {"clips/s": round(clips[task] / took), "GB/s": round(rate, 3)}
+    rates["shards"] = {name: {"clips/s": round(B / took)} for name, took in shards.items()}
     best_writing = {form: min(values) for form, values in writing.items()}
     for form, took in best_writing.items():
         rates["writing"][form] = {"GB/s": round(N * clip_bytes / took / 1e9, 3)}
@@ -150,11 +188,19 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
         return round(seconds[task, other] / seconds[task, "cache"], 3)
 
     return {
-        "settings": settings(options) | {"shape": [N, L, T, D], "dtype": "float16", "clips_per_shard": per_shard},
+        "settings": settings(options)
+        | {
+            "shape": [N, L, T, D],
+            "dtype": "float16",
+            "clips_per_shard": per_shard,
+            "threads": cores(),
+        },
         "rates": rates,
         "ratios": {
             "random batches, cache / memory map": ratio("random batches", "memory map"),
             "random batches, cache / npz": ratio("random batches", "npz"),
+            "several threads, cache / memory map": ratio("several threads", "memory map"),
+            "random batches, many shards / few": round(shards["few"] / shards["many"], 3),
             "contiguous, cache / memory map": ratio("contiguous", "memory map"),
             "one layer, cache / memory map": ratio("one layer", "memory map"),
             "one layer, bytes read / bytes of the layer": round(
@@ -184,6 +230,18 @@ def rows(result: Result) -> list[Row]:
             (at_least("ratio", 20), at_least("share", 0.4)),
         ),
         Row(
+            "cache", f"the same by {result['settings']['threads']} threads at once",
+            figure("several threads", "cache", "clips/s"),
+            limit=figure("several threads", mapped, "clips/s", "memory map, as many threads"),
+            share=ratios["several threads, cache / memory map"], asked=(at_least("share", 0.6),),
+        ),
+        Row(
+            "cache", f"random batches of {batch} small clips, {result['settings']['many_shards']} shards",
+            figure("shards", "many", "clips/s"),
+            limit=figure("shards", "few", "clips/s", f"{result['settings']['few_shards']} shards"),
+            share=ratios["random batches, many shards / few"], asked=(at_least("share", 0.9),),
+        ),
+        Row(
             "cache", f"{batch} clips side by side", figure("contiguous", "cache", "clips/s"),
             limit=figure("contiguous", mapped, "clips/s", "memory map"),
             share=ratios["contiguous, cache / memory map"], asked=(at_least("share", 0.6),),
@@ -210,6 +268,8 @@ def rows(result: Result) -> list[Row]:
 def main() -> None:
     parser = arguments(__doc__, clips=256, layers=32, channels=1280, batch=48, rounds=5, repeats=3)
     parser.add_argument("--shard-mb", type=float, default=128)
+    parser.add_argument("--few-shards", type=int, default=100)
+    parser.add_argument("--many-shards", type=int, default=2000)
     parser.add_argument("--folder", help="where to write; a temporary folder without it")
     options = parser.parse_args()
     found = in_folder(measure, options)

@@ -65,7 +65,7 @@ PLAN = (
     ),
     Step("host-cpu", "host.py", "--clips 128 --decoded 64 --rounds 1 --files wav", 5.5),
     Step("fidelity-tiny.en-esc10", f"fidelity.py --model tiny.en --dataset {ESC10}", "--clips 20 --error-clips 2", 0.8),
-    Step("cache-cpu", "cache.py", f"{SMALL_CACHE} --shard-mb 0.05", 0.5),
+    Step("cache-cpu", "cache.py", f"{SMALL_CACHE} --shard-mb 0.05 --few-shards 2 --many-shards 4", 1.0),
     Step("cache-chunk-shapes", "chunks.py", f"{SMALL_CACHE} --per-shard 8", 0.5),
     Step("memory-base-cpu", "memory.py", "--random-weights tiny --clips 2 4", 1.7),
     Step(
