@@ -363,7 +363,7 @@ def _hub(here: Workplace, path: Path) -> None:
 # caches, heads and results
 
 
-@thing("esc50.zarr", "esc10.zarr", "tiny.zarr")
+@thing("esc50.zarr", "esc10.zarr", "tiny.zarr", "base.zarr")
 def _cache(here: Workplace, path: Path) -> None:
     here.command(f"whisper-at-cli extract {here['ESC-10']} {path} --model tiny.en")
 
@@ -407,7 +407,13 @@ def _transcription(here: Workplace, path: Path) -> None:
 def _report(here: Workplace, path: Path) -> None:
     """What `report --json` prints of a page with everything on it."""
     results = f"{here['base-probe.json']} --robustness {here['base.json']} --head {here['tiny-head.json']}"
+    results += f" --predictions {here['layers.npz']}"
     here.command(f"whisper-at-cli report {results} --out {here.store / 'report.html'} --json", out=path)
+
+
+@thing("layers.npz")
+def _predictions(here: Workplace, path: Path) -> None:
+    here.command(f"whisper-at-cli probe {here['esc10.zarr']} --predictions {path}")
 
 
 @thing("evaluated.json")

@@ -13,6 +13,8 @@ from whisper_at_cli.extract.cache.sealed import sealed
 from whisper_at_cli.extract.cache.shards import chunk_buffers
 from whisper_at_cli.extract.sparse import SparseLabels
 
+COLUMN_LEVEL = 0  # of zstd: its own default
+
 
 def write_column(
     cache: Path, layout: Layout, name: str, column: np.ndarray | SparseLabels, rows: int, dtype: str
@@ -31,7 +33,7 @@ def _texts(column: np.ndarray | SparseLabels, rows: int, _dtype: str) -> Iterato
         texts = np.full(rows, "", dtype=object)
         some = np.asarray(column[first : first + rows], dtype=object)
         texts[: len(some)] = some
-        yield sealed(VLenUTF8().encode(texts))
+        yield sealed(VLenUTF8().encode(texts), COLUMN_LEVEL)
 
 
 def _numbers(column: np.ndarray | SparseLabels, rows: int, dtype: str) -> Iterator[list]:
@@ -49,9 +51,9 @@ def _labels(column: np.ndarray | SparseLabels, rows: int, _dtype: str) -> Iterat
             some = column.take(np.arange(first, min(first + rows, len(column))))
             places = np.repeat(np.arange(len(some)), some.counts), some.numbers
             chunk[places] = 1
-            yield sealed(chunk)
+            yield sealed(chunk, COLUMN_LEVEL)
             chunk[places] = 0
         else:
             part = column[first : first + rows]
             chunk[: len(part)], chunk[len(part) :] = part, 0
-            yield sealed(chunk)
+            yield sealed(chunk, COLUMN_LEVEL)

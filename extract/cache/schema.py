@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from whisper_at_cli.extract.cache.column_files import write_column
+from whisper_at_cli.extract.cache.column_files import COLUMN_LEVEL, write_column
 from whisper_at_cli.extract.cache.layout import NEWEST, VERSIONS, Layout
 from whisper_at_cli.extract.cache.metadata import COPY, METADATA, keep_copy
 from whisper_at_cli.extract.cache.shards import ZSTD_LEVEL
@@ -241,7 +241,7 @@ def _create_array(
     """An array of a cache: checksums on all chunks, zstd before them where it is text or `packed`."""
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
-    level = ZSTD_LEVEL if shards or name in ("status", "valid_frames") else 0
+    level = ZSTD_LEVEL if shards or name in ("status", "valid_frames", "error") else COLUMN_LEVEL
     text = dtype == "str"
     return group.create_array(
         name, shape=shape, dtype=str if text else dtype, chunks=chunks, shards=shards, dimension_names=DIMENSIONS[name],

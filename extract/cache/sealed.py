@@ -11,9 +11,9 @@ from whisper_at_cli.extract.errors import CacheError
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
-def sealed(data: bytes | np.ndarray) -> list:
+def sealed(data: bytes | np.ndarray, level: int = ZSTD_LEVEL) -> list:
     """Buffers of the file that holds this."""
-    packed = zstd.compress(data, ZSTD_LEVEL)
+    packed = zstd.compress(data, level)
     return [packed, crc32c(packed)]
 
 
