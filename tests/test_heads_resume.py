@@ -85,7 +85,7 @@ def recorded(out: Path) -> int:
 def test_a_finished_run_is_not_done_again(cache, tmp_path, monkeypatch):
     first = train_head(cache, head="wa-tr", recipe=RECIPE, out=tmp_path / "a", device="cpu")
     before = weights(tmp_path / "a")
-    reader = "whisper_at_cli.heads.training.train.load_clips"
+    reader = "whisper_at_cli.heads.training.runner.load_clips"
     monkeypatch.setattr(reader, lambda *args: pytest.fail("read the clips again"))
     again = train_head(cache, head="wa-tr", recipe=RECIPE, out=tmp_path / "a", device="cpu")
     assert (again.value, again.folds) == (first.value, first.folds) and weights(tmp_path / "a") == before
