@@ -12,7 +12,7 @@ from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.heads import evaluate_head, load_head, train_head
 from whisper_at_cli.heads.evaluate import predict
 from whisper_at_cli.heads.seen import seen_rows
-from whisper_at_cli.heads.training import loop, train
+from whisper_at_cli.heads.training import loop, runner
 from whisper_at_cli.heads.training.inner import watched_rows
 from whisper_at_cli.heads.training.loader import Batch
 from whisper_at_cli.heads.training.plan import plan
@@ -386,7 +386,7 @@ def test_softmax_loss_for_several_labels_a_clip_is_refused(multi_label_cache):
 
 def test_an_out_folder_that_cannot_be_made_is_refused_before_training(cache, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(train, "train_group", lambda *args: pytest.fail("trained first"))
+    monkeypatch.setattr(runner, "train_group", lambda *args: pytest.fail("trained first"))
     with pytest.raises(UsageError, match="cannot make the folder"):
         train_head(cache, head="wa-mlp", recipe=FAST, out=tmp_path / "file" / "head", device="cpu")
 
