@@ -84,7 +84,7 @@ def encoded_again(_root):
         report = SimpleNamespace(redone_in_float32=3, clip_notes=(), failures=(), missing=0, cache="a.zarr", written=3)
         vars(report).update(skipped=0, failed=0, seconds=1.0, clips_per_second=3.0, encoder_busy=1.0, ok=True)
         vars(report).update(missing_expected=False, root="")
-        patch.setattr(commands, "_engine", lambda **options: ((lambda *a, **k: report), {}))
+        patch.setattr(commands, "_engine", lambda *a, **options: lambda *a, **k: report)
         with pytest.raises(SystemExit):
             main(["--quiet", "extract", "sounds", "a.zarr", "--model", "tiny.en"])
     return [line.removeprefix("note: ") for line in out.getvalue().splitlines()]

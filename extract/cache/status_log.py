@@ -179,8 +179,7 @@ class StatusLog(ClipStatus):
             self._show(shard, said)
 
     def _append(self, record: bytes) -> None:
-        index, of = self.slot
-        log = self._log or f"{LOG}/{index}-of-{of}.{secrets.token_hex(4)}"
+        log = self._log or f"{LOG}/{self._own_slot}.{secrets.token_hex(4)}"
         if isinstance(self.store, LocalStore):
             self.store.append(log, record)
             self._log = log
@@ -191,13 +190,11 @@ class StatusLog(ClipStatus):
 
     def finish(self, *, rewrite: bool = False) -> None:
         with self._guard:
-            if self._log:
-                self._append(_record(END, self.generation, None))
+            if self._log or any(_slot_of(name) == self._own_slot for name, ended in self._logs.items() if not ended):
+                self._append(_record(END, self.generation, None))  # for those of this slot that were killed, too
             self._log, self._sent = "", b""
             self.reload()
-            if any(not ended and self._may_run(name) for name, ended in self._logs.items()):
-                return
-            if not (self._logs or self.problems or rewrite):
+            if self._others_at_work() or not (self._logs or self.problems or rewrite):
                 return
             self._records = {shard: (0, _of_generation(0, record)) for shard, (_, record) in self._records.items()}
             self.store.write_whole(MERGED, [b"".join(record for _, (_, record) in sorted(self._records.items()))])
@@ -206,11 +203,24 @@ class StatusLog(ClipStatus):
                 self.store.remove(name)
             self._logs, self.problems, self.generation = {}, [], 1
 
-    def _may_run(self, name: str) -> bool:
-        """Whether a log may be that of a process at work. Slots that overlap with this one's have no such process."""
-        index, of = self.slot
-        slot = name.rpartition("/")[2].rpartition(".")[0]
-        return slot.endswith(f"-of-{of}") and slot != f"{index}-of-{of}"
+    @property
+    def _own_slot(self) -> str:
+        return f"{self.slot[0]}-of-{self.slot[1]}"
+
+    def _others_at_work(self) -> bool:
+        """Whether a log may be that of a process at work. None of a slot is whose shards overlap with this one's, and
+        none that is older than the end of a process of the same slot."""
+        end: dict[str, int] = {}
+        for name, ended in self._logs.items():
+            if ended:
+                end[_slot_of(name)] = max(self._generations[name], end.get(_slot_of(name), 0))
+        return any(
+            not ended
+            and _slot_of(name).endswith(f"-of-{self.slot[1]}")
+            and _slot_of(name) != self._own_slot
+            and self._generations.get(name, 0) >= end.get(_slot_of(name), 0)
+            for name, ended in self._logs.items()
+        )
 
     def array_problems(self) -> list[str]:
         """What is damaged in the arrays, or is not what the log says although no process is at work."""
@@ -262,6 +272,11 @@ class StatusLog(ClipStatus):
         for name, some in names.items():
             column = np.array([some.get(row, "") for row in range(rows)], dtype=object)
             self.store.write_whole(name, sealed(VLenUTF8().encode(column)))
+
+
+def _slot_of(name: str) -> str:
+    """The slot of the process that wrote a log, such as `2-of-8`."""
+    return name.rpartition("/")[2].rpartition(".")[0]
 
 
 def _record(shard: int, generation: int, said: ShardStatus | None) -> bytes:

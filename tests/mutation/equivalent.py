@@ -14,7 +14,6 @@ _SETTINGS = {
         "0.1 -> 1.1 in: RETRIES = ", "0.1 -> -0.9 in: RETRIES = ", "3 -> 4 in: RETRIES = ", "3 -> 2 in: RETRIES = ",
         "2 -> 3 in: RETRIES = ", "2 -> 1 in: RETRIES = ",
     ),
-    "extract/cache/reader.py": ("in: OPEN_SHARDS = ",),
     "extract/cache/stream.py": ("in: BUFFER_MB = ", "in: READ_BYTES = "),
     "extract/cache/status_log.py": ("in: SEGMENT_BYTES = ",),
     "extract/cache/export.py": ("in: WRITE_BYTES = ",),
