@@ -112,7 +112,7 @@ def provoke_cache(capsys, tiny_en) -> list[str]:
     with open("sounds.zarr/status/.locks/1-of-1", "w") as held:
         assert take_lock(held)
         lines += said_by(capsys, *extract)
-    shard = next(Path("sounds.zarr/features/c").rglob("0/0/0/0"))
+    shard = Path("sounds.zarr/features/c.0.0.0.0")
     data = bytearray(shard.read_bytes())
     data[200] ^= 4
     shard.write_bytes(data)
@@ -120,7 +120,7 @@ def provoke_cache(capsys, tiny_en) -> list[str]:
     lines += said_by(capsys, "--quiet", *extract[1:], "--repair")
     settings = Path("sounds.zarr/zarr.json")
     before = settings.read_text()
-    settings.write_text(before.replace('"format_version": 1', '"format_version": 2'))
+    settings.write_text(before.replace('"format_version": 2', '"format_version": 3'))
     lines += said_by(capsys, "info", "sounds.zarr")
     settings.write_text(before)
     return lines + said_by(capsys, "probe", "sounds")
