@@ -126,6 +126,19 @@ def test_a_selection_has_the_clips_classes_and_layers_that_were_asked_for(tmp_pa
     assert again.layers == 1 and FeatureCache.open(tmp_path / "last").layer_numbers == (3,)
 
 
+def test_the_first_layers_alone_are_not_taken_for_a_whole_encoder(tmp_path):
+    source = cache_of(tmp_path / "a", 6, 0, ["rain", "dog"])
+    derive.select(source.path, tmp_path / "out", layers=[1, 2])
+    part = FeatureCache.open(tmp_path / "out")
+    assert part.layer_numbers == part.spec.layer_numbers == (1, 2) and verify(part.path).ok
+    assert (part.features(range(6)) == values(6, 0)[:, :2]).all()
+    assert derive.select(source.path, tmp_path / "out", layers=[1, 2]).written == 0
+    derive.select(source.path, tmp_path / "all", layers=[1, 2, 3])
+    assert FeatureCache.open(tmp_path / "all").spec == source.spec
+    with pytest.raises(UsageError, match="has but layers 1, 2; a head needs all layers"):
+        train_head(part, head="last-mlp", out=tmp_path / "head")
+
+
 @pytest.mark.parametrize("before", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("after", ["float32", "float16", "int8"])
 def test_a_selection_in_another_type_holds_the_same_numbers_as_far_as_it_can(tmp_path, before, after):

@@ -91,7 +91,7 @@ def select(
     numbers = _layers(opened, layers)
     spec = replace(
         opened.spec, class_names=names, dtype=dtype or opened.spec.dtype, layers=len(numbers),
-        layer_numbers=() if numbers == tuple(range(1, len(numbers) + 1)) == opened.layer_numbers else numbers,
+        layer_numbers=opened.spec.layer_numbers if numbers == opened.layer_numbers else numbers,
     )  # fmt: skip
     same = (spec.dtype, spec.layers) == (opened.spec.dtype, opened.spec.layers)
     per_shard = opened.clips_per_shard if same else spec.clips_per_shard(DEFAULT_SHARD_MB, len(rows))

@@ -195,7 +195,6 @@ def create_arrays(
 
     attributes = {"format": FORMAT_NAME, "format_version": layout.version, **asdict(spec), "made": provenance}
     attributes["class_names"] = list(spec.class_names)
-    attributes["layer_numbers"] = list(spec.numbered_layers)
     attributes["coordinates"] = COORDINATES
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
     N, S = len(clips), clips_per_shard
@@ -322,10 +321,8 @@ def read_attributes(store: LocalStore | BucketStore) -> dict:
 def spec_from_attributes(attributes: dict, store: LocalStore | BucketStore) -> CacheSpec:
     """The spec that a cache's own attributes hold."""
     try:
-        numbers = attributes.get("layer_numbers", [])
-        every = numbers == list(range(1, len(numbers) + 1))
-        values = {name: attributes[name] for name in CacheSpec.__dataclass_fields__ if name != "layer_numbers"}
-        spec = CacheSpec(**values, layer_numbers=() if every else numbers)
+        known = {"layer_numbers": ()} | attributes  # which version 1 has not
+        spec = CacheSpec(**{name: known[name] for name in CacheSpec.__dataclass_fields__})
         _check_fields(spec, attributes)
     except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise _damaged_metadata(store, f"attribute {error} is missing or wrong") from error
