@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from whisper_at_cli.extract.commands import FORMAT, LABELS
-from whisper_at_cli.extract.options import CACHE, DATASET, Address, command, layer_numbers
+from whisper_at_cli.extract.options import ADDRESS, CACHE, DATASET, command, layer_numbers
 from whisper_at_cli.extract.output import print_json, print_notes
 from whisper_at_cli.extract.progress import progress_on_stderr
 
 SKIP_PENDING = click.option(
     "--skip-pending", is_flag=True, help="Leave out clips that are not extracted yet; without it they are refused."
 )
-OUT = click.argument("out", type=Address(path_type=Path))
+OUT = click.argument("out", type=ADDRESS)
 
 
 @command("sync")
@@ -51,7 +51,7 @@ def sync_command(
 
 
 @command("merge")
-@click.argument("caches", nargs=-1, required=True, type=Address(path_type=Path), metavar="CACHE...")
+@click.argument("caches", nargs=-1, required=True, type=ADDRESS, metavar="CACHE...")
 @OUT
 @SKIP_PENDING
 @click.pass_context
@@ -102,12 +102,10 @@ def select_command(
     """
     from whisper_at_cli.extract.cache.derive import select
 
-    given = [part for name, values in (("--split", splits), ("--class", classes), ("--layers", layers))
-             for value in values for part in (name, value)] + (["--dtype", dtype] if dtype else [])  # fmt: skip
     with progress_on_stderr("select", "clips", quiet=ctx.obj["quiet"]) as progress:
         report = select(
             cache, out, splits=splits, classes=classes, layers=layer_numbers(layers, "--layers"),
-            dtype=dtype, skip_pending=skip_pending, command=["select", str(cache), str(out), *given], progress=progress,
+            dtype=dtype, skip_pending=skip_pending, progress=progress,
         )  # fmt: skip
     _print_derived(report, as_json)
 

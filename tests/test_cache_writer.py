@@ -315,6 +315,15 @@ def test_who_looks_at_the_locks_waits_for_who_does_already(tmp_path, look):
     assert not looking.is_alive()
 
 
+def test_looking_at_the_locks_writes_nothing(tmp_path, monkeypatch):
+    """A cache may lie where this user can only read."""
+    created(tmp_path / "a.zarr", slot=(1, 2)).close()
+    opened, whole = [], open
+    monkeypatch.setattr("builtins.open", lambda file, mode="r", *more: opened.append(mode) or whole(file, mode, *more))
+    assert locks.running_slots(tmp_path / "a.zarr") == set()
+    assert opened and set(opened) == {"r"}
+
+
 def test_a_file_system_without_room_for_a_shard_is_said_in_words(tmp_path, monkeypatch):
     with created(tmp_path / "a.zarr") as first:
 

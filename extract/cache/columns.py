@@ -16,7 +16,7 @@ from numcodecs.vlen import VLenUTF8
 
 from whisper_at_cli.extract.cache.layout import Layout
 from whisper_at_cli.extract.cache.schema import MAX_CLIPS_PER_SHARD, CacheSpec, array_shapes, readable
-from whisper_at_cli.extract.cache.sealed import unpacked_bytes
+from whisper_at_cli.extract.cache.sealed import unpacked, unpacked_bytes
 from whisper_at_cli.extract.cache.shards import CRC_BYTES, crc32c
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore
 
@@ -46,7 +46,8 @@ def read_column(
         _check_layout(array, name, spec, clips)
         whole = layout.version > 1  # a cache of version 1 has no chunks of what is empty throughout
         if name in ("fold", "digest"):
-            _check_chunks(set(store.names(name)) if whole else None, layout, name, math.ceil(clips / array.chunks[0]))
+            if whole:
+                _check_chunks(store, layout, name, math.ceil(clips / array.chunks[0]))
             return np.asarray(array[:])
         rows, checked = array.chunks[0], _codecs(array).endswith("crc32c")
         numbers = name == "labels"
@@ -71,10 +72,11 @@ def read_column(
         return out
 
 
-def _check_chunks(files: set[str] | None, layout: Layout, name: str, count: int) -> None:
-    """Raise ValueError where a chunk's file is not among these."""
-    for number in range(count if files is not None else 0):
-        if layout.file(name, number) not in (files or ()):
+def _check_chunks(store: LocalStore | BucketStore, layout: Layout, name: str, count: int) -> None:
+    """Raise ValueError where one of the files of so many chunks is missing."""
+    there = set(store.names(name))
+    for number in range(count):
+        if layout.file(name, number) not in there:
             raise ValueError(f"chunk {number} is missing")
 
 
@@ -115,10 +117,7 @@ def _unpack_labels(packed: bytes, out: np.ndarray, first: int, chunk: tuple[int,
 
 def _texts(packed: bytes, count: int) -> np.ndarray:
     """The texts of a chunk: their number, then the length and UTF-8 bytes of each."""
-    size = unpacked_bytes(packed)
-    if size > max(TEXT_BYTES, TEXT_RATIO * len(packed)):
-        raise ValueError(f"a chunk is {size} bytes unpacked")
-    data = zstd.decompress(packed)
+    data = unpacked(packed, max(TEXT_BYTES, TEXT_RATIO * len(packed)))
     if data[:4] != struct.pack("<I", count):
         raise ValueError(f"a chunk is not of {count} texts")
     texts = VLenUTF8().decode(data)

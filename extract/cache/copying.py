@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from whisper_at_cli.extract.ahead import in_order
+from whisper_at_cli.extract.cache.layout import SHARDED
 from whisper_at_cli.extract.cache.locks import running_slots
 from whisper_at_cli.extract.cache.metadata import METADATA, metadata_problems
 from whisper_at_cli.extract.cache.reader import FeatureCache
-from whisper_at_cli.extract.cache.shards import ABSENT, CRC_BYTES, INDEX_BYTES, crc32c, row_checksums
+from whisper_at_cli.extract.cache.schema import shard_count
+from whisper_at_cli.extract.cache.shards import check_shard
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location
 from whisper_at_cli.extract.cache.verify import column_problems
-from whisper_at_cli.extract.cache.writer import SHARDED
 from whisper_at_cli.extract.errors import CacheError, UsageError
 from whisper_at_cli.extract.progress import Progress
 
@@ -59,13 +57,14 @@ def copy(source: str | Path, target: str | Path, *, progress: Progress | None = 
     noted = _noted(store, there)
     done = {name for name, stamp in stamps.items() if noted.get(name) == stamp and there.get(name) == stamp[0]}
     todo = sorted(stamps.keys() - done - {METADATA})
-    notes = _Notes(store, noted)
+    notes, chunks = _Notes(store, noted), _chunks_of_shards(cache)
 
     def copy_file(name: str) -> str:
         data = cache.store.read(name)
         if data is None:
             raise CacheError(f"{cache.path}/{name} is gone; is another process at work on it? Run this command again")
-        _check(cache, name, data)
+        if name in chunks:
+            check_shard(data, chunks[name], f"{cache.path}/{name}")
         store.write_whole(name, [data])
         notes.add(name, stamps[name])
         return name
@@ -88,14 +87,22 @@ def _refuse_source(cache: FeatureCache) -> None:
     """Raise where a source is being written to, or where what it says of its clips is damaged."""
     if isinstance(cache.store, LocalStore) and running_slots(cache.store.path):
         raise UsageError(f"another process is writing to {cache.path}; copy it when that has ended")
-    cache.valid_frames  # noqa: B018 - reading it finds its damage
     problems = [*metadata_problems(cache.store).values(), *column_problems(cache).values()]
-    problems += [problem for _, problem in cache.clip_status.problems]
+    problems += [problem for _, problem in cache.clip_status.all_problems()]
     if problems:
         raise CacheError(
             f"{cache.path} is damaged and was not copied: {problems[0]}. See: whisper-at-cli verify; mend it by "
             "`extract` with --repair"
         )
+
+
+def _chunks_of_shards(cache: FeatureCache) -> dict[str, int]:
+    """By name of every shard's file: how many chunks it has."""
+    S, L = cache.clips_per_shard, cache.spec.layers
+    return {
+        cache.layout.file(name, shard): L * (S if name == "features" else 1)
+        for name in SHARDED for shard in range(shard_count(len(cache), S))
+    }  # fmt: skip
 
 
 def _refuse_target(store: LocalStore | BucketStore, there: dict[str, int]) -> None:
@@ -160,39 +167,6 @@ class _Notes:
             self.store.remove(name)
         if isinstance(self.store, LocalStore):
             (self.store.path / NOTED).rmdir()
-
-
-def _check(cache: FeatureCache, name: str, data: bytes) -> None:
-    """Raise CacheError where a shard that was read is not whole."""
-    array = name.partition("/")[0]
-    if array not in SHARDED or name.endswith(METADATA):
-        return
-    chunks = cache.spec.layers * (cache.clips_per_shard if array == "features" else 1)
-    wrong = next(_damaged_chunks(data, chunks), None)
-    if wrong is not None:
-        raise CacheError(
-            f"{cache.path}/{name} is damaged ({wrong}) and was not copied. See: whisper-at-cli verify; mend it by "
-            "`extract` with --repair"
-        )
-
-
-def _damaged_chunks(data: bytes, chunks: int) -> Iterator[str]:
-    """What is wrong with the bytes of a shard file of so many chunks."""
-    start = len(data) - chunks * INDEX_BYTES - CRC_BYTES
-    if start < 0 or crc32c(data[start:-CRC_BYTES]) != data[-CRC_BYTES:]:
-        yield "its index does not match its CRC-32C"
-        return
-    index = np.frombuffer(data, dtype="<u8", count=2 * chunks, offset=start).reshape(chunks, 2)
-    held = index[(index != ABSENT).any(axis=1)]
-    if len(held) and int(held.max()) > start:
-        yield "its index names more bytes than it holds"
-        return
-    whole = np.frombuffer(data, np.uint8)
-    for offset, length in held.tolist():
-        part = whole[offset : offset + length]
-        checksum = row_checksums(part[None, :-CRC_BYTES], [0]).tobytes() if len(part) > CRC_BYTES else b""
-        if len(part) != length or checksum != part[-CRC_BYTES:].tobytes():
-            yield "a chunk does not match its CRC-32C"
 
 
 def _check_copy(store: LocalStore | BucketStore, stamps: dict[str, tuple[int, str]]) -> None:

@@ -67,14 +67,14 @@ def merge(
     origins = Origins(opened, np.repeat(np.arange(len(opened)), [len(some) for some in rows]), np.concatenate(rows))
     left_out = sum(map(len, opened)) - len(table)
     per_shard = opened[0].clips_per_shard
-    made = _made(["merge", *map(str, caches), str(out)], opened)
+    made = _made(["merge", *map(str, caches), str(out), *["--skip-pending"] * skip_pending], opened)
     return _derive(out, spec, table, origins, made, per_shard, left_out, progress)
 
 
 def select(
     cache: str | Path, out: str | Path, *, splits: Sequence[str] = (), classes: Sequence[str] = (),
     layers: Sequence[int] | None = None, dtype: str | None = None, skip_pending: bool = False,
-    command: Sequence[str] = (), progress: Progress | None = None,
+    progress: Progress | None = None,
 ) -> DeriveReport:  # fmt: skip
     """Put a part of a cache into a new one: clips of these splits and of any of these classes, which alone are kept as
     labels; these layers, which keep their numbers; in this storage type. What is not asked for stays as it is.
@@ -95,7 +95,11 @@ def select(
     )  # fmt: skip
     same = (spec.dtype, spec.layers) == (opened.spec.dtype, opened.spec.layers)
     per_shard = opened.clips_per_shard if same else spec.clips_per_shard(DEFAULT_SHARD_MB, len(rows))
-    made = _made([*command] or ["select", str(cache), str(out)], (opened,))
+    asked = [word for name in splits for word in ("--split", name)]
+    asked += [word for name in classes for word in ("--class", name)]
+    asked += ["--layers", ",".join(map(str, layers))] if layers else []
+    asked += (["--dtype", dtype] if dtype else []) + ["--skip-pending"] * skip_pending
+    made = _made(["select", str(cache), str(out), *asked], (opened,))
     left_out = int((wanted & (opened.status == Status.PENDING)).sum())
     table = _table(opened, rows, names)
     return _derive(out, spec, table, Origins.one(opened, rows), made, per_shard, left_out, progress)
@@ -116,11 +120,11 @@ def _derive(
                 written += len(writer.rows(shard))
             if progress:
                 progress(writer.rows(shard).stop, len(table), "")
-    made_cache = FeatureCache.open(out)
+    status = writer.cache.status
     return DeriveReport(
-        cache=str(out), clips=len(table), written=written, done=int(made_cache.done.sum()),
-        failed=int((made_cache.status == Status.FAILED).sum()), left_out=left_out, layers=spec.layers, dtype=spec.dtype,
-        bytes=sum(made_cache.store.sizes().values()),
+        cache=str(out), clips=len(table), written=written, done=int((status == Status.DONE).sum()),
+        failed=int((status == Status.FAILED).sum()), left_out=left_out, layers=spec.layers, dtype=spec.dtype,
+        bytes=sum(writer.store.sizes().values()),
     )  # fmt: skip
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.cache import schema
+from whisper_at_cli.extract.cache.layout import SHARDED
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import Status
 from whisper_at_cli.extract.cache.store import LocalStore
-from whisper_at_cli.extract.cache.writer import SHARDED, CacheWriter, ShardBlock
+from whisper_at_cli.extract.cache.writer import CacheWriter, ShardBlock
 from whisper_at_cli.extract.errors import CacheError
 
 NOWHERE = -1  # in place of a row: no cache has the clip

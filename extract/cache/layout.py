@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 VERSIONS = (1, 2)  # that this version of the tool reads and writes
 NEWEST = VERSIONS[-1]
+SHARDED = ("features", "mean", "scale")  # arrays with a file for each shard
 FURTHER_DIMENSIONS = {"features": 3, "mean": 2, "scale": 2, "labels": 1}  # beside the clips; they are never divided
 
 

@@ -49,7 +49,7 @@ def running_slots(path: Path) -> set[tuple[int, int]]:
     files = lock_files(path)
     if not files or not (lock_folder(path) / "door").exists():
         return set()
-    with at_door(path):  # else a process that starts now would find its lock taken
+    with at_door(path, "r"):  # else a process that starts now would find its lock taken
         return {slot for slot, file in files.items() if _is_held(file)}
 
 
@@ -59,8 +59,9 @@ def _is_held(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def at_door(path: Path) -> Iterator[None]:
-    """A context that one process at a time is in, of all that have to do with a cache."""
-    with open(lock_folder(path) / "door", "w" if not (lock_folder(path) / "door").exists() else "r+") as door:
+def at_door(path: Path, mode: str = "w") -> Iterator[None]:
+    """A context that one process at a time is in, of all that have to do with a cache. Who looks only, where nothing
+    may be written, opens the door to read."""
+    with open(lock_folder(path) / "door", mode) as door:
         take_lock(door, wait=True)
         yield

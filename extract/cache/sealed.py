@@ -31,7 +31,7 @@ def unpacked(packed: bytes, most: int) -> bytes:
     """What a Zstandard frame holds. Raises ValueError or RuntimeError where it is none, or more than `most` bytes."""
     size = unpacked_bytes(packed)
     if size > most:
-        raise ValueError(f"it is {size} bytes unpacked")
+        raise ValueError(f"a chunk is {size} bytes unpacked")
     return zstd.decompress(packed) if size else b""
 
 

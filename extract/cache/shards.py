@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import google_crc32c
 import numpy as np
 from numcodecs import zstd
 
-from whisper_at_cli.extract.cache.store import BucketFile, BucketStore, LocalFile, LocalStore
+from whisper_at_cli.extract.cache.store import BucketFile, BucketStore, InMemory, LocalFile, LocalStore
 from whisper_at_cli.extract.errors import CacheError
 
 ABSENT = np.uint64(2**64 - 1)
@@ -132,6 +133,43 @@ def read_chunk(store: LocalStore | BucketStore, name: str, count: int) -> np.nda
     return np.frombuffer(data, dtype=np.uint8, count=count)
 
 
+class FileLike(Protocol):
+    """A file that parts are read of."""
+
+    size: int
+
+    def readv(self, buffers: list, start: int, /) -> int: ...
+
+
+def read_index(file: FileLike, chunk_count: int, path: str) -> np.ndarray:
+    """(chunks, 2) uint64: offset and length of every chunk of a shard file, both ABSENT where there is none.
+
+    Raises CacheError where the file is cut off, or its index damaged.
+    """
+    start = file.size - INDEX_BYTES * chunk_count - CRC_BYTES
+    index = np.empty((chunk_count if start >= 0 else 0, 2), dtype="<u8")
+    checksum = bytearray(CRC_BYTES)
+    if start < 0 or file.readv([index, checksum], start) != index.nbytes + CRC_BYTES:
+        raise CacheError(f"{path} is {f'truncated to {file.size} bytes' if file.size else 'empty'}; {VERIFY}")
+    if crc32c(index.reshape(-1).view(np.uint8)) != bytes(checksum):
+        raise CacheError(f"{path} is truncated or its index is damaged; {VERIFY}")
+    held = index[(index != ABSENT).any(axis=1)]
+    if (held > start).any() or held[:, 1].sum(dtype=np.float64) > start or (held.sum(axis=1) > start).any():
+        raise CacheError(f"{path} is damaged: its index names more bytes than it holds; {VERIFY}")
+    return index
+
+
+def check_shard(data: bytes, chunk_count: int, path: str) -> None:
+    """Raise CacheError where the bytes of a whole shard file are not those that its checksums are of."""
+    index = read_index(InMemory(data), chunk_count, path)
+    whole = np.frombuffer(data, np.uint8)
+    for chunk in np.flatnonzero((index != ABSENT).any(axis=1)).tolist():
+        offset, length = index[chunk].tolist()
+        part = whole[offset : offset + length]
+        if length <= CRC_BYTES or row_checksums(part[None, :-CRC_BYTES], [0]).tobytes() != part[-CRC_BYTES:].tobytes():
+            raise CacheError(f"chunk {chunk} of {path} is damaged: its CRC-32C does not match; {VERIFY}")
+
+
 class ShardFile:
     """Read access to the chunks of one shard file, straight into the caller's arrays; every CRC-32C is checked.
 
@@ -167,17 +205,9 @@ class ShardFile:
             return self._file
 
     def _read_index(self, file: LocalFile | BucketFile) -> None:
-        start = file.size - INDEX_BYTES * self._chunk_count - CRC_BYTES
-        index = np.empty((self._chunk_count if start >= 0 else 0, 2), dtype="<u8")
-        checksum = bytearray(CRC_BYTES)
-        if start < 0 or file.readv([index, checksum], start) != index.nbytes + CRC_BYTES:
-            raise CacheError(f"{self.path} is {f'truncated to {file.size} bytes' if file.size else 'empty'}; {VERIFY}")
-        if crc32c(index.reshape(-1).view(np.uint8)) != bytes(checksum):
-            raise CacheError(f"{self.path} is truncated or its index is damaged; {VERIFY}")
-        held = index[(index != ABSENT).any(axis=1)]
-        if (held > start).any() or held[:, 1].sum(dtype=np.float64) > start or (held.sum(axis=1) > start).any():
-            raise CacheError(f"{self.path} is damaged: its index names more bytes than it holds; {VERIFY}")
+        index = read_index(file, self._chunk_count, self.path)
         stride, present = self.chunk_bytes + CRC_BYTES, (index != ABSENT).any(axis=1)
+        held = index[present]
         self._ranks, self._listed = range(len(held)), None
         if not present[: len(held)].all():
             self._ranks = np.where(present, np.cumsum(present) - 1, -1).astype(np.int32)

@@ -22,7 +22,7 @@ _guard = threading.Lock()
 def side_by_side(function: Callable[[Item], object], items: Sequence[Item], bytes_in_all: int) -> None:
     """Call a function for every item, from several threads where there is much to read."""
     threads = min(MOST_THREADS, cores(), len(items))
-    if threads < 2 or bytes_in_all < WORTH_BYTES or getattr(_within, "pool", False):
+    if threads < 2 or bytes_in_all < WORTH_BYTES or in_pool():
         for item in items:
             function(item)
         return
@@ -46,10 +46,17 @@ def _pool() -> ThreadPoolExecutor:
         if os.getpid() not in _pools:
             _pools.clear()
             _pools[os.getpid()] = ThreadPoolExecutor(
-                MOST_THREADS, thread_name_prefix="read cache", initializer=_mark_thread
+                MOST_THREADS, thread_name_prefix="read cache", initializer=mark_pool_thread
             )
         return _pools[os.getpid()]
 
 
-def _mark_thread() -> None:
+def mark_pool_thread() -> None:
+    """Say that this thread is one of a pool that reads: what it asks for is done one by one, or it might wait for
+    itself."""
     _within.pool = True
+
+
+def in_pool() -> bool:
+    """Whether this thread is one of a pool that reads."""
+    return getattr(_within, "pool", False)

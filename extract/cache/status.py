@@ -53,6 +53,11 @@ class ClipStatus(ABC):
         self.store, self.geometry = store, geometry
         self.problems: list[tuple[int, str]] = []
 
+    def all_problems(self) -> list[tuple[int, str]]:
+        """`problems` when all is read, and those of arrays that only other readers of Zarr read."""
+        self.valid_frames  # noqa: B018 - reading it finds its damage
+        return [*self.problems, *((-1, problem) for problem in self.array_problems())]
+
     @property
     @abstractmethod
     def status(self) -> np.ndarray:

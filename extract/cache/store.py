@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -33,7 +32,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from whisper_at_cli.extract.cache.direct import write_direct
-from whisper_at_cli.extract.cache.side_by_side import side_by_side
+from whisper_at_cli.extract.cache.side_by_side import in_pool, mark_pool_thread, side_by_side
 from whisper_at_cli.extract.errors import StoreError, UsageError, WhisperATError
 from whisper_at_cli.extract.machine import IN_MEMORY, file_system
 
@@ -141,8 +140,7 @@ class LocalStore:
         return (self.path / name).exists()
 
     def sizes(self) -> dict[str, int]:
-        files = [entry for entry in self.path.rglob("*") if entry.is_file()]
-        return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
+        return {name: size for name, (size, _) in self.stamps().items()}
 
     def stamps(self) -> dict[str, tuple[int, str]]:
         files = [entry for entry in self.path.rglob("*") if entry.is_file()]
@@ -218,6 +216,17 @@ class LocalFile:
         return _scatter(os.pread(self._file, length, start), buffers)
 
 
+class InMemory:
+    """A file that was read whole, for reading parts of it."""
+
+    def __init__(self, data: bytes):
+        self._data, self.size = data, len(data)
+
+    def readv(self, buffers: list, start: int) -> int:
+        """Fill buffers one after another from byte `start` on; returns how many bytes were read."""
+        return _scatter(memoryview(self._data)[start:], buffers)
+
+
 class BucketStore:
     """A part of a bucket, through obstore. Safe between threads; refused in a process forked from one that used it.
 
@@ -284,8 +293,7 @@ class BucketStore:
                 return None
 
     def sizes(self) -> dict[str, int]:
-        with self.asking(""):
-            return {entry["path"]: entry["size"] for page in self._obs.list(self._store) for entry in page}
+        return {name: size for name, (size, _) in self.stamps().items()}
 
     def stamps(self) -> dict[str, tuple[int, str]]:
         with self.asking(""):
@@ -320,7 +328,7 @@ class BucketStore:
         """Calls run side by side; those from within one of them, which could wait for themselves, one by one."""
         _refuse_fork(self.address)
         items = items if isinstance(items, Sequence) else list(items)
-        if len(items) < 2 or getattr(_within, "map", False):
+        if len(items) < 2 or in_pool():
             return [function(item) for item in items]
         return list(self._threads.map(function, items))
 
@@ -329,7 +337,7 @@ class BucketStore:
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(REQUESTS, thread_name_prefix="bucket", initializer=_mark_thread)
+        return ThreadPoolExecutor(REQUESTS, thread_name_prefix="bucket", initializer=mark_pool_thread)
 
     @contextlib.contextmanager
     def asking(self, name: str) -> Iterator[None]:
@@ -419,13 +427,6 @@ def _refuse_fork(address: str) -> None:
 
 def _no_bucket(error: Exception) -> bool:
     return any(code in str(error) for code in ("NoSuchBucket", "ContainerNotFound", "bucket does not exist"))
-
-
-_within = threading.local()
-
-
-def _mark_thread() -> None:
-    _within.map = True
 
 
 def _scatter(data: bytes | memoryview, buffers: list) -> int:

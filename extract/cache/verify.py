@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.cache import schema
+from whisper_at_cli.extract.cache.layout import SHARDED
 from whisper_at_cli.extract.cache.metadata import METADATA, metadata_problems
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import Status, array_shapes, named_axes
@@ -137,12 +138,10 @@ def _names(cache: FeatureCache, rows: Iterable[int]) -> tuple[str, ...]:
 
 def _status_damage(cache: FeatureCache) -> list[Damage]:
     """Where it is no longer known which clips are done, or how much of them is real."""
-    cache.valid_frames  # noqa: B018 - reading it finds its damage
-    problems = [*cache.clip_status.problems, *((-1, problem) for problem in cache.clip_status.array_problems())]
     S, N = cache.clips_per_shard, len(cache)
     return [
         Damage(shard, _names(cache, schema.shard_rows(shard, S, N) if shard >= 0 else ()), problem)
-        for shard, problem in problems
+        for shard, problem in cache.clip_status.all_problems()
     ]
 
 
@@ -166,7 +165,7 @@ def _empty_shard_damage(cache: FeatureCache, failed: np.ndarray, done: np.ndarra
     S, found = cache.clips_per_shard, []
     for shard in np.setdiff1d(failed // S, done // S).tolist():
         names = _names(cache, failed[failed // S == shard])
-        for array in ("features", "mean", "scale")[: 3 if cache.spec.dtype == "int8" else 2]:
+        for array in SHARDED[: 3 if cache.spec.dtype == "int8" else 2]:
             try:
                 if cache.store.exists(cache.layout.file(array, shard)):
                     cache._shard(array, shard).check([])

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from whisper_at_cli.extract.cache import schema, shards
+from whisper_at_cli.extract.cache.layout import SHARDED
 from whisper_at_cli.extract.cache.locks import at_door, lock_slot
 from whisper_at_cli.extract.cache.reader import FeatureCache
 from whisper_at_cli.extract.cache.schema import CacheSpec, ClipTable, Status
@@ -27,7 +28,6 @@ from whisper_at_cli.extract.cache.status import ShardStatus
 from whisper_at_cli.extract.cache.store import BucketStore, LocalStore, location, sync_tree
 from whisper_at_cli.extract.errors import CacheError, UsageError, WhisperATError
 
-SHARDED = ("features", "mean", "scale")  # arrays with a file for each shard
 PARTIAL_FILE = re.compile(r"/\.c\.(\d+)\..*\.partial$")
 LEFT_SECONDS = 24 * 3600  # laying out a cache takes seconds
 

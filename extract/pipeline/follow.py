@@ -78,8 +78,7 @@ def _joined(*notes: str | None) -> str | None:
 
 def _damaged_status(old: FeatureCache) -> str | None:
     """A note on what is damaged of what is known of the clips: it is written again when the process ends."""
-    old.valid_frames  # noqa: B018 - reading it finds its damage
-    problems = [problem for _, problem in old.clip_status.problems] + old.clip_status.array_problems()
+    problems = [problem for _, problem in old.clip_status.all_problems()]
     more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
     return f"{STATUS_MENDED}{'; '.join(problems[:NAMED])}{more}" if problems else None
 

@@ -52,7 +52,7 @@ def extract(
     restored_files = restored(cache) if options.repair else None
     new = not location(cache).exists(METADATA)
     with DecodePool(options.workers or cores()) as pool:
-        command = options.command(dataset, cache) if isinstance(dataset, str | Path) else None
+        command = options.command(dataset, cache)
         dataset = open_clips(dataset, pool, options, look=new)
         if new:
             pool.start(len(dataset))  # they get ready while weights are loaded

@@ -14,7 +14,13 @@ from whisper_at_cli.extract.cache.schema import DEFAULT_SHARD_MB
 from whisper_at_cli.extract.errors import UsageError
 
 MEANWHILE = ("shard", "repair", "update", "prune", "workers")  # what is in a cache does not depend on these
-ABOVE_ZERO = ("batch_size", "workers", "shard_mb", "limit")
+
+
+def check_numbers(**numbers: float | None) -> None:
+    """Raise UsageError for a number that is not above 0."""
+    for name, value in numbers.items():
+        if value is not None and not (0 < value < math.inf):
+            raise UsageError(f"{name} is {value:g}, and must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +35,7 @@ class ReadOptions:
     limit: int | None = None  # only the first so many clips
 
     def __post_init__(self) -> None:
-        for name in ABOVE_ZERO:
-            value = getattr(self, name, None)
-            if value is not None and not (0 < value < math.inf):
-                raise UsageError(f"{name} is {value:g}, and must be above 0")
+        check_numbers(limit=self.limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class ExtractOptions(ReadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(batch_size=self.batch_size, workers=self.workers, shard_mb=self.shard_mb)
         if isinstance(self.model, str | Path):
             check_model(self.model)
 
@@ -64,7 +68,7 @@ class ExtractOptions(ReadOptions):
             raise TypeError(f"give options, or {', '.join(given)}, and not both")
         return options or cls(**given)
 
-    def command(self, dataset: str | Path, cache: str | Path, *more: str) -> str | None:
+    def command(self, dataset: object, cache: str | Path, *more: str) -> str | None:
         """A shell's line that makes the same cache; None for a backbone or a dataset that has no name in a shell."""
         if not isinstance(self.model, str | Path) or not isinstance(dataset, str | Path):
             return None

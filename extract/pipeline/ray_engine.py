@@ -33,7 +33,7 @@ from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.machine import cores
 from whisper_at_cli.extract.pipeline import prepare
 from whisper_at_cli.extract.pipeline.decode_pool import DecodePool
-from whisper_at_cli.extract.pipeline.options import ExtractOptions
+from whisper_at_cli.extract.pipeline.options import ExtractOptions, check_numbers
 from whisper_at_cli.extract.pipeline.ray_worker import Encoder, EncoderInfo, PartOfDataset, Shard, decode_clips
 from whisper_at_cli.extract.pipeline.report import ExtractReport, report_of
 from whisper_at_cli.extract.pipeline.shard_run import batch_slots
@@ -75,10 +75,9 @@ def extract_on_ray(
     options = ExtractOptions.of(options, given)
     if not isinstance(options.model, str | Path):
         raise UsageError("--engine ray needs the model by name or path, so that each worker can load it")
-    if encoders is not None and encoders < 1:
-        raise UsageError(f"encoders is {encoders}, and must be above 0")
+    check_numbers(encoders=encoders)
     started = time.perf_counter()
-    command = options.command(dataset, cache, "--engine", "ray") if isinstance(dataset, str | Path) else None
+    command = options.command(dataset, cache, "--engine", "ray")
     with DecodePool(cores()) as pool:
         dataset = prepare.open_clips(dataset, pool, options)
     dataset = dataset.absolute()
