@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from whisper_at_cli.extract.cache import FeatureCache
-from whisper_at_cli.extract.cache.folds import TRAIN_NAMES, Fold, cache_folds, untrained_classes
+from whisper_at_cli.extract.cache.folds import cache_folds, untrained_classes, valid_split
 from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.devices import choose_device
 from whisper_at_cli.extract.errors import CacheError, UsageError
@@ -25,7 +25,6 @@ PERMUTED = (
     "labels were permuted by recording: whatever a probe scores beyond chance here comes from the probe, not from the "
     "features"
 )
-VALID_NAMES = ("valid", "validation", "val", "dev")
 BATCH_BYTES = 1 << 30  # of memory that one batch of problems may take
 
 
@@ -63,7 +62,9 @@ class Job:
         """With `permute_labels` recordings trade their labels at random; with `selects` clips of a valid split are
         there to choose by. Raises UsageError where there is nothing to tell apart."""
         folds, warnings = cache_folds(cache, seed=seed)
-        valid, warnings = _valid_split(cache, folds, warnings) if selects else (np.empty(0, dtype=np.int64), warnings)
+        valid = np.empty(0, dtype=np.int64)
+        if selects:
+            valid, warnings = valid_split(cache.split, cache.done, folds, warnings)
         rows = np.unique(np.concatenate([valid, *(side for fold in folds for side in (fold.train, fold.test))]))
         labels = cache.labels[rows]
         if permute_labels:
@@ -144,23 +145,6 @@ def _recordings(cache: FeatureCache | TransferCaches, rows: np.ndarray) -> np.nd
     if isinstance(cache, TransferCaches):
         return cache.sources(rows)
     return source_recordings(cache.ids[rows], cache.paths[rows], cache.dataset)
-
-
-def _valid_split(
-    cache: FeatureCache | TransferCaches, folds: list[Fold], warnings: list[str]
-) -> tuple[np.ndarray, list[str]]:
-    """Rows of a valid split that `folds` leave out, since another is tested, and the warnings without them."""
-    names = np.char.lower(np.asarray(cache.split, dtype=str))
-    used = np.concatenate([folds[0].train, folds[0].test])
-    if len(folds) > 1 or not np.isin(names[folds[0].train], TRAIN_NAMES).all():
-        return np.empty(0, dtype=np.int64), warnings
-    free = np.setdiff1d(np.flatnonzero(cache.done), used)
-    valid = free[np.isin(names[free], VALID_NAMES)]
-    if not len(valid):
-        return valid, warnings
-    others = len(free) - len(valid)
-    said = f"{others} finished clips have a split other than train, valid and test and were left out"
-    return valid, [said] if others else []
 
 
 def _choose_device(device: str) -> torch.device:

@@ -16,7 +16,8 @@ from whisper_at_cli.extract.errors import UsageError
 
 RANDOM_FOLDS = 5
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev")  # best first
+VALID_NAMES = ("valid", "validation", "val", "dev")
+TEST_NAMES = ("test", "testing", "eval", "evaluation", *VALID_NAMES)  # best first
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,26 @@ def evaluation_folds(
     numbers = np.unique(assigned[assigned > 0])
     warning = f"the dataset has no official folds or split: used {len(numbers)} random stratified folds (seed {seed})"
     return _by_number(assigned, numbers), [warning + grouping]
+
+
+def valid_split(
+    split: np.ndarray, done: np.ndarray, folds: list[Fold], warnings: list[str]
+) -> tuple[np.ndarray, list[str]]:
+    """Rows of the `valid` split of a dataset that also has `train` and `test`, which `folds` leave out, by which
+    settings can be chosen; none of another dataset. And the warnings of `folds` without what they say of these rows.
+
+    split (N,) text, done (N,) bool.
+    """
+    names = np.char.lower(np.asarray(split, dtype=str))
+    if len(folds) > 1 or not np.isin(names[folds[0].train], TRAIN_NAMES).all():
+        return np.empty(0, dtype=np.int64), warnings
+    free = np.setdiff1d(np.flatnonzero(done), np.concatenate([folds[0].train, folds[0].test]))
+    valid = free[np.isin(names[free], VALID_NAMES)]
+    if not len(valid):
+        return valid, warnings
+    others = len(free) - len(valid)
+    said = f"{others} finished clips have a split other than train, valid and test and were left out"
+    return valid, [said] if others else []
 
 
 def untrained_classes(labels: np.ndarray, folds: list[Fold]) -> list[str]:

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from whisper_at_cli.extract.cache.folds import ClipColumns, Fold, evaluation_folds
+from whisper_at_cli.extract.cache.folds import Fold, evaluation_folds
 from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.errors import UsageError
 
 if TYPE_CHECKING:
     from whisper_at_cli.heads.training.plan import Job
 
-VALID_NAMES = ("valid", "validation", "val", "dev")
 FIRST_NUMBER = 1 << 20  # of inner trainings, which sets their random numbers apart from those of folds
 
 
@@ -33,15 +32,6 @@ class Division:
     number: int
     train: np.ndarray
     tests: list[tuple[int, np.ndarray]]
-
-
-def valid_rows(clips: ClipColumns, folds: list[Fold]) -> np.ndarray:
-    """The finished clips of the split `valid` of a dataset that also has `train` and `test`; none of another."""
-    splits = np.char.lower(np.asarray(clips.split, dtype=str))
-    if len(folds) > 1 or splits[folds[0].test[0]] in VALID_NAMES:
-        return np.arange(0)
-    name = next((name for name in VALID_NAMES if (clips.done & (splits == name)).any()), None)
-    return np.arange(0) if name is None else np.flatnonzero(clips.done & (splits == name))
 
 
 def inner_divisions(job: Job) -> list[Division]:

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 
 from whisper_at_cli.extract.cache import FeatureCache
-from whisper_at_cli.extract.cache.folds import Fold, cache_folds, untrained_classes
+from whisper_at_cli.extract.cache.folds import Fold, cache_folds, untrained_classes, valid_split
 from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.evaluation.permutation import permuted_by_recording
 from whisper_at_cli.heads.forms import Head, build_head, head_form
 from whisper_at_cli.heads.training.batches import whole_batches
 from whisper_at_cli.heads.training.data import choose_tier, every_clip_has_one_label, stored_bytes, why_not_accuracy
-from whisper_at_cli.heads.training.inner import valid_rows
 from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, faithful_changes, named_recipe
 
 SOLVED_SETTINGS = ("loss", "seed")  # of a recipe, that count for a head without epochs
@@ -142,8 +141,7 @@ def plan(
     folds, warnings = cache_folds(cache, seed=recipe.seed)
     valid = np.arange(0)
     if chooses or recipe.patience or head_form(head).solved:
-        valid = valid_rows(cache, folds)
-    warnings = [said for said in warnings if not (len(valid) and said.startswith(f"{len(valid)} finished clips have"))]
+        valid, warnings = valid_split(cache.split, cache.done, folds, warnings)
     folds, dropped = without_last_batch(folds, recipe)
     warnings += dropped
     rows = np.unique(np.concatenate([valid, *(side for fold in folds for side in (fold.train, fold.test))]))
