@@ -13,7 +13,9 @@ from whisper_at_cli.extract.output import print_json, print_notes
 from whisper_at_cli.extract.progress import progress_on_stderr
 
 SKIP_PENDING = click.option(
-    "--skip-pending", is_flag=True, help="Leave out clips that are not extracted yet; without it they are refused."
+    "--skip-pending",
+    is_flag=True,
+    help="Leave out clips that are not extracted yet. Without this option they are an error.",
 )
 OUT = click.argument("out", type=ADDRESS)
 
@@ -58,10 +60,10 @@ def sync_command(
 def merge_command(
     ctx: click.Context, caches: tuple[Path | str, ...], out: Path | str, skip_pending: bool, as_json: bool
 ) -> None:
-    """Join two caches or more of one backbone and one setting into the new cache OUT.
+    """Join two or more caches into the new cache OUT. They must have the same backbone and settings.
 
-    Clips come in the order of the caches, and their ids must differ. Classes are joined by name. Whole shards of the
-    first cache become hard links where that is possible, so that they take no room twice.
+    Clips keep the order of the caches, and no id may occur twice. Classes are matched by name. Where possible, whole
+    shards are hard links to those of the first cache, which take no extra disk space.
 
     \b
         whisper-at-cli merge as20k.zarr esc50.zarr both.zarr
@@ -78,13 +80,16 @@ def merge_command(
 @OUT
 @click.option("--split", "splits", multiple=True, help="Keep clips of this split. May be given again.")
 @click.option(
-    "--class", "classes", multiple=True, help="Keep clips with this label, and the label. May be given again."
+    "--class",
+    "classes",
+    multiple=True,
+    help="Keep clips that have this label, and drop other labels. May be given again.",
 )
+@click.option("--layers", multiple=True, metavar="LAYERS", help="Keep these layers: 4 or 1,2 or 1-4.  [default: all]")
 @click.option(
-    "--layers", multiple=True, metavar="LAYERS", help="Keep these layers, as 4 or 1,2 or 1-4; all by default."
-)
-@click.option(
-    "--dtype", type=click.Choice(["float16", "float32", "int8"]), help="Store features so; as CACHE does by default."
+    "--dtype",
+    type=click.Choice(["float16", "float32", "int8"]),
+    help="Storage type of the features.  [default: as in CACHE]",
 )
 @SKIP_PENDING
 @click.pass_context
@@ -92,9 +97,9 @@ def select_command(
     ctx: click.Context, cache: Path | str, out: Path | str, splits: tuple[str, ...], classes: tuple[str, ...],
     layers: tuple[str, ...], dtype: str | None, skip_pending: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write a part of CACHE into the new cache OUT, for instance to share it.
+    """Write a part of CACHE into the new cache OUT, for example to share it.
 
-    Layers keep their numbers. With no option OUT holds all of CACHE, in the newest version of the format.
+    Layers keep their numbers. Without options, OUT holds all of CACHE in the newest version of the cache format.
 
     \b
         whisper-at-cli select as20k.zarr small.zarr --layers 4,8,16 --dtype int8
@@ -117,8 +122,8 @@ def select_command(
 def copy_command(ctx: click.Context, cache: Path | str, out: Path | str, as_json: bool) -> None:
     """Copy CACHE to OUT, each a folder or an address in a bucket.
 
-    Every checksum is checked on the way, and a copy that was stopped is completed by the same command. OUT is no cache
-    before it is whole.
+    Every checksum is checked during the copy. If the copy is interrupted, the same command completes it. Until then,
+    OUT cannot be opened as a cache.
 
     \b
         whisper-at-cli copy esc50.zarr s3://my-bucket/esc50.zarr

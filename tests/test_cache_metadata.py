@@ -146,7 +146,7 @@ def test_extract_with_repair_restores_each_metadata_file_and_says_so(tmp_path):
         else:
             (path / name).unlink()
         report = extract(tmp_path / "sounds", path, model=model, repair=True, **OPTIONS)
-        assert f"metadata of the cache that were damaged are restored: {name}" in report.notes
+        assert f"damaged metadata of the cache was restored: {name}" in report.notes
         assert report.written == 0 and (path / name).read_bytes() == data and array_bytes(path) == whole
     assert verify(path).ok
 
@@ -156,7 +156,7 @@ def test_metadata_are_restored_before_the_precision_of_the_cache_is_asked_for(pa
     (path / "zarr.json").write_text("{")
     with pytest.raises(CacheError, match="extract with --repair restores it"):
         prepare.precision_of(path, "auto")
-    assert prepare.restored(path) == "metadata of the cache that were damaged are restored: zarr.json"
+    assert prepare.restored(path) == "damaged metadata of the cache was restored: zarr.json"
     assert prepare.precision_of(path, "auto") == "float32" and prepare.restored(path) is None
 
 

@@ -401,9 +401,14 @@ def test_repair_mends_every_column_from_the_dataset(tmp_path, listed, name, wher
         file.write_bytes(data)
     assert not verify(path).ok
     report = run(listed, path, repair=True)
-    restored, mended = f"damaged are restored: {name}/zarr.json", f"damaged are written again from the dataset: {name}"
+    restored, mended = (
+        f"damaged metadata of the cache was restored: {name}/zarr.json",
+        f"damaged are written again from the dataset: {name}",
+    )
     if name == "error":  # made of the log
-        mended = f"damaged is written again: error{'/c.0 is damaged' if where == 'chunk' else ' is not what'}"
+        mended = (
+            f"damaged status of clips was rewritten: error{'/c.0 is damaged' if where == 'chunk' else ' is not what'}"
+        )
     said = {"chunk": [mended], "metadata": [restored], "gone": [restored, mended]}[where]
     assert all(any(words in note for note in report.notes) for words in said), report.notes
     assert verify(path).ok and held_or_failed(path) == whole

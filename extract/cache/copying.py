@@ -62,7 +62,10 @@ def copy(source: str | Path, target: str | Path, *, progress: Progress | None = 
     def copy_file(name: str) -> str:
         data = cache.store.read(name)
         if data is None:
-            raise CacheError(f"{cache.path}/{name} is gone; is another process at work on it? Run this command again")
+            raise CacheError(
+                f"{cache.path}/{name} disappeared during the copy. Make sure that no other process writes to this "
+                "cache, then run the same command again"
+            )
         if name in chunks:
             check_shard(data, chunks[name], f"{cache.path}/{name}")
         store.write_whole(name, [data])
@@ -110,7 +113,7 @@ def _refuse_target(store: LocalStore | BucketStore, there: dict[str, int]) -> No
         raise UsageError(f"{store} is there already; choose another path, or remove it first")
     if there and not any(name.startswith(f"{NOTED}/") for name in there):
         other = next(iter(there))
-        raise UsageError(f"{store} holds files that no copy wrote ({other}, ...); choose another path")
+        raise UsageError(f"{store} holds other files ({other}, ...); choose another path")
 
 
 def _stamps(store: LocalStore | BucketStore) -> dict[str, tuple[int, str]]:
@@ -174,4 +177,4 @@ def _check_copy(store: LocalStore | BucketStore, stamps: dict[str, tuple[int, st
     sizes = store.sizes()
     wrong = [name for name, (size, _) in stamps.items() if sizes.get(name) != size]
     if wrong:
-        raise CacheError(f"{store}/{wrong[0]} is not whole after the copy; run the same command again")
+        raise CacheError(f"{store}/{wrong[0]} is incomplete after the copy; run the same command again")

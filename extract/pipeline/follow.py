@@ -24,7 +24,7 @@ COPIED = (
     "the times of all audio files differ from when they were extracted, and nothing else does: taken for a copy of the "
     "same files"
 )
-STATUS_MENDED = "status of the clips that was damaged is written again: "
+STATUS_MENDED = "damaged status of clips was rewritten: "
 NAMED = 3  # problems that a note names
 FOLLOWS = "the dataset has changed; the cache now follows it: "
 

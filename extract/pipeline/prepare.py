@@ -74,7 +74,7 @@ def compile_backbone(backbone: Backbone, batch_size: int) -> None:
 def restored(cache: str | Path) -> str | None:
     """Restore damaged metadata of a cache, without which it cannot be opened; a note on those that were."""
     names = restore_metadata(location(cache))
-    return f"metadata of the cache that were damaged are restored: {', '.join(names)}" if names else None
+    return f"damaged metadata of the cache was restored: {', '.join(names)}" if names else None
 
 
 def precision_of(cache: str | Path, asked: str) -> str:

@@ -125,7 +125,7 @@ def plan(
         build_head(head, layers=spec.layers, dim=spec.dim, classes=max(1, len(spec.class_names)), width=width)
     if spec.layer_numbers:
         raise UsageError(
-            f"{cache.path} has but layers {', '.join(map(str, spec.layer_numbers))}; a head needs all layers of the "
+            f"{cache.path} has only layers {', '.join(map(str, spec.layer_numbers))}; a head needs all layers of the "
             "encoder. Train it on the cache that this one was selected from"
         )
     if not (count := int(cache.done.sum())):
