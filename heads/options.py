@@ -89,7 +89,7 @@ RUN_OPTIONS = (
         "--search", is_flag=True,
         help="Choose the learning rate (of --lr) and dimension (of --dim) for each test fold on other clips.",
     ),
-    click.option("--permute-labels", is_flag=True, help="Control: recordings trade their labels at random first."),
+    click.option("--permute-labels", is_flag=True, help="Control: permute the labels between recordings at random."),
     click.option("--out", type=click.Path(path_type=Path), help="Save heads, metrics and curve in this folder."),
     PREDICTIONS,
     click.option("--restart", is_flag=True, help="Replace the run that --out holds instead of continuing it."),

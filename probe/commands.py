@@ -43,10 +43,14 @@ CONFUSIONS_SHOWN = 5
 @click.option("--neighbours", type=int, default=10, show_default=True, help="With --kind knn: how many vote.")
 @click.option("--faithful", is_flag=True, help="The original project's classifier, for comparison; slow.")
 @click.option("--unstandardised", is_flag=True, help="With --faithful: features as they are, not standardised.")
-@click.option("--permute-labels", is_flag=True, help="Control: recordings trade their labels at random first.")
+@click.option("--permute-labels", is_flag=True, help="Control: permute the labels between recordings at random.")
 @click.option("--nested", is_flag=True, help="Also choose the best layer on inner folds; its value is then unbiased.")
-@click.option("--shots", help="Also train on so many clips of each class, as 1,2,4,8,16; mean of 10 draws.")
-@click.option("--mdl", is_flag=True, help="Also the description length of the labels given each layer (online code).")
+@click.option("--shots", help="Also train with this many clips of each class: 8 or 1,2,4,8,16. Mean of 10 draws.")
+@click.option(
+    "--mdl",
+    is_flag=True,
+    help="Also compute the description length (MDL) of the labels for each layer, with an online code.",
+)
 @click.option("--test-cache", type=ADDRESS, help="Train on CACHE and test on this one; classes are matched by name.")
 @PREDICTIONS
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write every number into this file too.")
@@ -393,9 +397,10 @@ def _prober(
 @click.argument("other", required=False, type=ADDRESS)
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw the similarities as a heat map here.")
 def cka_command(cache: Path | str, other: Path | str | None, figure: Path | None, as_json: bool) -> None:
-    """Linear CKA between the layers of CACHE, or between its layers and those of OTHER: how alike they represent clips.
+    """Measure how similar the layers of CACHE are to each other, or to the layers of OTHER, with linear CKA.
 
-    Debiased, on the time means; 1 is alike, 0 unrelated. OTHER may be of another model: clips are matched by id.
+    Uses the debiased form, on the means over time: 1 is the same up to rotation and scale, 0 is unrelated. OTHER may
+    come from another model; clips are matched by id.
 
     \b
         whisper-at-cli cka esc50.zarr --figure cka.pdf

@@ -20,8 +20,10 @@ PAIRS_SHOWN = 15  # beyond, only those with the best
 @click.argument("inputs", nargs=-1, required=True, metavar="F.npz...")
 @click.option("--metric", help="accuracy, mAP or bits.  [default: accuracy where every clip has one label, else mAP]")
 @click.option("--draws", type=click.IntRange(min=100), help="Bootstrap draws.  [default: 10,000]")
-@click.option("--chance", is_flag=True, help="One more row: a model that does not look at the clips.")
-@click.option("--table", "form", help="Print one table without the pairs, for a paper: text or markdown.")
+@click.option("--chance", is_flag=True, help="Add a row for chance: a model that ignores the clips.")
+@click.option(
+    "--table", "form", help="Print all models in one table for a paper, without pairwise comparisons: text or markdown."
+)
 @SEED
 def compare_command(
     inputs: tuple[str, ...], metric: str | None, draws: int | None, chance: bool, form: str | None, seed: int,
