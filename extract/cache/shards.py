@@ -252,13 +252,17 @@ class ShardFile:
             buffers = [buffer for at in range(first, last) for buffer in (rows[at], checksums[at])]
             if readv(buffers, starts[first]) != (last - first) * stride:
                 raise CacheError(f"{self.path} ended while it was read; {VERIFY}")
-            found = row_checksums(rows, range(first, last)).view(np.uint8).reshape(-1, CRC_BYTES)
-            wrong = np.flatnonzero((found != checksums[first:last]).any(axis=1))
-            if len(wrong):
-                chunk = chunks[first + int(wrong[0])]
-                raise CacheError(f"chunk {chunk} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}")
 
-        self._store.map(read_run, _runs(starts, stride, file.run))
+        runs = list(_runs(starts, stride, file.run))
+        file.expect([(starts[first], (last - first) * stride) for first, last in runs])
+        for some in _together(runs, file.run):
+            self._store.map(read_run, some)
+            read = range(some[0][0], some[-1][1])
+            found = row_checksums(rows, read).view(np.uint8).reshape(-1, CRC_BYTES)
+            wrong = np.flatnonzero((found != checksums[read.start : read.stop]).any(axis=1))
+            if len(wrong):
+                chunk = chunks[read[int(wrong[0])]]
+                raise CacheError(f"chunk {chunk} of {self.path} is damaged: its CRC-32C does not match; {VERIFY}")
 
     def read_compressed(self, chunks: Sequence[int], out: np.ndarray) -> None:
         """`read` for chunks that were compressed by zstd."""
@@ -287,3 +291,15 @@ def _runs(starts: list[int], stride: int, longest: int) -> Iterator[tuple[int, i
             last += 1
         yield first, last
         first = last
+
+
+def _together(runs: list[tuple[int, int]], chunks: int) -> Iterator[list[tuple[int, int]]]:
+    """Runs whose checksums are taken together: as few chunks as are still in the processor's cache then."""
+    some: list[tuple[int, int]] = []
+    for first, last in runs:
+        if some and last - some[0][0] > chunks:
+            yield some
+            some = []
+        some.append((first, last))
+    if some:
+        yield some

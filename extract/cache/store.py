@@ -196,7 +196,7 @@ class LocalStore:
 class LocalFile:
     """A file of a folder, open for reading parts of it. Raises FileNotFoundError where there is none."""
 
-    run = 16  # chunks read by one call: about a megabyte, whose checksums are then taken while it is in the CPU's cache
+    run = 16  # chunks read by one call, at most: about a megabyte, which is in the CPU's cache when it is checked
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_RDONLY)
@@ -209,6 +209,12 @@ class LocalFile:
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             os.close(self._file)
+
+    def expect(self, parts: list[tuple[int, int]]) -> None:
+        """Have the disk fetch several parts, (start, length), at once; each is then waited for as it is read."""
+        if len(parts) > 1 and hasattr(os, "posix_fadvise"):
+            for start, length in parts:
+                os.posix_fadvise(self._file, start, length, os.POSIX_FADV_WILLNEED)
 
     def readv(self, buffers: list, start: int) -> int:
         """Fill buffers one after another from byte `start` on; returns how many bytes were read."""
@@ -382,6 +388,9 @@ class BucketFile:
         if size is None:
             raise FileNotFoundError(name)
         self.size = size
+
+    def expect(self, parts: list[tuple[int, int]]) -> None:
+        """Nothing: requests run at once as it is."""
 
     def readv(self, buffers: list, start: int) -> int:
         """Fill buffers one after another from byte `start` on; returns how many bytes were read."""
