@@ -65,7 +65,7 @@ def read_column(
                     return
                 part = _texts(packed, rows)
                 if name == "split":
-                    part = np.array([known.setdefault(text, text) for text in part], dtype=object)
+                    part = np.array(list(map(known.setdefault, part, part)), dtype=object)
                 out[number * rows : (number + 1) * rows] = part[: clips - number * rows]
 
         store.map(read, range(math.ceil(clips / rows)))

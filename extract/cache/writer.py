@@ -116,15 +116,17 @@ class CacheWriter:
         def create_arrays(folder: Path) -> None:
             schema.create_arrays(folder, spec, clips, clips_per_shard=per_shard, provenance=provenance or {})
 
+        new = False
         if isinstance(store, BucketStore):
             if store.read(schema.METADATA) is None:
                 _create_in_bucket(store, create_arrays)
         elif not store.path.exists():
-            _create_in_folder(store.path, create_arrays)
+            new = _create_in_folder(store.path, create_arrays)
         schema.read_attributes(store)  # before the lock, so that a folder that is no cache is left as it is
         writer = cls(store, slot)
         try:
-            writer._refuse_differences(spec, clips)
+            if not new:
+                writer._refuse_differences(spec, clips)
         except BaseException:
             writer.close()
             raise
@@ -312,8 +314,11 @@ def _check_slot(slot: tuple[int, int]) -> None:
         raise UsageError(f"--shard {index}/{of} is out of range; I runs from 1 to N")
 
 
-def _create_in_folder(path: Path, create_arrays: Callable[[Path], None]) -> None:
-    """Lay out an empty cache, which appears whole. What a process left that was killed over a day ago is removed."""
+def _create_in_folder(path: Path, create_arrays: Callable[[Path], None]) -> bool:
+    """Lay out an empty cache, which appears whole; false where another process of the same job was first.
+
+    What a process left that was killed over a day ago is removed.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
@@ -327,10 +332,11 @@ def _create_in_folder(path: Path, create_arrays: Callable[[Path], None]) -> None
         sync_tree(temporary)
         (temporary / "cache").rename(path)
     except OSError as error:
-        if not (path / schema.METADATA).exists():  # else another process of the same job was first: continue its cache
-            raise CacheError(
-                f"cannot make {path}: {error.strerror or error}; make room or choose another path"
-            ) from error
+        if (path / schema.METADATA).exists():
+            return False
+        raise CacheError(f"cannot make {path}: {error.strerror or error}; make room or choose another path") from error
+    else:
+        return True
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
