@@ -6,6 +6,9 @@ INSTALLED = $(VENV)/.installed
 # Tests work on little data: more threads in one operation gain nothing, and on busy machines they wait for each other.
 TEST_THREADS ?= 1
 
+# Test processes; each extracts ESC-10 once for its tests, and takes 2 GB.
+TEST_PROCESSES ?= 2
+
 # ESC-10 and speech for the benchmarks that read them; without this folder those are left out.
 BENCH_DATA ?= ../shared/data
 
@@ -15,10 +18,10 @@ demo: $(INSTALLED)
 	$(BIN)/whisper-at-cli demo
 
 test: lint
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m slow --numprocesses=$(TEST_PROCESSES) --dist=worksteal
 
 # Ten minutes of processor time for each reader of files that others wrote; what is found is left in fuzz-findings/.
 FUZZ_SECONDS ?= 600

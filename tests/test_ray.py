@@ -59,7 +59,13 @@ def test_without_a_cluster_at_the_address_there_is_one_clear_line(sounds, tmp_pa
     assert not (tmp_path / "a.zarr").exists()
 
 
-@pytest.mark.parametrize("in_tasks", [None, True], ids=["decoded by the encoders", "decoded in tasks"])
+@pytest.mark.parametrize(
+    "in_tasks",
+    [
+        pytest.param(None, id="decoded by the encoders"),
+        pytest.param(True, id="decoded in tasks", marks=pytest.mark.slow),  # minutes, where two cores do it all
+    ],
+)
 def test_three_nodes_write_the_bytes_of_one_process(cluster, sounds, local, tmp_path, in_tasks):
     seen = []
     report = extract_on_ray(
