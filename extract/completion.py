@@ -27,7 +27,7 @@ VALUES = {  # of the parameters of this name, in whichever command
     "precision": PRECISIONS,
     "batch_size": ("auto",),
     "strength": ("1.0", "auto"),
-    "loss": ("bce", "ce"),
+    "loss": ("bce", "ce", "asymmetric"),
 }
 VALUES_OF = {  # of one command's parameter
     ("extract", "format"): DATASETS,
@@ -48,6 +48,7 @@ VALUES_OF = {  # of one command's parameter
     ("robustness", "noise_format"): DATASETS,
     ("robustness", "mixing"): ("exact", "paper"),
     ("train-head", "head"): (
+        "wa-pool",
         "concat-linear",
         "concat-linear-stats",
         "last-mlp",
@@ -56,11 +57,13 @@ VALUES_OF = {  # of one command's parameter
         "tl-tr",
         "last-tr",
     ),
-    ("train-head", "recipe"): ("as20k", "as2m", "esc50"),
+    ("train-head", "recipe"): ("as20k", "as2m", "esc50", "modern"),
     ("train-head", "tier"): ("auto", "device", "memory", "stream"),
     ("train-head", "together"): ("auto", "never"),
     ("train-head", "dataset_format"): DATASETS,
     ("train-head", "precision"): ("auto", "float32", "bfloat16"),
+    ("train-head", "optimizer"): ("adam", "adamw"),
+    ("train-head", "lr_schedule"): ("steps", "cosine"),
     ("train-head", "mixup_partner"): ("batch", "uniform"),
     ("train-head", "time_mask_layers"): ("each", "same"),
     ("train-head", "label_smoothing_form"): ("standard", "original"),

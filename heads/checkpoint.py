@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from whisper_at_cli import __version__
 from whisper_at_cli.extract.cache.store import LocalStore
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
-from whisper_at_cli.heads.forms import Head, build_head
+from whisper_at_cli.heads.forms import Head, build_head, head_name
 
 FORMAT = "whisper-at-cli head"
 FORMAT_VERSION = 1
@@ -44,6 +44,8 @@ class HeadDescription:
     clip_seconds: float
     loss: str  # "ce": probabilities are the softmax of the logits; "bce": the sigmoid of each
     width: int | None = None
+    block: bool = True  # of wa-pool: whether it has a block over time
+    standardised: bool = False
     metric: str = ""
     value: float | None = None  # of all held-out clips together
     ci95: list[float] | None = None  # of value
@@ -64,6 +66,11 @@ class HeadDescription:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+
+    @property
+    def name(self) -> str:
+        """Of the head, in predictions and tables."""
+        return head_name(self.head, self.width, self.block)
 
     @property
     def classes(self) -> int:
@@ -124,7 +131,10 @@ def load_head(folder: str | Path, device: str | torch.device = "cpu") -> Head:
 
 
 def _built(about: HeadDescription) -> Head:
-    return build_head(about.head, layers=about.layers, dim=about.dim, classes=about.classes, width=about.width)
+    return build_head(
+        about.head, layers=about.layers, dim=about.dim, classes=about.classes, width=about.width, block=about.block,
+        standardised=about.standardised,
+    )  # fmt: skip
 
 
 def _check_description(about: HeadDescription) -> None:
@@ -135,6 +145,9 @@ def _check_description(about: HeadDescription) -> None:
     for name in ("layers", "dim", "frames"):
         if type(getattr(about, name)) is not int or not 1 <= getattr(about, name) <= MOST:
             raise ValueError(f"{name} is {getattr(about, name)!r:.60}")
+    for name in ("block", "standardised"):
+        if type(getattr(about, name)) is not bool:
+            raise TypeError(f"{name} is {getattr(about, name)!r:.60}")
     if about.width is not None and type(about.width) is not int:
         raise ValueError(f"width is {about.width!r:.60}")
     if type(about.clip_seconds) not in (int, float) or not 0 < about.clip_seconds < math.inf:

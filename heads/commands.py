@@ -55,20 +55,25 @@ def train_head_command(
     """
     refuse_the_other_kind(ctx, unfreeze)
     options["changes"] = given_settings(options)
+    share = options.pop("teacher_share")
+    teachers = options.pop("teachers")
     if unfreeze:
         _finetune(ctx, cache, head, widths, rates, as_json, **options)
         return
     if head is None:
         raise UsageError(
-            "--head is missing; choose concat-linear, last-mlp, wa-mlp, wa-tr, tl-tr, last-tr or concat-linear-stats"
+            "--head is missing; choose wa-pool, concat-linear, last-mlp, wa-mlp, wa-tr, tl-tr, last-tr or "
+            "concat-linear-stats"
         )
     for name in ONLY_UNFROZEN:
         del options[name]
     from whisper_at_cli.extract import FeatureCache
     from whisper_at_cli.heads import search_heads, train_head
+    from whisper_at_cli.heads.training.distill import Teachers
     from whisper_at_cli.heads.training.ranks import is_lead
 
     options["head"] = head
+    options["teachers"] = Teachers(teachers, share) if teachers else None
     opened, lead = FeatureCache.open(cache), is_lead()
     with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"] or not lead) as progress:
         if search:
@@ -140,7 +145,7 @@ def heads_command(model: str, classes: int, clip_seconds: float, as_json: bool) 
     print_table(
         [
             (
-                row["head"], row["dim"], digits(row["params"] / 1e6), digits(row["flops"] / 1e9),
+                row["name"], row["dim"], digits(row["params"] / 1e6), digits(row["flops"] / 1e9),
                 digits(row["flops_two_per_multiply_add"] / 1e9), f"{digits(100 * row['share_of_encoder'])}%",
                 f"{row['speedup_vs_ast']:,.0f}",
             )

@@ -14,13 +14,13 @@ from whisper_at_cli.extract.backbones.encoder import POSITIONS_PER_SECOND
 from whisper_at_cli.extract.backbones.sizes import WHISPER_SIZES, WhisperSize
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.errors import UsageError
-from whisper_at_cli.heads.forms import ConcatLinear, head_form
+from whisper_at_cli.heads.forms import POOL_QUERIES, ConcatLinear, head_form, head_name, head_width
 
 AST_FLOPS = 133e9  # as Table 1 prints it, for one 10-second clip; `ast_cost` counts 130.6e9
 AST_FRAMES = 1024  # of its spectrogram, for 10 seconds
 AUDIOSET_CLASSES = 527
 PROJECTIONS = (128, 256, 512, 768)  # Table 2
-COUNTED = ("concat-linear", "last-mlp", "wa-mlp", "wa-tr", "tl-tr")  # in `head_table`
+COUNTED = ("concat-linear", "last-mlp", "wa-mlp", "wa-pool", "wa-tr", "tl-tr")  # in `head_table`
 NORM_FLOPS_PER_ELEMENT = 5
 
 
@@ -55,7 +55,7 @@ def layer_norm(dim: int, vectors: int = 1) -> Cost:
     return Cost(2 * dim, 0, NORM_FLOPS_PER_ELEMENT * dim * vectors)
 
 
-def block(dim: int, length: int, sequences: int = 1) -> Cost:
+def transformer(dim: int, length: int, sequences: int = 1) -> Cost:
     """One Transformer block over `sequences` sequences, which share its parameters. How many attention heads it has
     changes neither number."""
     vectors = length * sequences
@@ -67,24 +67,39 @@ def block(dim: int, length: int, sequences: int = 1) -> Cost:
 
 
 def head_cost(
-    head: str, *, layers: int, dim: int, classes: int = AUDIOSET_CLASSES, frames: int = FRAMES, width: int | None = None
-) -> Cost:
-    """Cost of a head on one clip of features (layers, frames, dim). Raises UsageError as `build_head` does."""
-    form = head_form(head, width)
-    if issubclass(form, ConcatLinear):  # its standardisation can be folded into the linear map
+    head: str, *, layers: int, dim: int, classes: int = AUDIOSET_CLASSES, frames: int = FRAMES,
+    width: int | None = None, block: bool = True,
+) -> Cost:  # fmt: skip
+    """Cost of a head on one clip of features (layers, frames, dim). Raises UsageError as `build_head` does.
+
+    Standardisation is not counted: it can be folded into what follows it.
+    """
+    form = head_form(head, width, block)
+    if issubclass(form, ConcatLinear):
         return linear(form.statistics * layers * dim, classes)
+    if head == "wa-pool":
+        return pool_cost(layers, dim, classes, frames, head_width(head, width) or dim, block)
     inner = width or dim
     classifier = layer_norm(inner) + linear(inner, classes)
-    if head == "last-mlp":
-        return classifier
-    if head == "wa-mlp":
-        return Cost(layers) + classifier
+    if head in ("last-mlp", "wa-mlp"):
+        return Cost(layers if head == "wa-mlp" else 0) + classifier
     if head in ("last-tr", "wa-tr"):
-        return Cost(layers if head == "wa-tr" else 0) + block(dim, frames) + classifier
-    blocks = block(inner, frames, sequences=layers) + block(inner, layers)
+        projection = layer_norm(dim, frames) + linear(dim, inner, frames) if width else Cost()
+        return Cost(layers if head == "wa-tr" else 0) + projection + transformer(inner, frames) + classifier
+    blocks = transformer(inner, frames, sequences=layers) + transformer(inner, layers)
     if width is None:
         return blocks + classifier
     return layer_norm(dim, layers * frames) + linear(dim, width, layers * frames) + blocks + classifier
+
+
+def pool_cost(layers: int, dim: int, classes: int, frames: int, width: int, block: bool) -> Cost:
+    """Cost of wa-pool with `width` channels inside, on one clip of features (layers, frames, dim)."""
+    norms = Cost(2 * layers * dim, 0, NORM_FLOPS_PER_ELEMENT * layers * frames * dim)
+    frame_vectors = linear(dim, width, frames) + (transformer(width, frames) if block else Cost())
+    pooling = Cost(POOL_QUERIES * width, 2 * POOL_QUERIES * frames * width)
+    pooled = (POOL_QUERIES + 2) * width
+    classifier = layer_norm(pooled) + linear(pooled, classes)
+    return norms + Cost(layers) + frame_vectors + layer_norm(width, frames) + pooling + classifier
 
 
 def encoder_cost(*, mels: int, layers: int, dim: int, clip_seconds: float) -> Cost:
@@ -93,7 +108,7 @@ def encoder_cost(*, mels: int, layers: int, dim: int, clip_seconds: float) -> Co
     stem = linear(3 * mels, dim, 2 * positions) + linear(3 * dim, dim, positions)  # kernels of 3, the second strides 2
     total = stem + layer_norm(dim, positions)
     for _ in range(layers):
-        total += block(dim, positions)
+        total += transformer(dim, positions)
     return total
 
 
@@ -132,7 +147,7 @@ def ast_cost(config: ASTSizes | None = None) -> Cost:
     tokens = patches + 2  # class and distillation
     total = linear(patch * patch, dim, patches) + Cost(2 * dim + tokens * dim)  # both tokens and the positions
     for _ in range(config.num_hidden_layers):
-        total += block(dim, tokens) + Cost(dim)  # AST's key has a bias
+        total += transformer(dim, tokens) + Cost(dim)  # AST's key has a bias
     return total + layer_norm(dim, tokens) + layer_norm(dim) + linear(dim, config.num_labels)
 
 
@@ -175,25 +190,30 @@ def whisper_size(model: str) -> WhisperSize:
 
 
 def head_table(model: str, classes: int = AUDIOSET_CLASSES, clip_seconds: float = 10.0) -> list[dict]:
-    """One row per head on features of the Whisper size `model`, for one clip; TL-Tr also at the projections of Table 2.
+    """One row per head on features of the Whisper size `model`, for one clip; TL-Tr also at the projections of Table 2,
+    WA-Pool with and without its block.
 
-    Each row has head, dim (channels inside the head), params, flops, flops_two_per_multiply_add, speedup_vs_ast (on a
-    clip of the same length) and share_of_encoder (of its FLOPs). Raises UsageError for a name that is no Whisper size.
+    Each row has name, head, dim (channels inside the head), params, flops, flops_two_per_multiply_add, speedup_vs_ast
+    (on a clip of the same length) and share_of_encoder (of its FLOPs). Raises UsageError for a name that is no Whisper
+    size.
     """
     size = whisper_size(model)
     if classes < 1 or clip_seconds <= 0:
         raise UsageError(f"cannot count heads for {classes} classes and clips of {clip_seconds} seconds")
     encoder = encoder_cost(mels=size.mels, layers=size.layers, dim=size.dim, clip_seconds=clip_seconds)
     ast = ast_flops(clip_seconds)
-    heads: list[tuple[str, int | None]] = [(head, None) for head in COUNTED]
-    heads += [("tl-tr", width) for width in PROJECTIONS if width < size.dim]
+    heads: list[tuple[str, int | None, bool]] = [(head, None, True) for head in COUNTED]
+    heads.insert(COUNTED.index("wa-pool"), ("wa-pool", None, False))
+    heads += [("tl-tr", width, True) for width in PROJECTIONS if width < size.dim]
     rows = []
-    for head, width in heads:
-        cost = head_cost(head, layers=size.layers, dim=size.dim, classes=classes, width=width)
+    for head, width, block in heads:
+        cost = head_cost(head, layers=size.layers, dim=size.dim, classes=classes, width=width, block=block)
+        inner = head_width(head, width)
         rows.append(
             {
+                "name": head_name(head, inner, block),
                 "head": head,
-                "dim": width or size.dim,
+                "dim": inner or size.dim,
                 "params": cost.params,
                 "flops": cost.flops,
                 "flops_two_per_multiply_add": cost.flops_two_per_multiply_add,

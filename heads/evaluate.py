@@ -138,7 +138,7 @@ def scored_clips(
         ids=clips.ids[rows], recordings=source_recordings(clips.ids[rows], clips.paths[rows], clips.dataset),
         labels=labels.cpu().numpy().astype(np.uint8), class_names=tuple(description.class_names),
         folds=np.ones(len(rows), dtype=np.int64),
-        names=(f"{description.head}-{description.width}" if description.width else description.head,),
+        names=(description.name,),
         seeds=np.array([description.seed]), scores=logits.cpu().numpy()[None], source=source,
     )  # fmt: skip
 

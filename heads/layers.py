@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from whisper_at_cli.heads.forms import Head
 
 
-def layer_weights(module: nn.Module) -> list[float] | None:
+def layer_weights(module: Head) -> list[float] | None:
     """What each layer counts in a head that averages them, 1 in all; None of another head."""
-    weights = getattr(module, "layer_weight", None)
-    return None if weights is None else (weights / weights.sum()).tolist()
+    shares = module.layer_shares()
+    return None if shares is None else shares.tolist()
 
 
 def attention_sums(attention: Tensor, labels: np.ndarray) -> dict[str, Any]:

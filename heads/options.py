@@ -68,14 +68,23 @@ def given_settings(options: dict) -> dict:
 
 RUN_OPTIONS = (
     click.option("--head",
-        help="concat-linear, last-mlp, wa-mlp, wa-tr or tl-tr; concat-linear-stats and last-tr too.  [required; "
+        help="wa-pool, concat-linear, last-mlp, wa-mlp, wa-tr or tl-tr; concat-linear-stats and last-tr too.  "
+        "[required; "
         "last-tr with --unfreeze]",
     ),
     click.option(
         "--dim", "widths", type=int, multiple=True,
-        help="tl-tr only: project the layers to this many channels first. Repeatable with --search.",
+        help="tl-tr, wa-tr and wa-pool: project to this many channels first. Repeatable with --search.  [default: "
+        "wa-pool 128, others none]",
     ),
-    click.option("--recipe", help="as20k, as2m or esc50; each setting has an option too.  [default: by the data]"),
+    click.option(
+        "--block/--no-block", default=True, show_default=True, help="wa-pool only: a Transformer block over time."
+    ),
+    click.option(
+        "--recipe",
+        help="as20k, as2m, esc50 or modern; each setting has an option too.  [default: modern for wa-pool, else by the "
+        "data]",
+    ),
     click.option(
         "--lr", "rates", type=float, multiple=True,
         help="Learning rate of Adam. Repeatable with --search.  [default: the recipe's]",
@@ -88,6 +97,14 @@ RUN_OPTIONS = (
     click.option(
         "--search", is_flag=True,
         help="Choose the learning rate (of --lr) and dimension (of --dim) for each test fold on other clips.",
+    ),
+    click.option(
+        "--teacher", "teachers", type=click.Path(path_type=Path), multiple=True,
+        help="Learn from this trained head too (the folder of an earlier --out with the same folds). Repeatable.",
+    ),
+    click.option(
+        "--teacher-share", type=float, default=0.5, show_default=True,
+        help="--teacher only: how much of a clip's target is what the teachers say.",
     ),
     click.option("--permute-labels", is_flag=True, help="Control: permute the labels between recordings at random."),
     click.option("--out", type=click.Path(path_type=Path), help="Save heads, metrics and curve in this folder."),
@@ -118,7 +135,18 @@ UNFREEZE_OPTIONS = (
 )  # fmt: skip
 # what means nothing without, and with, --unfreeze
 ONLY_UNFROZEN = ("model", "encoder_lr_share", "fold", "dataset_format", "clip_seconds")
-ONLY_FROZEN = ("seeds", "search", "restart", "tensorboard", "tier", "together", "permute_labels")
+ONLY_FROZEN = (
+    "teachers",
+    "teacher_share",
+    "block",
+    "seeds",
+    "search",
+    "restart",
+    "tensorboard",
+    "tier",
+    "together",
+    "permute_labels",
+)
 
 
 def run_options(function: Function) -> Function:

@@ -34,6 +34,16 @@ AUDIOSET_CLASSES, AUDIOSET_CLIP_SECONDS = 527, 10.0
 MOST_SHARED = 2  # how much larger a file's tensors may be than the file, where some are views of the same numbers
 NAMED = 5  # of the tensors that a message lists
 
+FORM_OF_PARTS = {
+    frozenset({"mlp_layer"}): "last-mlp",
+    frozenset({"mlp_layer", "layer_weight"}): "wa-mlp",
+    frozenset({"mlp_layer", "time_tr"}): "last-tr",
+    frozenset({"mlp_layer", "layer_weight", "time_tr"}): "wa-tr",
+    frozenset({"mlp_layer", "time_tr", "layer_tr"}): "tl-tr",
+    frozenset({"mlp_layer", "time_tr", "layer_tr", "down_layer"}): "tl-tr",
+}
+ORIGINAL_FORMS = tuple(dict.fromkeys(FORM_OF_PARTS.values()))
+
 
 @dataclass(frozen=True)
 class HeadShape:
@@ -97,8 +107,10 @@ def export_head(folder: str | Path, file: str | Path, *, prefix: str = "module."
     if prefix not in PREFIXES:
         raise UsageError(f"prefix {prefix!r} is not one of the original project's; choose from {', '.join(PREFIXES)}")
     head = load_head(folder)
-    if head.solved:
-        raise UsageError(f"the original project has no {head.description.head}, so {folder} cannot be exported to it")
+    about = head.description
+    if about.standardised or about.head not in ORIGINAL_FORMS or (about.head == "wa-tr" and about.width):
+        what = f"{about.name} of standardised features" if about.standardised else about.name
+        raise UsageError(f"the original project has no {what}, so {folder} cannot be exported to it")
     state = OrderedDict((prefix + name, value.clone()) for name, value in head.state_dict().items())
     content = io.BytesIO()
     torch.save(state, content)
@@ -138,24 +150,16 @@ def read_state(file: str | Path) -> tuple[dict[str, Tensor], int]:
 def head_shape(state: dict[str, Tensor], where: str) -> HeadShape:
     """The form and sizes of a head. Raises WhisperATError where its tensors make none of our forms."""
     parts = frozenset(name.split(".")[0] for name in state)
-    forms = {
-        frozenset({"mlp_layer"}): "last-mlp",
-        frozenset({"mlp_layer", "layer_weight"}): "wa-mlp",
-        frozenset({"mlp_layer", "time_tr"}): "last-tr",
-        frozenset({"mlp_layer", "layer_weight", "time_tr"}): "wa-tr",
-        frozenset({"mlp_layer", "time_tr", "layer_tr"}): "tl-tr",
-        frozenset({"mlp_layer", "time_tr", "layer_tr", "down_layer"}): "tl-tr",
-    }
-    if parts not in forms:
+    if parts not in FORM_OF_PARTS:
         raise WhisperATError(
             f"{where} holds a head of {', '.join(sorted(parts))}, which is none of the forms that are known here "
-            f"({', '.join(dict.fromkeys(forms.values()))})"
+            f"({', '.join(ORIGINAL_FORMS)})"
         )
     try:
         classes, inner = state["mlp_layer.1.weight"].shape
         width, dim = state["down_layer.1.weight"].shape if "down_layer" in parts else (None, inner)
         layers = len(state["layer_weight"]) if "layer_weight" in parts else None
-        shape = HeadShape(forms[parts], width, dim, classes, layers)
+        shape = HeadShape(FORM_OF_PARTS[parts], width, dim, classes, layers)
         _compare(state, shape)
     except (KeyError, ValueError, TypeError, UsageError) as error:
         raise WhisperATError(f"{where} holds a head that is not whole: {error}") from error

@@ -38,9 +38,11 @@ BACKBONES = {  # layers and channels behind the rows of Table 1
     "Whisper-Large": (32, 1280),
 }
 END_TO_END = {"Whisper-Large": "large-v1", "Whisper-Small": "small"}
+NO_BLOCK = " (no block)"
 SEEN = ", on clips that it was trained on"
 HEAD_NAMES = {
-    "last-mlp": "Last-MLP", "wa-mlp": "WA-MLP", "last-tr": "Last-Tr", "wa-tr": "WA-Tr",
+    "last-mlp": "Last-MLP", "wa-mlp": "WA-MLP", "last-tr": "Last-Tr", "wa-tr": "WA-Tr", "tl-tr": "TL-Tr",
+    "wa-pool": "WA-Pool",
     "concat-linear": "Concat-linear", "concat-linear-stats": "Concat-linear (mean, std, max)",
 }  # fmt: skip
 
@@ -198,7 +200,7 @@ def _own_cost(record: dict) -> Cost:
     classes = len(record["class_names"])
     cost = head_cost(
         record["head"], layers=record["layers"], dim=record["dim"], classes=classes, frames=record["frames"],
-        width=record.get("width"),
+        width=record.get("width"), block=record.get("block", True),
     )  # fmt: skip
     if record.get("encoder"):
         cost += encoder_cost(
@@ -213,10 +215,16 @@ def _own_row_1(result: OwnResult) -> dict:
     row = {
         "system": record["backbone"],
         "training": "fine-tuned" if record.get("encoder") else "frozen",
-        "head": HEAD_NAMES.get(record["head"]) or f"TL-Tr-{record.get('width') or record['dim']}",
+        "head": _own_name(record),
         "own": True,
     }
     return row | _own_values(result) | _counted(_own_cost(record), record["clip_seconds"])
+
+
+def _own_name(record: dict) -> str:
+    """As the paper writes it: with the channels inside where it has a projection, and TL-Tr always."""
+    inner = record.get("width") or (record["dim"] if record["head"] == "tl-tr" else None)
+    return HEAD_NAMES[record["head"]] + (f"-{inner}" if inner else "") + NO_BLOCK * (not record.get("block", True))
 
 
 def _own_row_2(result: OwnResult) -> dict:

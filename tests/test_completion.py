@@ -68,7 +68,7 @@ def after_tab(line: str) -> list[str]:
         ("whisper-at-cli extract --dt", ["--dtype"]),
         ("whisper-at-cli extract a b --dtype ", ["float16", "float32", "int8"]),
         ("whisper-at-cli extract a b --format u", ["urbansound8k"]),
-        ("whisper-at-cli train-head a --head w", ["wa-mlp", "wa-tr"]),
+        ("whisper-at-cli train-head a --head w", ["wa-pool", "wa-mlp", "wa-tr"]),
         ("whisper-at-cli transcribe a --format t", ["txt", "tsv"]),
         ("whisper-at-cli extract a b --model medium", ["medium", "medium.en"]),
         ("whisper-at-cli extract a b --model m", ["medium", "medium.en", "my-whisper"]),

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from planted import planted_cache
-from whisper_at_cli.heads.training.batches import Draw, balancing_weights, batch_bounds, draw_epoch, steps
+from whisper_at_cli.heads.training.batches import (
+    Collected,
+    Draw,
+    balancing_weights,
+    batch_bounds,
+    draw_epoch,
+    mix_and_mask,
+    steps,
+)
 from whisper_at_cli.heads.training.data import Clips, load_clips
 from whisper_at_cli.heads.training.loader import Epochs
 from whisper_at_cli.heads.training.ranks import Ranks
@@ -230,3 +238,15 @@ def test_an_epoch_that_was_read_ahead_has_the_same_batches(tmp_path):
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() <= before
+
+
+def test_masked_frames_of_a_standardised_head_hold_the_mean():
+    features = torch.randn(2, 3, 25, 4)
+    start, end = torch.tensor([[3], [0]]), torch.tensor([[8], [0]])
+    part = Collected(features, None, torch.zeros(2, 1), torch.arange(2), torch.ones(2), start, end, torch.ones(1, 2))
+    hidden = torch.randn(3, 4)
+    recipe = Recipe(mixup_rate=0.0, time_mask_layers="same")
+    inputs, _ = mix_and_mask(part, recipe, hidden)
+    torch.testing.assert_close(inputs[0, 0, :, 3:8], hidden[:, None].expand(3, 5, 4))
+    assert (inputs[0, 1] == features[1]).all() and (inputs[0, 0, :, 8:] == features[0, :, 8:]).all()
+    assert (mix_and_mask(part, recipe)[0][0, 0, :, 3:8] == 0).all()

@@ -18,6 +18,8 @@ HEADS = [
     *((head, None) for head in FORMS),
     ("tl-tr", 128),
     ("tl-tr", 512),
+    ("wa-tr", 128),
+    ("wa-pool", 256),
 ]
 # Table 2 on Whisper-Large, as printed: width, GFLOPs, parameters in millions
 TABLE_2 = [(128, 0.31, 0.6), (256, 0.94, 2.1), (512, 3.17, 7.2), (768, 6.72, 15.6), (1280, 16.42, 40.0)]
@@ -87,6 +89,8 @@ def test_counted_flops_are_those_that_pytorch_executes(head, width, frames):
             part.register_forward_hook(lambda part, inputs, output: normed.append(output.numel()))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         module(torch.zeros(1, layers, frames, dim))
+    if head == "wa-pool":
+        normed.append(layers * frames * dim)  # its layers are normed by one operation, which is no module
     products = counter.get_total_flops()
     if head == "wa-mlp":
         products -= 2 * layers * dim  # its average over layers is a matrix product here, and no FLOP in the paper
@@ -118,7 +122,21 @@ def test_whisper_large_is_slower_than_ast_by_the_papers_factor(large):
 def test_the_table_has_projections_narrower_than_the_encoder_only():
     heads = [(row["head"], row["dim"]) for row in head_table("base", classes=50, clip_seconds=5.0)]
     plain = [(head, 512) for head in ("concat-linear", "last-mlp", "wa-mlp", "wa-tr", "tl-tr")]
+    plain[3:3] = [("wa-pool", 128)] * 2  # without its block, and with it
     assert heads == [*plain, ("tl-tr", 128), ("tl-tr", 256)]
+
+
+def test_wa_pool_without_its_block_costs_that_much_less():
+    rows = {row["name"]: row for row in head_table("tiny.en", classes=10)}
+    block = 12 * 128**2 + (4 + 1 + 3) * 128 + 4 * 128  # weights, biases but the key's, two norms
+    assert rows["wa-pool-128"]["params"] - rows["wa-pool-128-no-block"]["params"] == block
+    for block, norms in ((True, 2), (False, 0)):
+        cost = head_cost("wa-pool", layers=4, dim=384, classes=10, block=block)
+        with torch.device("meta"):
+            module = build_head("wa-pool", layers=4, dim=384, classes=10, block=block)
+        assert cost.params == sum(parameter.numel() for parameter in module.parameters())
+        frames = 25 * 128 * (1 + norms) + 25 * 384 * 4 + 18 * 128
+        assert cost.norm_flops == 5 * frames
 
 
 def test_an_unknown_size_is_refused_with_the_known_ones():

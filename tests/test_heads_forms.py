@@ -13,6 +13,8 @@ from whisper_at_cli.heads.forms import FORMS, Block, build_head
 FORMS_AND_WIDTHS = [
     *((head, None) for head in FORMS),
     ("tl-tr", 16),
+    ("wa-tr", 16),
+    ("wa-pool", 16),
 ]
 L, T, D, C = 3, 25, 32, 7
 
@@ -44,7 +46,9 @@ def slow_logits(name, module, clip_LTD):
     if name in ("wa-mlp", "wa-tr"):
         weights = module.layer_weight / sum(module.layer_weight)
         mixed_TD = sum(weight * layer for weight, layer in zip(weights, clip_LTD, strict=True))
-        frames = mixed_TD if name == "wa-mlp" else module.time_tr(mixed_TD[None])[0]
+        frames = mixed_TD
+        if name == "wa-tr":
+            frames = module.time_tr(torch.stack([module.down_layer(frame) for frame in mixed_TD])[None])[0]
         return module.mlp_layer(sum(frames) / T)
     if name.startswith("concat-linear"):
         inputs = [sum(layer) / T for layer in clip_LTD]
@@ -52,11 +56,29 @@ def slow_logits(name, module, clip_LTD):
             inputs += [layer.std(dim=0, correction=0) for layer in clip_LTD]
             inputs += [layer.max(dim=0).values for layer in clip_LTD]
         return module.linear((torch.cat(inputs) - module.center) / module.scale)
+    if name == "wa-pool":
+        return module.mlp_layer(torch.cat(pooled(module, clip_LTD)))
     layers = []
     for layer_TD in clip_LTD:
         frames = module.time_tr(torch.stack([module.down_layer(frame) for frame in layer_TD])[None])[0]
         layers.append(sum(frames) / T)
     return module.mlp_layer(sum(module.layer_tr(torch.stack(layers)[None])[0]) / L)
+
+
+def pooled(module, clip_LTD):
+    """What wa-pool gathers over time: the mean of the frames under each query, their maximum, and their mean."""
+    share = torch.exp(module.layer_weight) / sum(torch.exp(module.layer_weight))
+    normed = [
+        [(x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * weight + bias for x in layer]
+        for layer, weight, bias in zip(clip_LTD, module.norm_weight, module.norm_bias, strict=True)
+    ]
+    mixed = [sum(share[at] * layer[t] for at, layer in enumerate(normed)) for t in range(T)]
+    frames = module.frame_norm(module.block(torch.stack([module.project(x) for x in mixed])[None])[0])
+    found = []
+    for query in module.query:
+        score = torch.exp(torch.stack([query @ z for z in frames]) / frames.shape[1] ** 0.5)
+        found.append(sum(s * z for s, z in zip(score / sum(score), frames, strict=True)))
+    return [*found, torch.stack([max(column) for column in frames.T]), sum(frames) / T]
 
 
 @torch.no_grad()
@@ -148,6 +170,40 @@ def test_every_form_says_what_it_reads():
         "last-tr": "features",
         "wa-tr": "features",
         "tl-tr": "features",
+        "wa-pool": "features",
         "concat-linear": "mean",
         "concat-linear-stats": "features",
     }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in FORMS if not name.startswith("concat")])
+def test_a_standardised_head_takes_mean_and_deviation_from_each_layer_and_channel(name, features):
+    torch.manual_seed(3)
+    module = build_head(name, layers=L, dim=D, classes=C, standardised=True).eval()
+    torch.testing.assert_close(module(features), module.logits(features))  # nothing, before there are statistics
+    layers = 1 if module.last_layer else L
+    mean, deviation = torch.randn(layers, D), torch.rand(layers, D) + 0.5
+    module.standardise(mean, deviation)
+    by_hand = (features - mean[:, None]) / deviation[:, None]
+    torch.testing.assert_close(module(features), module.logits(by_hand))
+    assert {"standard_mean", "standard_deviation"} <= module.state_dict().keys()
+
+
+@torch.no_grad()
+def test_wa_pools_frames_share_the_attention_of_its_queries(features):
+    module = build_head("wa-pool", layers=L, dim=D, classes=C, width=16).eval()
+    share = module.frame_attention(features)
+    assert share.shape == (4, T)
+    torch.testing.assert_close(share.sum(dim=1), torch.ones(4))
+    loud = features.clone()
+    loud[:, :, 5] = 0  # a frame like no other is looked at more or less than before
+    assert (module.frame_attention(loud)[:, 5] != share[:, 5]).all()
+
+
+@torch.no_grad()
+def test_without_its_block_wa_pool_sees_frames_in_no_order(features):
+    module = build_head("wa-pool", layers=L, dim=D, classes=C, block=False).eval()
+    torch.testing.assert_close(module(features.flip(2)), module(features), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="--no-block is for wa-pool"):
+        build_head("tl-tr", layers=L, dim=D, classes=C, block=False)

@@ -146,7 +146,7 @@ def test_it_trains_evaluates_predicts_and_continues_as_other_heads_do(tmp_path, 
     status, out, _ = run(capsys, *command, "--predictions", tmp_path / "p.npz", "--json")
     found = json.loads(out)
     assert status == 0 and found["value"] > 0.9 and found["ci95"][0] <= found["value"] <= found["ci95"][1]
-    assert found["recipe"] == {"loss": "ce", "seed": 0} and found["curve"] is None
+    assert found["recipe"] == {"loss": "ce", "seed": 0, "standardise": True} and found["curve"] is None
     assert found["selected_on"] == {"strength": "inner folds: the 4 other folds of each test fold"}
     record = json.loads((tmp_path / "head" / "head.json").read_text())
     assert record["value"] == found["value"] and record["ci95"] == found["ci95"]

@@ -290,6 +290,28 @@ def test_an_unknown_prefix_is_refused(tmp_path):
         export_head(tmp_path, tmp_path / "a.pth", prefix="model.")
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"head": "wa-pool", "width": 128, "standardised": True}, "no wa-pool-128 of standardised features"),
+        ({"head": "wa-pool", "width": 128, "block": False}, "no wa-pool-128-no-block"),
+        ({"head": "wa-tr", "width": 64}, "no wa-tr-64"),
+        ({"head": "wa-mlp", "standardised": True}, "no wa-mlp of standardised features"),
+    ],
+)
+def test_what_the_original_has_not_is_not_exported(tmp_path, options, said):
+    module = build_head(layers=L, dim=D, classes=C, **options)
+    description = HeadDescription(
+        layers=L, dim=D, frames=T, class_names=tuple("abcdefg"), backbone="tiny.en", weights_sha256="0" * 64,
+        clip_seconds=5.0, loss="bce", **options,
+    )  # fmt: skip
+    save_head(module, tmp_path / "head", description)
+    again = load_head(tmp_path / "head")
+    assert type(again) is type(module) and again.state_dict().keys() == module.state_dict().keys()
+    with pytest.raises(UsageError, match=said):
+        export_head(tmp_path / "head", tmp_path / "a.pth")
+
+
 def test_the_commands_import_and_export(capsys, tmp_path):
     file = their_file(tmp_path / "a.pth", their_head("tl-tr", 128))
     (tmp_path / "names.txt").write_text("\n".join("abcdefg"))

@@ -35,9 +35,18 @@ def test_named_recipes_have_the_papers_settings(shared):
 
 
 def test_the_data_choose_the_recipe():
-    assert default_recipe_name(single_label=True, clips=2000) == "esc50"
-    assert default_recipe_name(single_label=False, clips=20_000) == "as20k"
-    assert default_recipe_name(single_label=False, clips=2_000_000) == "as2m"
+    assert default_recipe_name("tl-tr", single_label=True, clips=2000) == "esc50"
+    assert default_recipe_name("tl-tr", single_label=False, clips=20_000) == "as20k"
+    assert default_recipe_name("tl-tr", single_label=False, clips=2_000_000) == "as2m"
+    assert default_recipe_name("wa-pool", single_label=True, clips=2000) == "modern"
+
+
+def test_wa_pool_and_linear_models_are_standardised_and_the_papers_heads_are_not():
+    for name in ("as20k", "as2m", "esc50", "modern"):
+        assert named_recipe(name, "wa-pool", dim=384).standardise
+        assert named_recipe(name, "concat-linear", dim=384).standardise
+        for head in ("last-mlp", "wa-mlp", "last-tr", "wa-tr", "tl-tr"):
+            assert not named_recipe(name, head, dim=384).standardise
 
 
 def test_heads_that_see_only_the_mean_have_no_time_mask():
@@ -48,13 +57,32 @@ def test_heads_that_see_only_the_mean_have_no_time_mask():
 
 def test_the_learning_rate_falls_after_the_last_full_epoch_and_every_few_later():
     recipe = Recipe(lr=1.0, lr_decay=0.5, lr_decay_from_epoch=15, lr_decay_every=5)
-    rates = {epoch: recipe.learning_rate(epoch, step=0) for epoch in (1, 15, 16, 20, 21, 30)}
+    rates = {epoch: recipe.learning_rate(epoch, 0, 300) for epoch in (1, 15, 16, 20, 21, 30)}
     assert rates == {1: 1, 15: 1, 16: 0.5, 20: 0.5, 21: 0.25, 30: 0.125}
 
 
 def test_the_learning_rate_warms_up_over_steps():
     recipe = Recipe(lr=1.0, warmup_steps=4)
-    assert [recipe.learning_rate(1, step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [recipe.learning_rate(1, step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    share = Recipe(lr=1.0, warmup_share=0.04)
+    assert [share.learning_rate(1, step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_a_cosine_falls_from_the_full_rate_after_warming_up_to_nothing():
+    recipe = Recipe(lr=1.0, warmup_steps=10, lr_schedule="cosine")
+    rates = [recipe.learning_rate(1, step, 110) for step in range(110)]
+    assert rates[9] == rates[10] == 1 and rates[0] == 0.1
+    assert rates[60] == pytest.approx(0.5)
+    assert rates == [*sorted(rates[:10]), *sorted(rates[10:], reverse=True)] and 0 < rates[-1] < 1e-3
+    with pytest.raises(UsageError, match="lr_decay is 0.5 and must be 1 with the schedule cosine"):
+        Recipe(lr_schedule="cosine", lr_decay=0.5)
+
+
+def test_the_steps_of_a_run_are_counted_as_they_are_taken():
+    recipe = Recipe(epochs=3, batch_size=10, average_from_epoch=None)
+    assert [recipe.steps(clips) for clips in (1, 10, 11, 25)] == [3, 3, 6, 9]
+    assert recipe.with_changes(drop_last=True).steps(25) == 6
+    assert recipe.with_changes(epoch_share=0.1).steps(250) == 9
 
 
 @pytest.mark.parametrize(
@@ -67,6 +95,7 @@ def test_the_learning_rate_warms_up_over_steps():
         *[("warmup_steps", -1), ("average_from_epoch", 0), ("average_from_epoch", 31), ("class_balanced", "yes")],
         *[("precision", "float64"), ("seed", -1), ("mixup_partner", "me"), ("time_mask_layers", "some")],
         *[("patience", 0), ("validate_every", -1), ("average_to_epoch", 0)],
+        *[("optimizer", "sgd"), ("lr_schedule", "line"), ("warmup_share", 1.5), ("dropout", 1), ("standardise", 1)],
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_by_name(setting, value):

@@ -149,9 +149,9 @@ def test_dimensions_are_searched_too(cache):
     assert found.dim == next(row["dim"] for row in found.search["rows"] if row["kept"])
 
 
-def test_the_default_grid_lies_around_the_recipes_rate(cache):
-    found = search_heads(cache, head="wa-mlp", recipe=FAST.with_changes(lr=0.01, epochs=1), device="cpu")
-    assert sorted(row["lr"] for row in found.search["rows"]) == pytest.approx([0.0025, 0.005, 0.01, 0.02, 0.04])
+def test_the_default_grid_has_the_recipes_rate_and_those_from_2e_4_to_1e_2(cache):
+    found = search_heads(cache, head="wa-mlp", recipe=FAST.with_changes(lr=0.02, epochs=1), device="cpu")
+    assert sorted(row["lr"] for row in found.search["rows"]) == [2e-4, 5e-4, 1e-3, 3e-3, 1e-2, 0.02]
 
 
 def test_the_command_searches_and_refuses_to_repeat_without_it(cache, capsys, tmp_path):

@@ -11,8 +11,10 @@ from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.heads import evaluate_head, load_head, train_head
 from whisper_at_cli.heads.evaluate import predict
+from whisper_at_cli.heads.forms import Head, NormedLinear
 from whisper_at_cli.heads.seen import seen_rows
 from whisper_at_cli.heads.training import loop, runner
+from whisper_at_cli.heads.training.fleet import clip_losses
 from whisper_at_cli.heads.training.inner import watched_rows
 from whisper_at_cli.heads.training.loader import Batch
 from whisper_at_cli.heads.training.plan import plan
@@ -38,7 +40,9 @@ def cache(tmp_path):
     return planted_cache(tmp_path / "planted.zarr", planted_features(2), CLASSES, fold=FOLD)
 
 
-@pytest.mark.parametrize("head, width", [("wa-mlp", None), ("wa-tr", None), ("tl-tr", None), ("tl-tr", 16)])
+@pytest.mark.parametrize(
+    "head, width", [("wa-mlp", None), ("wa-tr", 8), ("tl-tr", None), ("tl-tr", 16), ("wa-pool", 16)]
+)
 def test_heads_over_all_layers_find_the_label_that_one_layer_holds(cache, head, width):
     result = train_head(cache, head=head, width=width, recipe=FAST.with_changes(epochs=10), device="cpu")
     assert result.metric == "accuracy" and result.value > 0.7  # chance is 0.25
@@ -264,13 +268,25 @@ def test_heads_trained_side_by_side_equal_those_trained_one_by_one(tmp_path, hea
             torch.testing.assert_close(many[key], one[key], rtol=1e-4, atol=1e-5)
 
 
-def test_the_step_is_that_of_torchs_adam():
+class OneLayer(Head):
+    """The smallest head: a norm and a linear map."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp_layer = NormedLinear(5, 3)
+
+    def logits(self, features_B5):
+        return self.mlp_layer(features_B5)
+
+
+@pytest.mark.parametrize("name, form", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_the_step_is_that_of_torchs_adam(name, form):
     torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.Linear(5, 3))
+    module = OneLayer()
     inputs, targets = torch.randn(8, 5), torch.rand(8, 3)
-    recipe = Recipe(weight_decay=0.1)
+    recipe = Recipe(weight_decay=0.1, optimizer=name)
     fleet = loop.Fleet([module], recipe, torch.device("cpu"))
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.01, betas=recipe.betas, weight_decay=0.1)
+    optimizer = form(module.parameters(), lr=0.01, betas=recipe.betas, weight_decay=0.1)
     batch = Batch(inputs[None], targets[None], torch.full((1, 8), 1 / 8), np.ones(1, dtype=bool))
     for _ in range(20):
         fleet.step(batch, np.array([0.01]), Ranks())
@@ -279,6 +295,76 @@ def test_the_step_is_that_of_torchs_adam():
         optimizer.step()
     expected = torch.nn.utils.parameters_to_vector(module.parameters())
     torch.testing.assert_close(fleet.weights[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_is_the_same_for_heads_side_by_side(cache):
+    recipe = FAST.with_changes(optimizer="adamw", weight_decay=0.1)
+    together, alone = (
+        train_head(cache, head="wa-mlp", recipe=recipe, together=how, device="cpu") for how in ("auto", "never")
+    )
+    assert (together.heads_side_by_side, alone.heads_side_by_side) == (3, 1)
+    assert together.layer_weights == pytest.approx(alone.layer_weights)
+    other = train_head(cache, head="wa-mlp", recipe=recipe.with_changes(optimizer="adam"), device="cpu")
+    assert together.layer_weights != pytest.approx(other.layer_weights)
+
+
+@pytest.mark.parametrize("head", ["wa-mlp", "wa-pool"])
+def test_dropout_is_decided_by_the_seed_and_changes_what_is_learnt(cache, head, tmp_path):
+    def losses(name, recipe):
+        train_head(cache, head=head, recipe=recipe, out=tmp_path / name, device="cpu")
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    recipe = FAST.with_changes(dropout=0.5)
+    torch.manual_seed(1)
+    first = losses("first", recipe)
+    torch.manual_seed(2)
+    assert losses("again", recipe) == first != losses("without", FAST)
+
+
+@pytest.mark.parametrize("head", ["last-mlp", "wa-mlp", "wa-tr", "wa-pool"])
+@pytest.mark.parametrize("tier", ["memory", "stream"])
+def test_statistics_are_those_of_the_training_clips_of_each_fold(cache, tmp_path, head, tier):
+    recipe = FAST.with_changes(standardise=True, epochs=1, average_from_epoch=None)
+    train_head(cache, head=head, recipe=recipe, out=tmp_path / "head", tier=tier, device="cpu")
+    for fold in (1, 2, 3):
+        module = load_head(tmp_path / "head" / f"fold-{fold}")
+        features = torch.from_numpy(cache.features(np.flatnonzero(fold != FOLD)))
+        if head.endswith("mlp"):
+            features = features.mean(dim=2, keepdim=True)
+        features = features[:, -1:] if head == "last-mlp" else features
+        torch.testing.assert_close(module.standard_mean, features.mean(dim=(0, 2)), rtol=1e-4, atol=1e-5)
+        deviation = features.std(dim=(0, 2), correction=0)
+        torch.testing.assert_close(module.standard_deviation, deviation, rtol=1e-4, atol=1e-5)
+        assert module.description.standardised and module.description.recipe["standardise"]
+
+
+def test_a_channel_that_never_varies_is_left_as_it_is(tmp_path):
+    features = planted_features(2)
+    features[:, :, :, 3] = 7
+    cache = planted_cache(tmp_path / "flat.zarr", features, CLASSES, fold=FOLD)
+    recipe = FAST.with_changes(standardise=True)
+    result = train_head(cache, head="wa-pool", width=16, recipe=recipe, out=tmp_path / "head", device="cpu")
+    assert result.value > 0.6
+    assert (load_head(tmp_path / "head").standard_deviation[:, 3] == 1).all()
+
+
+def test_heads_side_by_side_have_statistics_of_their_own(cache):
+    recipe = FAST.with_changes(standardise=True)
+    together, alone = (
+        train_head(cache, head="wa-mlp", recipe=recipe, together=how, device="cpu") for how in ("auto", "never")
+    )
+    assert (together.heads_side_by_side, alone.heads_side_by_side) == (3, 1)
+    assert together.layer_weights == pytest.approx(alone.layer_weights)
+
+
+def test_the_asymmetric_loss_is_bce_that_makes_little_of_what_is_known_to_be_absent():
+    logits = torch.tensor([[[-6.0, 3.0, 0.0, 2.0]]])
+    absent, present = torch.zeros(1, 1, 4), torch.ones(1, 1, 4)
+    assert clip_losses(logits, present, "asymmetric") == pytest.approx(clip_losses(logits, present, "bce").item())
+    assert clip_losses(logits[..., :1], absent[..., :1], "asymmetric") == 0  # below the margin
+    p = 1 / (1 + np.exp(-2)) - 0.05
+    expected = -(p**4) * np.log(1 - p)
+    assert clip_losses(logits[..., 3:], absent[..., 3:], "asymmetric").item() == pytest.approx(expected, rel=1e-5)
 
 
 def watched_in(cache, number, recipe):
@@ -355,7 +441,7 @@ def test_streaming_trains_as_well_as_memory(cache, head):
     "options, message",
     [
         ({"head": "mlp"}, "head 'mlp' is not known"),
-        ({"head": "wa-tr", "width": 8}, "wa-tr has no projection"),
+        ({"head": "last-tr", "width": 8}, "last-tr has no projection"),
         ({"recipe": "esc10"}, "recipe 'esc10' is not known"),
         ({"changes": {"rate": 1}}, "no setting 'rate'"),
         ({"device": "abacus"}, "device 'abacus'"),

@@ -42,9 +42,7 @@ def draw_epoch(
     Mixup partners are neighbours in the batch, so they are drawn as clips are; or uniform over all positions, also
     where clips are not (as the original project does).
     """
-    count = max(1, round(recipe.epoch_share * len(positions)))
-    if recipe.drop_last:
-        count = whole_batches(count, recipe.batch_size)
+    count = recipe.epoch_clips(len(positions))
     if weights is None:
         clip = rng.permutation(positions)[:count]
     else:
@@ -58,11 +56,6 @@ def draw_epoch(
     length = rng.integers(0, recipe.time_mask_frames, size=masks, endpoint=True, dtype=np.int16)
     start = rng.integers(0, frames - length, endpoint=True, dtype=np.int16)
     return Draw(clip, partner, share.astype(np.float32), start, start + length)
-
-
-def whole_batches(count: int, size: int) -> int:
-    """How many of `count` clips fill batches of `size`; all where they fill none."""
-    return count // size * size or count
 
 
 def balancing_weights(labels: np.ndarray) -> np.ndarray:
@@ -175,9 +168,12 @@ class Places:
         return extra, found
 
 
-def mix_and_mask(batch: Collected, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def mix_and_mask(batch: Collected, recipe: Recipe, hidden_LD: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Inputs (M, B, L, T, D) float32 and targets (M, B, C) float32 in 0..1 of what has arrived on the device: decoded,
-    mixed, then masked in time; labels smoothed."""
+    mixed, then masked in time; labels smoothed.
+
+    Masked frames are 0, or `hidden_LD`: the mean of each layer and channel, which a standardised head makes 0.
+    """
     heads, places = batch.weight.shape
     own = heads * places
     features, labels = decoded(batch.features, batch.scale), batch.labels.float()
@@ -187,8 +183,11 @@ def mix_and_mask(batch: Collected, recipe: Recipe) -> tuple[Tensor, Tensor]:
         targets = torch.lerp(labels[batch.partner], targets, batch.share[:, None])
     if recipe.time_mask_frames:
         frame = torch.arange(inputs.shape[2], device=inputs.device)
-        hidden = (frame >= batch.mask_start[..., None]) & (frame < batch.mask_end[..., None])
-        inputs = inputs.masked_fill_(hidden[..., None], 0)
+        hidden = ((frame >= batch.mask_start[..., None]) & (frame < batch.mask_end[..., None]))[..., None]
+        if hidden_LD is None:
+            inputs = inputs.masked_fill_(hidden, 0)
+        else:
+            inputs = torch.where(hidden, hidden_LD[:, None], inputs)
     targets = smoothed(targets, batch.share if recipe.mixup_rate else torch.ones_like(batch.share), recipe)
     return inputs.unflatten(0, (heads, places)), targets.unflatten(0, (heads, places))
 

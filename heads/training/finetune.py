@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -40,9 +39,10 @@ from whisper_at_cli.heads.endtoend import (
     predict_audio,
     save_end_to_end,
 )
-from whisper_at_cli.heads.forms import build_head
+from whisper_at_cli.heads.forms import build_head, head_name, head_width
 from whisper_at_cli.heads.training.batches import Step, balancing_weights, draw_epoch, smoothed, steps
 from whisper_at_cli.heads.training.data import every_clip_has_one_label
+from whisper_at_cli.heads.training.fleet import clip_losses
 from whisper_at_cli.heads.training.plan import training_side_warnings, without_last_batch
 from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, named_recipe
 from whisper_at_cli.heads.training.result import Verdict, judge, or_none
@@ -125,7 +125,7 @@ def finetune(
     if job.audio.failures:
         job.warnings.append(job.audio.failure_note())
     return FinetuneResult(
-        model=job.weights.name, head=head, dim=width or job.dim, params=trainer.parameters,
+        model=job.weights.name, head=head, dim=job.width or job.dim, params=trainer.parameters,
         encoder_lr=job.recipe.lr * encoder_lr_share, metric=job.metric,
         value=verdict.value, ci95=verdict.ci95, intervals=verdict.made, fold_mean=verdict.fold_mean,
         std=verdict.fold_std, folds=results, predictions_file=None if predictions is None else str(predictions),
@@ -166,6 +166,7 @@ class _Job:
             self.head, layers=self.weights.dims["n_audio_layer"], dim=self.dim, classes=self.labels.shape[1],
             width=self.width,
         )  # fmt: skip
+        head.mlp_layer.dropout = self.recipe.dropout
         return new_model(self.weights, head, pools=self.pools)
 
 
@@ -184,13 +185,18 @@ def _plan(
     clips = ListedClips.of(dataset)
     single_label = every_clip_has_one_label(clips.labels)
     if recipe is None:
-        recipe = default_recipe_name(single_label=single_label, clips=len(clips))
+        recipe = default_recipe_name(head, single_label=single_label, clips=len(clips))
     weights = model if isinstance(model, WhisperWeights) else read_weights(model)
     if isinstance(recipe, str):
         recipe = named_recipe(recipe, head, dim=weights.dims["n_audio_state"], width=width)
+    if changes.get("standardise"):
+        raise UsageError(
+            "--standardise does nothing with --unfreeze: what the encoder gives changes while it is trained; leave it "
+            "out"
+        )
     if given := {"patience", "validate_every"} & changes.keys():
         raise UsageError(f"fine-tuning validates once, at its end: leave out {', '.join(sorted(given))}")
-    recipe = recipe.with_changes(**changes | {"patience": None, "validate_every": 0})
+    recipe = recipe.with_changes(**changes | {"patience": None, "validate_every": 0, "standardise": False})
     if recipe.precision == "auto":
         native = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         recipe = recipe.with_changes(precision="bfloat16" if native else "float32")
@@ -206,7 +212,7 @@ def _plan(
             raise UsageError(f"fold {fold} was asked for, and {dataset.root} has {', '.join(map(str, numbers))}")
         folds = [each for each in folds if each.number == fold]
     job = _Job(
-        dataset, weights, head, width, recipe, share, seconds, folds, Waveforms(dataset, samples),
+        dataset, weights, head, head_width(head, width), recipe, share, seconds, folds, Waveforms(dataset, samples),
         torch.from_numpy(clips.labels), "accuracy" if single_label else "mAP", target, warnings,
     )  # fmt: skip
     with torch.device("meta"):  # refuses an unknown head or a wrong width, at no cost
@@ -252,7 +258,7 @@ class _Trainer:
             audio = self.job.audio.ahead([rows for rows, _ in needed])
             for batch, (_, where), (waveforms, good) in zip(batches, needed, audio, strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate(epoch, step) * group["share"]
+                    group["lr"] = recipe.learning_rate(epoch, step, recipe.steps(len(rows))) * group["share"]
                 place = torch.from_numpy(np.where(good, np.cumsum(good) - 1, -1)[where])
                 loss = self._step(model, optimizer, batch, waveforms, place)
                 if loss is not None:
@@ -276,8 +282,7 @@ class _Trainer:
         mel = hide_frames(model.mel(mixed.to(device)), start, end)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             logits = model.from_mel(mel)
-        loss_of = F.cross_entropy if recipe.loss == "ce" else F.binary_cross_entropy_with_logits
-        loss = loss_of(logits.float(), targets.to(device))
+        loss = clip_losses(logits.float(), targets.to(device), recipe.loss).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -354,7 +359,8 @@ def _optimizer(model: EncoderWithHead, recipe: Recipe, share: float) -> torch.op
     groups = [{"params": list(model.head.parameters()), "share": 1.0}]
     if share:
         groups.append({"params": list(model.encoder.parameters()), "share": share})
-    return torch.optim.Adam(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
 
 
 def _validate(model: EncoderWithHead, fold: Fold, job: _Job) -> tuple[dict, Predictions]:
@@ -373,7 +379,7 @@ def _validate(model: EncoderWithHead, fold: Fold, job: _Job) -> tuple[dict, Pred
     scored = Predictions(
         ids=clips.ids[rows], recordings=source_recordings(clips.ids[rows], clips.paths[rows], clips.dataset),
         labels=clips.labels[rows], class_names=tuple(job.dataset.class_names), folds=np.full(len(rows), fold.number),
-        names=(f"{job.head}-{job.width}" if job.width else job.head,), seeds=np.array([job.recipe.seed]),
+        names=(head_name(job.head, job.width),), seeds=np.array([job.recipe.seed]),
         scores=logits.cpu().numpy()[None], source=f"train-head --unfreeze {job.dataset.root} ({job.weights.name})",
     )  # fmt: skip
     return line, scored

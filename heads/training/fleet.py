@@ -1,4 +1,4 @@
-"""Heads of one form that train side by side: all their numbers in one tensor, one Adam, one average of weights.
+"""Heads of one form that train side by side: all their numbers in one tensor, one optimiser, one average of weights.
 
 A single head is a fleet of one. The MLP heads spend most of a step on starting operations; M of them in one model start
 as many as one does, and are faster together while their numbers stay in the processor's cache. Heads with Transformer
@@ -23,19 +23,26 @@ from whisper_at_cli.heads.training.ranks import Ranks
 from whisper_at_cli.heads.training.recipe import Recipe
 
 EPSILON = 1e-8  # Adam's
+ASYMMETRIC_MARGIN, ASYMMETRIC_FOCUS = 0.05, 4  # the loss's, as its authors set them; present classes count as in bce
 STACKABLE = (LastMLP, WAMLP)
 MLP_LAYER = ("0.weight", "0.bias", "1.weight", "1.bias")  # of `mlp_layer`: its norm, then its linear map
 
 
 class Fleet:
-    """M heads with their optimiser and averages, on one device. `recipe` holds what they share; learning rates are
-    each head's own. A head that does not take a step keeps its weights and its running means."""
+    """M heads with their optimiser and averages, on one device. `recipe` holds what they share; learning rates, and
+    the statistics of standardised heads, are each head's own. A head that does not take a step keeps its weights and
+    its running means."""
 
     def __init__(self, modules: list[Head], recipe: Recipe, device: torch.device):
         self.module = copy.deepcopy(modules[0]).to(device)
         self.stacked = isinstance(self.module, STACKABLE)
         assert self.stacked or len(modules) == 1, "only MLP heads train side by side"
+        self.module.mlp_layer.dropout = recipe.dropout
         self.recipe, self.device = recipe, device
+        self.statistics = None
+        if modules[0].standard_mean is not None:
+            both = [(module.standard_mean, module.standard_deviation) for module in modules]
+            self.statistics = tuple(torch.stack(each).to(device) for each in zip(*both, strict=True))  # (M, L or 1, D)
         own = [nn.utils.parameters_to_vector(module.parameters()).detach() for module in modules]
         self.weights = torch.stack(own).to(device)  # (M, P)
         self.first, self.second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)  # Adam's means
@@ -64,7 +71,7 @@ class Fleet:
     def logits(self, inputs: Tensor) -> Tensor:
         """(M, B, C) of inputs (M, B, L, T, D), each head on its own."""
         if self.stacked:
-            return stacked_mlp(self.parameters, inputs)
+            return stacked_mlp(self.parameters, inputs, self.statistics, self.recipe.dropout)
         return self.module(inputs[0])[None]
 
     def step(self, batch: Batch, lr: np.ndarray, ranks: Ranks) -> Tensor:
@@ -80,10 +87,14 @@ class Fleet:
 
     @torch.no_grad()
     def _adam(self, gradient: Tensor, lr: np.ndarray, active: np.ndarray) -> None:
-        """Adam as Kingma and Ba have it, with an L2 penalty in the gradient; `active` (M,) heads move."""
+        """Adam as Kingma and Ba have it, with an L2 penalty in the gradient, or AdamW; `active` (M,) heads move."""
         self.steps += active
         (beta1, beta2), taken = self.recipe.betas, np.maximum(self.steps, 1)
-        gradient.add_(self.weights, alpha=self.recipe.weight_decay)
+        if self.recipe.optimizer == "adamw":
+            kept = torch.tensor(1 - lr * active * self.recipe.weight_decay, dtype=torch.float32)
+            self.weights.mul_(kept.to(self.device)[:, None])
+        else:
+            gradient.add_(self.weights, alpha=self.recipe.weight_decay)
         scale = lr * active / (1 - beta1**taken)
         root = 1 / np.sqrt(1 - beta2**taken)
         if len(self) == 1:
@@ -121,6 +132,8 @@ class Fleet:
         elif final and self.best is not None:
             own = self.best
         module = copy.deepcopy(self.module)
+        if self.statistics is not None:
+            module.standardise(*(each[index].clone() for each in self.statistics))
         nn.utils.vector_to_parameters(own[index].detach().clone(), module.parameters())
         return module
 
@@ -139,9 +152,17 @@ class Fleet:
         return ("weights", "first", "second", "average", *["best"] * (self.best is not None))
 
 
-def stacked_mlp(parameters: dict[str, Tensor], inputs_MBLTD: Tensor) -> Tensor:
-    """Logits (M, B, C) of M MLP heads, whose parameters are stacked; Last-MLP's are given one layer."""
+def stacked_mlp(
+    parameters: dict[str, Tensor], inputs_MBLTD: Tensor, statistics: tuple[Tensor, ...] | None = None,
+    dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Logits (M, B, C) of M MLP heads in training, whose parameters are stacked; Last-MLP's are given one layer.
+
+    `statistics` are mean and deviation (M, L, D) of standardised heads.
+    """
     mean_MBLD = inputs_MBLTD.squeeze(3) if inputs_MBLTD.shape[3] == 1 else inputs_MBLTD.mean(dim=3)
+    if statistics is not None:
+        mean_MBLD = (mean_MBLD - statistics[0][:, None]) / statistics[1][:, None]
     if "layer_weight" in parameters:
         weight_ML = parameters["layer_weight"] / parameters["layer_weight"].sum(dim=1, keepdim=True)
         mixed_MBD = (weight_ML[:, None, None, :] @ mean_MBLD).squeeze(2)
@@ -149,11 +170,20 @@ def stacked_mlp(parameters: dict[str, Tensor], inputs_MBLTD: Tensor) -> Tensor:
         mixed_MBD = mean_MBLD[:, :, -1]
     norm, norm_bias, matrix, bias = (parameters[f"mlp_layer.{part}"] for part in MLP_LAYER)
     normed_MBD = F.layer_norm(mixed_MBD, mixed_MBD.shape[-1:]) * norm[:, None] + norm_bias[:, None]
-    return torch.baddbmm(bias[:, None], normed_MBD, matrix.transpose(1, 2))
+    return torch.baddbmm(bias[:, None], F.dropout(normed_MBD, dropout), matrix.transpose(1, 2))
 
 
 def clip_losses(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
     """(M, B) losses of logits and targets (M, B, C)."""
     if loss == "ce":
         return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)
+    if loss == "asymmetric":
+        return asymmetric(logits, targets).mean(dim=-1)
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=-1)
+
+
+def asymmetric(logits: Tensor, targets: Tensor) -> Tensor:
+    """The asymmetric loss of each logit (Ridnik et al. 2021): bce in which an absent class counts (p - margin)^focus,
+    so that those that the head is sure of hardly count. Targets between 0 and 1 are shares of present and absent."""
+    absent = (logits.sigmoid() - ASYMMETRIC_MARGIN).clamp(min=0)
+    return -targets * F.logsigmoid(logits) - (1 - targets) * absent.pow(ASYMMETRIC_FOCUS) * torch.log1p(-absent)

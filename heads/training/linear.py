@@ -34,10 +34,11 @@ NEWTON_STEPS = 50
 
 
 def fit(
-    module: ConcatLinear, clips: Clips, labels: np.ndarray, train: np.ndarray, inner: list[Sides], loss: str
-) -> dict:
+    module: ConcatLinear, clips: Clips, labels: np.ndarray, train: np.ndarray, inner: list[Sides], loss: str, *,
+    standardise: bool = True,
+) -> dict:  # fmt: skip
     """Fit a head to the clips `train` (positions), with the penalty under which the test clips of `inner` are most
-    likely. labels (positions, C) 0/1; loss ce or bce.
+    likely. labels (positions, C) 0/1; loss ce or bce. Inputs are standardised by the training clips, or only centred.
 
     Gives what to record: strength (the penalty), strengths, inner_log_likelihood of each, seconds. Raises
     WhisperATError where memory is too small.
@@ -46,7 +47,7 @@ def fit(
     used = np.unique(np.concatenate([train, *(side for sides in inner for side in sides)]))
     inputs = _pooled(module, clips, used)
     own = np.searchsorted(used, train)
-    module.center[:], module.scale[:] = _standardise(inputs, own)
+    module.center[:], module.scale[:] = _standardise(inputs, own, divide=standardise)
     coordinates, basis = _coordinates(inputs, own)
     y = torch.from_numpy(labels[used]).to(inputs.device)
     strengths = [share * inputs.shape[1] for share in SHARES]
@@ -95,15 +96,16 @@ def _pooled(module: ConcatLinear, clips: Clips, positions: np.ndarray) -> Tensor
     return torch.cat([module.pooled(clips.batch(batch)).to(device) for batch in batches])
 
 
-def _standardise(inputs: Tensor, own: np.ndarray) -> tuple[Tensor, Tensor]:
+def _standardise(inputs: Tensor, own: np.ndarray, *, divide: bool) -> tuple[Tensor, Tensor]:
     """Mean and deviation (F,) float32 of the rows `own`, by which the inputs are standardised in place. An input that
-    varies less than float32 resolves has deviation 1."""
+    varies less than float32 resolves has deviation 1, and all have where they are not to be divided."""
     rows = torch.from_numpy(own).to(inputs.device)
     center, scale = torch.empty(inputs.shape[1]), torch.empty(inputs.shape[1])
     for first in range(0, inputs.shape[1], CHUNK):
         part = inputs[:, first : first + CHUNK]
         std, mean = torch.std_mean(part[rows].double(), dim=0, correction=0)
-        std = torch.where(std <= torch.finfo(torch.float32).eps * mean.abs(), 1.0, std)
+        flat = std <= torch.finfo(torch.float32).eps * mean.abs()
+        std = torch.where(flat, 1.0, std) if divide else torch.ones_like(std)
         mean, std = mean.float(), std.float()
         center[first : first + CHUNK], scale[first : first + CHUNK] = mean.cpu(), std.cpu()
         part.sub_(mean).div_(std)

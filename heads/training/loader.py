@@ -40,12 +40,16 @@ class Batch:
 class Epochs:
     """The epochs of one training of M heads, which share what `recipe` says of batches.
 
+    `hidden` (L, D) is what masked frames hold, by default 0.
     Where clips are streamed, `read_ahead` has the next epoch's first ones read while this epoch is still trained. They
     serve one head then, and `seed` decides their order.
     """
 
-    def __init__(self, clips: Clips, recipe: Recipe, ranks: Ranks, clock: Callable[[], float] = time.perf_counter):
-        self.clips, self.recipe, self.ranks, self.clock = clips, recipe, ranks, clock
+    def __init__(
+        self, clips: Clips, recipe: Recipe, ranks: Ranks, clock: Callable[[], float] = time.perf_counter,
+        hidden: Tensor | None = None,
+    ):  # fmt: skip
+        self.clips, self.recipe, self.ranks, self.clock, self.hidden = clips, recipe, ranks, clock, hidden
         self._ahead: dict[tuple[int, ...], Iterator[Work]] = {}  # by seed
 
     def read_ahead(self, draws: list[Draw | None], seed: tuple[int, ...]) -> None:
@@ -62,7 +66,7 @@ class Epochs:
         asked = self.clock()
         for part, active in collected:
             waited = self.clock() - asked
-            inputs, targets = mix_and_mask(part, self.recipe)
+            inputs, targets = mix_and_mask(part, self.recipe, self.hidden)
             yield Batch(inputs, targets, part.weight, active, waited)
             asked = self.clock()
 
@@ -125,10 +129,11 @@ def _streamed(clips: StreamedClips, draw: Draw, recipe: Recipe, ranks: Ranks, se
         reads="stored" if clips.reads == "features" else clips.reads, pin=clips.device.type == "cuda",
     )  # fmt: skip
     done, places = 0, Places(len(clips.rows))
-    for rows, features, labels, *scale in batches:
+    for rows, features, _, *scale in batches:
         here = slice(done, done + len(rows))
         done += len(rows)
         clip = clips.positions(rows)
+        labels = clips.labels[torch.from_numpy(clip)]  # which need not be the cache's
         if draw.partner is None:
             partner = np.roll(clip, -1)
         else:

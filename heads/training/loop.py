@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -35,6 +36,7 @@ from whisper_at_cli.heads.training.loader import Epochs
 from whisper_at_cli.heads.training.ranks import Ranks
 from whisper_at_cli.heads.training.recipe import Recipe
 from whisper_at_cli.heads.training.records import RunFolder
+from whisper_at_cli.heads.training.standardise import layer_statistics
 
 FINITE_CLIPS = 64  # looked at together
 SMALL_BATCH = 1 << 18  # numbers in a batch
@@ -143,13 +145,17 @@ class _Course:
     def __init__(self, trainings: list[Training], place: Workplace, new_module: Callable[[], Head], group: str):
         self.trainings, self.place, self.group = trainings, place, group
         modules = [_new_module(training, new_module) for training in trainings]
+        if trainings[0].recipe.standardise:
+            for module, training in zip(modules, trainings, strict=True):
+                module.standardise(*layer_statistics(place.clips, training.train, last_layer=module.last_layer))
         self.fleet = Fleet(modules, trainings[0].recipe, place.clips.device)
         self.epoch = 0  # that is done
         self.stopped = np.zeros(len(trainings), dtype=bool)
         self.best: list[tuple[float, int]] = [(-math.inf, 0)] * len(trainings)  # validation metric, and its epoch
         self.history: list[list[dict]] = [[] for _ in trainings]
         self.weights = [self._weights(training) for training in trainings]
-        self.epochs = Epochs(place.clips, trainings[0].recipe, place.ranks)
+        hidden = self.fleet.module.standard_mean if len(modules) == 1 else None
+        self.epochs = Epochs(place.clips, trainings[0].recipe, place.ranks, hidden=hidden)
         self._resume()
 
     def _weights(self, training: Training) -> np.ndarray | None:
@@ -159,8 +165,12 @@ class _Course:
         """Train for one epoch and do all that follows its end."""
         self.epoch += 1
         before = self.stopped.copy()
-        lines = self._train()
         recipe = self.trainings[0].recipe
+        if recipe.dropout:  # what it leaves out is decided by the seed too, in each process another
+            with random_numbers(*self._seed(self.epoch), self.place.ranks.rank, device=self.fleet.device):
+                lines = self._train()
+        else:
+            lines = self._train()
         if recipe.averages(self.epoch):
             self.fleet.take_into_average(~before)
         if recipe.validate_every and self.epoch % recipe.validate_every == 0:
@@ -202,7 +212,12 @@ class _Course:
     def _rates(self) -> np.ndarray:
         """(M,) learning rates of the step to come."""
         steps = self.fleet.steps.tolist()
-        return np.array([t.recipe.learning_rate(self.epoch, n) for t, n in zip(self.trainings, steps, strict=True)])
+        return np.array(
+            [
+                training.recipe.learning_rate(self.epoch, taken, training.recipe.steps(len(training.train)))
+                for training, taken in zip(self.trainings, steps, strict=True)
+            ]
+        )
 
     def _seed(self, epoch: int) -> tuple[int, ...]:
         return (self.trainings[0].recipe.seed, self.trainings[0].number, epoch)
@@ -295,7 +310,8 @@ def solve_group(trainings: list[Training], place: Workplace, new_module: Callabl
         module = new_module()
         assert isinstance(module, ConcatLinear), "there is no other solved head"
         fitted = fit(
-            module, place.clips, place.labels, training.train, list(training.inner), training.recipe.loss
+            module, place.clips, place.labels, training.train, list(training.inner), training.recipe.loss,
+            standardise=training.recipe.standardise,
         )  # fmt: skip
         record = {"epochs": 0, "history": [], "samples": len(training.train), "waiting_seconds": 0.0, **fitted}
         done.append(validated(training, record, module.to(place.clips.device), place))
@@ -318,10 +334,16 @@ def validated(training: Training, record: dict, module: Head, place: Workplace) 
 
 def _new_module(training: Training, new_module: Callable[[], Head]) -> Head:
     """A head whose first weights the training's seed and number decide; the caller's random numbers are left alone."""
-    rng = np.random.default_rng([training.recipe.seed, training.number])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2**62)))
+    with random_numbers(training.recipe.seed, training.number):
         return new_module()
+
+
+@contextmanager
+def random_numbers(*seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """torch's random numbers as these numbers decide them, on the CPU and a device; outside they are left alone."""
+    with torch.random.fork_rng(devices=[device] if device and device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2**62)))
+        yield
 
 
 def _plain(metrics: Metrics | None) -> dict | None:

@@ -14,12 +14,18 @@ from whisper_at_cli.extract.cache.folds import Fold, cache_folds, untrained_clas
 from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.evaluation.permutation import permuted_by_recording
-from whisper_at_cli.heads.forms import Head, build_head, head_form
-from whisper_at_cli.heads.training.batches import whole_batches
+from whisper_at_cli.heads.forms import Head, build_head, head_form, head_name, head_width
 from whisper_at_cli.heads.training.data import choose_tier, every_clip_has_one_label, stored_bytes, why_not_accuracy
-from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, faithful_changes, named_recipe
+from whisper_at_cli.heads.training.distill import Teachers
+from whisper_at_cli.heads.training.recipe import (
+    Recipe,
+    default_recipe_name,
+    faithful_changes,
+    named_recipe,
+    whole_batches,
+)
 
-SOLVED_SETTINGS = ("loss", "seed")  # of a recipe, that count for a head without epochs
+SOLVED_SETTINGS = ("loss", "seed", "standardise")  # of a recipe, that count for a head without epochs
 PERMUTED = (
     "labels were permuted by recording: whatever a head scores beyond chance here comes from the head, not from the "
     "features"
@@ -45,6 +51,13 @@ class Job:
     tier: str
     warnings: list[str]
     permuted: bool = False  # whether recordings traded their labels
+    block: bool = True  # of wa-pool: whether it has a block over time
+    teachers: Teachers | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the head, in predictions and tables."""
+        return head_name(self.head, self.width, self.block)
 
     @property
     def reads(self) -> str:
@@ -64,7 +77,9 @@ class Job:
     def recorded(self, recipe: Recipe) -> dict:
         """The settings of a recipe that count for this head."""
         settings = dataclasses.asdict(recipe)
-        return {name: settings[name] for name in SOLVED_SETTINGS} if self.solved else settings
+        if self.solved:
+            return {name: settings[name] for name in SOLVED_SETTINGS}
+        return settings | (self.teachers.recorded() if self.teachers else {})
 
     @property
     def dim(self) -> int:
@@ -77,15 +92,20 @@ class Job:
 
     def new_module(self) -> Head:
         spec = self.cache.spec
-        return build_head(self.head, layers=spec.layers, dim=spec.dim, classes=len(spec.class_names), width=self.width)
+        return build_head(
+            self.head, layers=spec.layers, dim=spec.dim, classes=len(spec.class_names), width=self.width,
+            block=self.block,
+        )  # fmt: skip
 
     def parameters(self) -> int:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.new_module().parameters())
 
     def heads_side_by_side(self, together: str) -> int:
-        """How many heads to train as one model: MLP heads as many as gain by it, others one."""
-        if together == "never" or self.reads == "features" or self.tier == "stream" or self.solved:
+        """How many heads to train as one model: MLP heads as many as gain by it, others one. One, too, with dropout,
+        whose random numbers no other head may change, and with teachers, which give each head targets of its own."""
+        alone = self.reads == "features" or self.tier == "stream" or self.solved or self.recipe.dropout or self.teachers
+        if together == "never" or alone:
             return 1
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         layers = self.cache.spec.layers if self.reads == "mean" else 1
@@ -98,7 +118,7 @@ class Job:
         content = [self.cache.ids[rows].tolist(), np.packbits(self.labels).tobytes().hex()]
         folds = [(fold.number, fold.train.tolist(), fold.test.tolist()) for fold in self.folds]
         return {
-            "head": self.head, "dim": self.dim, "recipe": self.recorded(self.recipe),
+            "head": self.name, "dim": self.dim, "recipe": self.recorded(self.recipe),
             "folds": f"{len(folds)} ({_digest(folds)})", "clips": f"{len(rows)} ({_digest(content)})",
             "backbone": f"{spec.backbone} ({spec.weights_sha256[:12]})", "classes": len(spec.class_names),
             "clip_seconds": spec.clip_seconds, "dtype": spec.dtype,
@@ -113,7 +133,7 @@ def _digest(content: object) -> str:
 def plan(
     cache: FeatureCache, *, head: str, width: int | None, recipe: Recipe | str | None, changes: dict, faithful: bool,
     device: torch.device, tier: str, processes: int = 1, precision: str | None = None, chooses: bool = False,
-    permute_labels: bool = False,
+    permute_labels: bool = False, block: bool = True, teachers: Teachers | None = None,
 ) -> Job:  # fmt: skip
     """Settle recipe and folds, and refuse what cannot work; nothing is read but labels. Raises UsageError.
 
@@ -122,7 +142,10 @@ def plan(
     """
     spec = cache.spec
     with torch.device("meta"):  # refuses an unknown head or a wrong width, at no cost
-        build_head(head, layers=spec.layers, dim=spec.dim, classes=max(1, len(spec.class_names)), width=width)
+        build_head(
+            head, layers=spec.layers, dim=spec.dim, classes=max(1, len(spec.class_names)), width=width, block=block
+        )
+    width = head_width(head, width)
     if spec.layer_numbers:
         raise UsageError(
             f"{cache.path} has only layers {', '.join(map(str, spec.layer_numbers))}; a head needs all layers of the "
@@ -135,6 +158,9 @@ def plan(
     if recipe.precision == "auto":
         recipe = recipe.with_changes(precision=precision or fastest_precision(head, device))
     _check_recipe(recipe, head, single_label, spec.frames)
+    if teachers and (chooses or head_form(head).solved):
+        why = "--search: teachers know the clips that it would choose on" if chooses else f"{head}, which is solved"
+        raise UsageError(f"--teacher does not go with {why}; leave one of them out")
     if head_form(head).solved and changes.keys() - set(SOLVED_SETTINGS):
         given = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(changes.keys() - set(SOLVED_SETTINGS)))
         raise UsageError(f"{head} is solved and has no epochs: {given} does nothing with it, so leave it out")
@@ -160,7 +186,10 @@ def plan(
         )
     tier = choose_tier(stored_bytes(cache, len(rows), head_form(head).reads), device, tier, processes=processes)
     metric = "accuracy" if single_label else "mAP"
-    return Job(cache, head, width, recipe, folds, valid, rows, labels, metric, device, tier, warnings, permute_labels)
+    return Job(
+        cache, head, width, recipe, folds, valid, rows, labels, metric, device, tier, warnings, permute_labels, block,
+        teachers,
+    )  # fmt: skip
 
 
 def _settled(
@@ -169,7 +198,7 @@ def _settled(
 ) -> Recipe:  # fmt: skip
     """The recipe that was asked for, or the one that suits the data, with its changes."""
     if recipe is None:
-        recipe = default_recipe_name(single_label=single_label, clips=clips)
+        recipe = default_recipe_name(head, single_label=single_label, clips=clips)
     if isinstance(recipe, str):
         recipe = named_recipe(recipe, head, dim=cache.spec.dim, width=width)
     return recipe.with_changes(**((faithful_changes(head) if faithful else {}) | changes))

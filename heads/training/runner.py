@@ -13,6 +13,7 @@ from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.training.board import Board
 from whisper_at_cli.heads.training.curve import draw_curve
 from whisper_at_cli.heads.training.data import Clips, load_clips
+from whisper_at_cli.heads.training.distill import with_teachers
 from whisper_at_cli.heads.training.loop import Trained, Training, Workplace, solve_group, train_group
 from whisper_at_cli.heads.training.plan import Job
 from whisper_at_cli.heads.training.ranks import Ranks
@@ -64,6 +65,8 @@ class Runner:
             self._after_epoch(sum(training.recipe.epochs for training in group), math.nan)
             return [self._finished(training) for training in group]
         name, place = f"group-{self.groups}", self._place(job)
+        if job.teachers:
+            place = self._taught(place, job, *group)
         if job.solved:
             trained = solve_group(group, place, job.new_module)
         else:
@@ -104,6 +107,15 @@ class Runner:
         return Workplace(
             self._clips, job.labels, job.metric, job.cache, self.ranks, self.folder, self.board, self._after_epoch
         )
+
+    def _taught(self, place: Workplace, job: Job, training: Training) -> Workplace:
+        """A place whose clips have the targets that a job's teachers give for one training."""
+        assert job.teachers, "asked only where there are"
+        clips = with_teachers(
+            place.clips, place.labels, job.teachers, training.number, training.train, training.test, cache=job.cache,
+            loss=training.recipe.loss,
+        )  # fmt: skip
+        return dataclasses.replace(place, clips=clips)
 
     def _after_epoch(self, heads: int, loss: float) -> None:
         self.epochs_done += heads

@@ -16,7 +16,7 @@ import numpy as np
 
 from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.evaluation.metrics import evaluate_scores, mean_and_std
-from whisper_at_cli.heads.forms import head_form
+from whisper_at_cli.heads.forms import head_form, head_name
 from whisper_at_cli.heads.training.inner import (
     FIRST_NUMBER,
     Division,
@@ -31,7 +31,7 @@ from whisper_at_cli.heads.training.plan import Job
 from whisper_at_cli.heads.training.recipe import Recipe
 from whisper_at_cli.heads.training.runner import Runner
 
-RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's learning rate
+RATES = (2e-4, 5e-4, 1e-3, 3e-3, 1e-2)  # beside the recipe's own learning rate
 WIDTHS = (128, 256, 512)  # of Table 2, those below the encoder's own
 
 
@@ -59,7 +59,7 @@ class Choice:
         """Of the head, in predictions."""
         job, _ = self.of_fold[0]
         widths = {of_fold.width for of_fold, _ in self.of_fold.values()}
-        return f"{job.head}-{job.width}" if job.width and len(widths) == 1 else job.head
+        return job.name if len(widths) == 1 else head_name(job.head, None, job.block)
 
 
 def fold_trainings(choice: Choice, seeds: int) -> list[tuple[Job, Training]]:
@@ -105,7 +105,7 @@ class Grid:
         return [
             (job, job.recipe.with_changes(lr=rate).lr)
             for job in jobs
-            for rate in dict.fromkeys(self.rates or [job.recipe.lr * factor for factor in RATE_FACTORS])
+            for rate in dict.fromkeys(self.rates or sorted({*RATES, job.recipe.lr}))
         ]
 
 

@@ -17,6 +17,7 @@ from whisper_at_cli.extract.errors import UsageError
 from whisper_at_cli.extract.evaluation.predictions import Predictions, checked_path
 from whisper_at_cli.extract.progress import Progress
 from whisper_at_cli.heads.checkpoint import HeadDescription, save_head
+from whisper_at_cli.heads.training.distill import Teachers
 from whisper_at_cli.heads.training.held_out import held_out_predictions
 from whisper_at_cli.heads.training.loop import Trained, Training
 from whisper_at_cli.heads.training.plan import Job, plan
@@ -39,36 +40,24 @@ TOGETHER = ("auto", "never")
 
 
 def train_head(
-    cache: FeatureCache,
-    *,
-    head: str,
-    width: int | None = None,
-    recipe: Recipe | str | None = None,
-    changes: dict | None = None,
-    faithful: bool = False,
-    out: str | Path | None = None,
-    device: str = "auto",
-    tier: str = "auto",
-    seed: int | None = None,
-    seeds: int = 1,
-    together: str = "auto",
-    restart: bool = False,
-    tensorboard: bool = False,
-    predictions: str | Path | None = None,
-    grid: Grid | None = None,
-    permute_labels: bool = False,
+    cache: FeatureCache, *, head: str, width: int | None = None, block: bool = True,
+    recipe: Recipe | str | None = None, changes: dict | None = None, faithful: bool = False,
+    out: str | Path | None = None, device: str = "auto", tier: str = "auto", seed: int | None = None, seeds: int = 1,
+    together: str = "auto", restart: bool = False, tensorboard: bool = False, predictions: str | Path | None = None,
+    grid: Grid | None = None, permute_labels: bool = False, teachers: Teachers | None = None,
     progress: Progress | None = None,
-) -> TrainResult:
+) -> TrainResult:  # fmt: skip
     """Validate a head on a cache's folds or split, and save one in the folder `out`.
 
     With folds, each is validated on a head trained on the others (saved in `out/fold-N`), and the head in `out` is then
     trained on all clips. With a split, the head in `out` is the validated one. `seeds` repeat all validation with the
     seeds after the first. `recipe` is a Recipe or the name of one; by default the data decide. `changes` replace some
     of its settings, `seed` its seed; `faithful` draws partners and masks as the original code does. With `grid`,
-    learning rate and width are chosen for each fold on clips that it does not test (`search_heads`). With
-    `permute_labels`, a control, recordings trade their labels at random. The same call with the same `out` continues a
-    run that was stopped; another is refused unless `restart`. The scores of held-out clips are written into
-    `predictions`, an .npz file. `progress` is told of epochs.
+    learning rate and width are chosen for each fold on clips that it does not test (`search_heads`). Without `block`,
+    wa-pool has no block over time. With `permute_labels`, a control, recordings trade their labels at random. With
+    `teachers`, targets are mixed with what these heads say. The same call with the same `out` continues a run that was
+    stopped; another is refused unless `restart`. The scores of held-out clips are written into `predictions`, an .npz
+    file. `progress` is told of epochs.
     Under torchrun all processes call this; each returns the result, the first one writes.
     Raises UsageError for what cannot work, WhisperATError where memory is short or the loss is not finite.
     """
@@ -84,7 +73,7 @@ def train_head(
             plan(
                 cache, head=head, width=each, recipe=recipe, changes=changes, faithful=faithful, device=target,
                 tier=tier, processes=ranks.here, precision=None if restart or not out else precision_kept(out),
-                chooses=grid is not None, permute_labels=permute_labels,
+                chooses=grid is not None, permute_labels=permute_labels, block=block, teachers=teachers,
             )
             for each in widths
         ]  # fmt: skip
@@ -130,8 +119,8 @@ def search_heads(
     """Train a head whose learning rate, and width of tl-tr, are chosen for each test fold on other clips: the split
     `valid` where there is one, else inner folds of its training clips.
 
-    By default from a quarter to four times the recipe's learning rate, and for tl-tr from the widths of Table 2 that
-    are smaller than the encoder's. `search` of the result has every combination; with `out` it is kept in search.json.
+    By default the recipe's learning rate and those from 2e-4 to 1e-2, and for tl-tr the widths of Table 2 that are
+    smaller than the encoder's. `search` of the result has every combination; with `out` it is kept in search.json.
     `options` are those of `train_head`, and so is what is raised.
     """
     return train_head(cache, head=head, grid=Grid(rates, widths), **options)
@@ -187,7 +176,9 @@ def _save(job: Job, each: Trained, folder: Path, choice: Choice, verdict: Verdic
     assert each.module is not None, "what an earlier call finished, it has saved too"
     chosen = {"strength": each.record["strength"]} if job.solved else {}
     description = HeadDescription(
-        head=job.head, width=job.width, layers=spec.layers, dim=spec.dim, frames=spec.frames,
+        head=job.head, width=job.width, block=job.block,
+        standardised=training.recipe.standardise and not job.solved,
+        layers=spec.layers, dim=spec.dim, frames=spec.frames,
         class_names=spec.class_names, backbone=spec.backbone, weights_sha256=spec.weights_sha256,
         clip_seconds=spec.clip_seconds, loss=training.recipe.loss, metric=job.metric,
         value=or_none(verdict.value), ci95=verdict.ci95, fold_mean=or_none(verdict.fold_mean),
