@@ -11,7 +11,7 @@ from planted import planted_cache
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.heads import evaluate_head, load_head, train_head
 from whisper_at_cli.heads.evaluate import predict
-from whisper_at_cli.heads.forms import Head, NormedLinear
+from whisper_at_cli.heads.forms import Head, NormedLinear, build_head
 from whisper_at_cli.heads.seen import seen_rows
 from whisper_at_cli.heads.training import loop, runner
 from whisper_at_cli.heads.training.fleet import clip_losses
@@ -275,26 +275,30 @@ class OneLayer(Head):
         super().__init__()
         self.mlp_layer = NormedLinear(5, 3)
 
-    def logits(self, features_B5):
-        return self.mlp_layer(features_B5)
+    def logits(self, features_BLTD):
+        return self.mlp_layer(features_BLTD[:, 0, 0])
 
 
 @pytest.mark.parametrize("name, form", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
-def test_the_step_is_that_of_torchs_adam(name, form):
+@pytest.mark.parametrize("heads", [0, 1, 3], ids=["a module", "an mlp head", "three side by side"])
+def test_the_step_is_that_of_torchs_adam(name, form, heads):
     torch.manual_seed(0)
-    module = OneLayer()
-    inputs, targets = torch.randn(8, 5), torch.rand(8, 3)
+    modules = [build_head("last-mlp", layers=1, dim=5, classes=3) for _ in range(heads)] or [OneLayer()]
+    inputs, targets = torch.randn(len(modules), 8, 1, 1, 5), torch.rand(len(modules), 8, 3)
     recipe = Recipe(weight_decay=0.1, optimizer=name)
-    fleet = loop.Fleet([module], recipe, torch.device("cpu"))
-    optimizer = form(module.parameters(), lr=0.01, betas=recipe.betas, weight_decay=0.1)
-    batch = Batch(inputs[None], targets[None], torch.full((1, 8), 1 / 8), np.ones(1, dtype=bool))
+    fleet = loop.Fleet(modules, recipe, torch.device("cpu"))
+    rates = np.array([0.01, 0.02, 0.005])[: len(modules)]
+    batch = Batch(inputs, targets, torch.full((len(modules), 8), 1 / 8), np.ones(len(modules), dtype=bool))
     for _ in range(20):
-        fleet.step(batch, np.array([0.01]), Ranks())
-        optimizer.zero_grad()
-        torch.nn.functional.binary_cross_entropy_with_logits(module(inputs), targets).backward()
-        optimizer.step()
-    expected = torch.nn.utils.parameters_to_vector(module.parameters())
-    torch.testing.assert_close(fleet.weights[0], expected, rtol=1e-5, atol=1e-6)
+        fleet.step(batch, rates, Ranks())
+    for module, rate, x, y, found in zip(modules, rates, inputs, targets, fleet.weights, strict=True):
+        optimizer = form(module.parameters(), lr=rate, betas=recipe.betas, weight_decay=0.1)
+        for _ in range(20):
+            optimizer.zero_grad()
+            torch.nn.functional.binary_cross_entropy_with_logits(module(x), y).backward()
+            optimizer.step()
+        expected = torch.nn.utils.parameters_to_vector(module.parameters())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_adamw_is_the_same_for_heads_side_by_side(cache):

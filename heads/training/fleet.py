@@ -51,6 +51,7 @@ class Fleet:
         self.averaged = np.zeros(len(modules), dtype=np.int64)  # (M,) how many weights each average is of
         self.steps = np.zeros(len(modules), dtype=np.int64)  # (M,) that Adam took
         self.parameters = self._views()
+        self.optimizer = None if self.stacked else self._torchs_optimizer()
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -67,6 +68,19 @@ class Fleet:
                 parameter.data, views[name] = view[0], parameter
             start = end
         return views
+
+    def _torchs_optimizer(self) -> torch.optim.Optimizer:
+        """torch's own, in one kernel, over the numbers and running means here: for a head that trains alone. It is 1.5
+        to 2.5 times as fast as several operations from 100,000 numbers on, and half as fast for an MLP head's few."""
+        own = nn.Parameter(self.weights)
+        form = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.Adam
+        optimizer = form(
+            [own], lr=self.recipe.lr, betas=self.recipe.betas, eps=EPSILON, weight_decay=self.recipe.weight_decay,
+            fused=True,
+        )  # fmt: skip
+        steps = torch.zeros((), dtype=torch.float32, device=self.device)
+        optimizer.state[own] = {"step": steps, "exp_avg": self.first, "exp_avg_sq": self.second}
+        return optimizer
 
     def logits(self, inputs: Tensor) -> Tensor:
         """(M, B, C) of inputs (M, B, L, T, D), each head on its own."""
@@ -89,6 +103,11 @@ class Fleet:
     def _adam(self, gradient: Tensor, lr: np.ndarray, active: np.ndarray) -> None:
         """Adam as Kingma and Ba have it, with an L2 penalty in the gradient, or AdamW; `active` (M,) heads move."""
         self.steps += active
+        if self.optimizer is not None:
+            (group,) = self.optimizer.param_groups
+            group["lr"], group["params"][0].grad = float(lr[0]), gradient
+            self.optimizer.step()
+            return
         (beta1, beta2), taken = self.recipe.betas, np.maximum(self.steps, 1)
         if self.recipe.optimizer == "adamw":
             kept = torch.tensor(1 - lr * active * self.recipe.weight_decay, dtype=torch.float32)
@@ -147,6 +166,9 @@ class Fleet:
         for name in self._kept():
             getattr(self, name).copy_(state[name])
         self.steps, self.averaged = state["steps"].numpy().copy(), state["averaged"].numpy().copy()
+        if self.optimizer is not None:
+            (kept,) = self.optimizer.state.values()
+            kept["step"].fill_(float(self.steps[0]))
 
     def _kept(self) -> tuple[str, ...]:
         return ("weights", "first", "second", "average", *["best"] * (self.best is not None))
