@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from whisper_at_cli.heads.training.ranks import Ranks
 from whisper_at_cli.heads.training.recipe import Recipe
 
 AHEAD = 2  # batches that wait to be taken
+STEPS_AT_ONCE = 256  # whose draws are moved together
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +78,7 @@ class Epochs:
             assert draw is not None, "the one head of a stream trains, else nobody asks for its batches"
             return _streamed(self.clips, draw, self.recipe, self.ranks, seed)
         planned = steps(draws, self.recipe.batch_size, rank=self.ranks.rank, world=self.ranks.world)
-        places = Places(len(self.clips.rows))
-        return (_collect(self.clips, step, places) for step in planned)
+        return _collected(self.clips, planned, Places(len(self.clips.rows)))
 
 
 Work = tuple[Collected, np.ndarray]  # and which heads take the step
@@ -97,15 +98,35 @@ def _started(work: Iterator[Work]) -> Iterator[Work]:
     return from_the_first()
 
 
-def _collect(clips: Clips, step: Step, places: Places) -> Work:
-    """A step's clips and partners, where they lie."""
-    clip = step.clip.reshape(-1)
-    extra, partner = places.with_partners(clip, step.partner.reshape(-1))
-    needed = torch.from_numpy(np.concatenate([clip, extra]) if len(extra) else clip)
-    pin = clips.device.type == "cuda" and clips.tier != "device"
-    features, scale = clips.stored(needed, pin=pin)
-    labels = clips.labels.index_select(0, needed.to(clips.labels.device))
-    return _with_draws(features, scale, labels, partner, step), step.active
+def _collected(clips: Clips, planned: Iterator[Step], places: Places) -> Iterator[Work]:
+    """Steps' clips and partners, where they lie. What was drawn for many steps goes to the device at once: a copy for
+    each column of each step would be most of what the host does in a short step."""
+    while some := list(islice(planned, STEPS_AT_ONCE)):
+        found = [places.with_partners(step.clip.reshape(-1), step.partner.reshape(-1)) for step in some]
+        needed = [np.concatenate([step.clip.reshape(-1), extra]) for step, (extra, _) in zip(some, found, strict=True)]
+        columns = [
+            [partner for _, partner in found],
+            [step.share.reshape(-1) for step in some],
+            [step.mask_start.reshape(-1, step.mask_start.shape[-1]) for step in some],
+            [step.mask_end.reshape(-1, step.mask_end.shape[-1]) for step in some],
+            [step.weight.reshape(-1) for step in some],
+        ]
+        drawn = zip(*(_moved(column, clips.device) for column in columns), strict=True)
+        for step, positions, (partner, *rest, weight) in zip(
+            some, _moved(needed, clips.features.device), drawn, strict=True
+        ):
+            features, scale = clips.stored(positions, pin=clips.device.type == "cuda" and clips.tier != "device")
+            labels = clips.labels.index_select(0, positions)
+            drawn_here = (partner, *rest, weight.view(step.weight.shape))
+            yield Collected(features, scale, labels, *drawn_here), step.active
+
+
+def _moved(parts: list[np.ndarray], device: torch.device) -> Sequence[Tensor]:
+    """Arrays of several steps on a device, by one copy."""
+    whole = torch.from_numpy(np.concatenate(parts))
+    if device.type == "cuda":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    return whole.to(device).split([len(part) for part in parts])
 
 
 def _with_draws(features: Tensor, scale: Tensor | None, labels: Tensor, partner: np.ndarray, step: Step) -> Collected:
