@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HEADS = ("concat-linear", "last-mlp", "wa-mlp", "wa-tr", "tl-tr-128")
+HEADS = ("concat-linear", "last-mlp", "wa-mlp", "wa-pool", "wa-tr", "tl-tr-128")
 
 
 def run(*arguments: object, into: Path | None = None) -> None:
