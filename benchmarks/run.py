@@ -44,6 +44,8 @@ class Step:
         return "{data}" in self.words or "{work}" in self.words
 
 
+HOURS = ("scenes-tiny.en-cpu",)  # results that take so long, and are made by the command that they name
+
 SYNTHETIC = "extract.py --random-weights base --clips 256 --clip-seconds 5 --rounds 3"
 TINY = "--random-weights tiny --clips 4 --baseline-clips 2 --clip-seconds 1 --rounds 1 --matrix-seconds 0.05"
 SMALL_CACHE = "--clips 16 --layers 4 --channels 64 --batch 4 --rounds 1 --repeats 1"

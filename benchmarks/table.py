@@ -23,13 +23,14 @@ FOLDER = Path(__file__).resolve().parent
 RESULTS, README, OPEN = FOLDER / "results", FOLDER / "README.md", FOLDER / "open.json"
 GROUPS = (
     "extraction", "host", "encoder", "precision and storage", "datasets", "cache", "chunks", "memory", "engines",
-    "heads", "probes", "metrics", "text and tags",
+    "heads", "scenes", "probes", "metrics", "text and tags",
 )  # fmt: skip
 NO_RATIO = {
     "robustness-tiny.en-speech14-esc10.json": "word error rates of a recogniser in noise, which have no baseline and "
     "no limit to be a ratio to; `docs/robustness.md` shows them",
     "robustness-greedy-tiny.en-speech14-esc10.json": "the same, decoded at temperature 0 only (`--greedy`)",
-    "esc10-table-tiny.en.json": "accuracies of ESC-10 with intervals, as `esc10_table.py --heads` (no heads) made them",
+    "esc10-table-tiny.en.json": "accuracies of ESC-10 with intervals, as `esc10_table.py --heads concat-linear "
+    "wa-pool` made them",
     "mutation.json": "the share of planted faults that the tests notice; README.md here says it at its end",
     "engines-simulation.png": "the figure of the simulated cluster, drawn from `engines-cpu.json`",
 }
