@@ -159,6 +159,21 @@ def test_the_same_seed_gives_the_same_model_and_another_another(sounds, weights)
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_wa_pool_is_tuned_by_its_recipe_and_its_dropout_is_decided_by_the_seed(sounds, weights):
+    runs = []
+    for other in (1, 2):
+        torch.manual_seed(other)
+        runs.append(tune(sounds, weights, head="wa-pool", recipe=None, changes={"epochs": 1}))
+    assert runs[0].losses == runs[1].losses and runs[0].dim == 128
+    assert (runs[0].recipe["optimizer"], runs[0].recipe["dropout"], runs[0].recipe["standardise"]) == (
+        "adamw",
+        0.3,
+        False,
+    )
+    with pytest.raises(UsageError, match="--standardise does nothing with --unfreeze"):
+        tune(sounds, weights, head="wa-pool", changes={"standardise": True})
+
+
 def test_folds_are_each_held_out_and_the_saved_model_saw_all_clips(sounds, weights, tmp_path):
     result = tune(
         sounds, weights, fold=None, out=tmp_path / "tuned", changes={"epochs": 1}, predictions=tmp_path / "p.npz"

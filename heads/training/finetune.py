@@ -43,6 +43,7 @@ from whisper_at_cli.heads.forms import build_head, head_name, head_width
 from whisper_at_cli.heads.training.batches import Step, balancing_weights, draw_epoch, smoothed, steps
 from whisper_at_cli.heads.training.data import every_clip_has_one_label
 from whisper_at_cli.heads.training.fleet import clip_losses
+from whisper_at_cli.heads.training.loop import random_numbers
 from whisper_at_cli.heads.training.plan import training_side_warnings, without_last_batch
 from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, named_recipe
 from whisper_at_cli.heads.training.result import Verdict, judge, or_none
@@ -233,12 +234,11 @@ class _Trainer:
         """A model trained on these clips. `number` sets its random numbers apart from other trainings'."""
         started, job = time.monotonic(), self.job
         rng = np.random.default_rng([job.recipe.seed, number])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(rng.integers(2**62)))
+        with random_numbers(int(rng.integers(2**62)), device=job.device):  # of the first weights, and of dropout
             model = job.new_model()
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.losses.append([])
-        model = self._fit(model.to(job.device), rows, rng)
+            self.parameters = sum(parameter.numel() for parameter in model.parameters())
+            self.losses.append([])
+            model = self._fit(model.to(job.device), rows, rng)
         self.seconds += time.monotonic() - started
         return model
 
