@@ -84,7 +84,14 @@ def check_installed(python: Path, folder: Path) -> None:
     for command in commands:
         assert "Usage:" in run(program, command, "--help", **where).stdout, command
     counted = json.loads(run(program, "heads", "--model", "tiny.en", "--json", **where).stdout)
-    assert {row["head"] for row in counted["heads"]} == {"concat-linear", "last-mlp", "wa-mlp", "wa-tr", "tl-tr"}
+    assert {row["head"] for row in counted["heads"]} == {
+        "concat-linear",
+        "last-mlp",
+        "wa-mlp",
+        "wa-pool",
+        "wa-tr",
+        "tl-tr",
+    }
     imported = Path(run(python, "-c", PUBLIC, **where).stdout.strip())
     assert imported.is_relative_to(python.parents[1]), "what was imported is not what was installed"
 
