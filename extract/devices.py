@@ -42,6 +42,17 @@ def with_index(device: torch.device) -> torch.device:
     return device
 
 
+@contextlib.contextmanager
+def random_numbers(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
+    """torch's random numbers from `seed` inside, on the CPU and on a device; outside they are left as they were. None
+    leaves them alone inside too."""
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
 CPU_BATCH_SIZE = 2  # larger ones fall out of the processor's cache and gain nothing
 MPS_BATCH_SIZE = 16
 LARGEST_BATCH_SIZE = 256  # powers of two up to it: they fill a shard of as many clips without a rest

@@ -42,7 +42,7 @@ class HeadDescription:
     backbone: str
     weights_sha256: str  # of the backbone; "unknown" for a head from elsewhere
     clip_seconds: float
-    loss: str  # "ce": probabilities are the softmax of the logits; "bce": the sigmoid of each
+    loss: str  # "ce": probabilities are the softmax of the logits; else the sigmoid of each
     width: int | None = None
     block: bool = True  # of wa-pool: whether it has a block over time
     standardised: bool = False

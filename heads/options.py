@@ -69,8 +69,7 @@ def given_settings(options: dict) -> dict:
 RUN_OPTIONS = (
     click.option("--head",
         help="wa-pool, concat-linear, last-mlp, wa-mlp, wa-tr or tl-tr; concat-linear-stats and last-tr too.  "
-        "[required; "
-        "last-tr with --unfreeze]",
+        "[required; last-tr with --unfreeze]",
     ),
     click.option(
         "--dim", "widths", type=int, multiple=True,

@@ -19,7 +19,7 @@ from whisper_at_cli.extract.backbones.mel import as_float32, log_mel
 from whisper_at_cli.extract.backbones.sizes import MAX_POSITIONS, WHISPER_SIZES
 from whisper_at_cli.extract.backbones.weights import WhisperWeights
 from whisper_at_cli.extract.cache.schema import FRAMES
-from whisper_at_cli.extract.devices import with_index
+from whisper_at_cli.extract.devices import random_numbers, with_index
 from whisper_at_cli.extract.errors import UsageError
 
 RANDOM = "random:"
@@ -61,8 +61,7 @@ def random_weights(model: str) -> WhisperWeights:
 
     name, seed = _size_and_seed(model)
     size = WHISPER_SIZES[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with random_numbers(seed):
         encoder = AudioEncoder(size.mels, MAX_POSITIONS, size.dim, size.heads, size.layers)
     dims = {
         "n_mels": size.mels, "n_audio_ctx": MAX_POSITIONS, "n_audio_state": size.dim, "n_audio_head": size.heads,

@@ -30,6 +30,7 @@ from whisper_at_cli.extract.devices import (
     cores,
     fitting_batch_size,
     one_thread_per_operation,
+    random_numbers,
     streams_of,
 )
 from whisper_at_cli.extract.errors import AudioError, UsageError, WhisperATError
@@ -41,8 +42,6 @@ from whisper_at_cli.heads.tagging.frames import ExactFile, SharedTags, Window
 from whisper_at_cli.heads.tagging.windows import SAMPLES_PER_POSITION, TagGrid, tag_grid, within
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from whisper.model import Whisper
 
 TAG_WINDOWS = ("shared", "exact")
@@ -189,7 +188,7 @@ class Tagger:
         ]
         windows = within(grid.windows(len(samples) // SAMPLES_PER_POSITION), parts)
         shared = SharedTags(self.label, n, windows) if settings.tag_window == "shared" else None
-        with self._transcribing, _seeded(seed, self.device):
+        with self._transcribing, random_numbers(seed, self.device):
             done = transcribe_once(
                 model, samples, receiver=shared, frame_positions=n, progress=progress, **whisper_options
             )
@@ -369,21 +368,3 @@ def _weights_of(model: Whisper, name: str) -> WhisperWeights:
     """The weights of an `openai-whisper` model that is loaded."""
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     return WhisperWeights(name, "memory", asdict(model.dims), state)
-
-
-class _seeded:
-    """Random numbers from `seed` inside, and as they were outside. None leaves them as they are."""
-
-    def __init__(self, seed: int | None, device: torch.device):
-        self.seed = seed
-        self.fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None)
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.fork.__exit__(kind, error, trace)

@@ -24,7 +24,7 @@ from whisper_at_cli.extract.cache.folds import Fold, cache_folds
 from whisper_at_cli.extract.cache.schema import FRAMES
 from whisper_at_cli.extract.cache.sources import source_recordings
 from whisper_at_cli.extract.datasets import Dataset, open_dataset
-from whisper_at_cli.extract.devices import choose_device
+from whisper_at_cli.extract.devices import choose_device, random_numbers
 from whisper_at_cli.extract.errors import UsageError, WhisperATError
 from whisper_at_cli.extract.evaluation.metrics import evaluate_scores
 from whisper_at_cli.extract.evaluation.predictions import Predictions, checked_path
@@ -43,7 +43,6 @@ from whisper_at_cli.heads.forms import build_head, head_name, head_width
 from whisper_at_cli.heads.training.batches import Step, balancing_weights, draw_epoch, smoothed, steps
 from whisper_at_cli.heads.training.data import every_clip_has_one_label
 from whisper_at_cli.heads.training.fleet import clip_losses
-from whisper_at_cli.heads.training.loop import random_numbers
 from whisper_at_cli.heads.training.plan import training_side_warnings, without_last_batch
 from whisper_at_cli.heads.training.recipe import Recipe, default_recipe_name, named_recipe
 from whisper_at_cli.heads.training.result import Verdict, judge, or_none
@@ -234,7 +233,7 @@ class _Trainer:
         """A model trained on these clips. `number` sets its random numbers apart from other trainings'."""
         started, job = time.monotonic(), self.job
         rng = np.random.default_rng([job.recipe.seed, number])
-        with random_numbers(int(rng.integers(2**62)), device=job.device):  # of the first weights, and of dropout
+        with random_numbers(int(rng.integers(2**62)), job.device):  # of the first weights, and of dropout
             model = job.new_model()
             self.parameters = sum(parameter.numel() for parameter in model.parameters())
             self.losses.append([])
@@ -248,7 +247,7 @@ class _Trainer:
         optimizer = _optimizer(model, recipe, self.job.encoder_lr_share)
         averaged = AveragedModel(model) if recipe.average_from_epoch is not None else None
         balance = balancing_weights(self.job.labels[torch.from_numpy(rows)].numpy()) if recipe.class_balanced else None
-        step = 0
+        step, in_all = 0, recipe.steps(len(rows))
         for epoch in range(1, recipe.epochs + 1):
             model.train()
             losses = []
@@ -258,7 +257,7 @@ class _Trainer:
             audio = self.job.audio.ahead([rows for rows, _ in needed])
             for batch, (_, where), (waveforms, good) in zip(batches, needed, audio, strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate(epoch, step, recipe.steps(len(rows))) * group["share"]
+                    group["lr"] = recipe.learning_rate(epoch, step, in_all) * group["share"]
                 place = torch.from_numpy(np.where(good, np.cumsum(good) - 1, -1)[where])
                 loss = self._step(model, optimizer, batch, waveforms, place)
                 if loss is not None:

@@ -40,7 +40,7 @@ class Fleet:
         self.module.mlp_layer.dropout = recipe.dropout
         self.recipe, self.device = recipe, device
         self.statistics = None
-        if modules[0].standard_mean is not None:
+        if self.stacked and self.module.standard_mean is not None:  # of a module that is called, its own
             both = [(module.standard_mean, module.standard_deviation) for module in modules]
             self.statistics = tuple(torch.stack(each).to(device) for each in zip(*both, strict=True))  # (M, L or 1, D)
         own = [nn.utils.parameters_to_vector(module.parameters()).detach() for module in modules]

@@ -104,38 +104,31 @@ def _collected(clips: Clips, planned: Iterator[Step], places: Places) -> Iterato
     while some := list(islice(planned, STEPS_AT_ONCE)):
         found = [places.with_partners(step.clip.reshape(-1), step.partner.reshape(-1)) for step in some]
         needed = [np.concatenate([step.clip.reshape(-1), extra]) for step, (extra, _) in zip(some, found, strict=True)]
-        columns = [
-            [partner for _, partner in found],
-            [step.share.reshape(-1) for step in some],
-            [step.mask_start.reshape(-1, step.mask_start.shape[-1]) for step in some],
-            [step.mask_end.reshape(-1, step.mask_end.shape[-1]) for step in some],
-            [step.weight.reshape(-1) for step in some],
-        ]
-        drawn = zip(*(_moved(column, clips.device) for column in columns), strict=True)
-        for step, positions, (partner, *rest, weight) in zip(
-            some, _moved(needed, clips.features.device), drawn, strict=True
-        ):
+        drawn = _drawn(some, [partner for _, partner in found], clips.device)
+        for step, positions, columns in zip(some, _moved(needed, clips.features.device), drawn, strict=True):
             features, scale = clips.stored(positions, pin=clips.device.type == "cuda" and clips.tier != "device")
-            labels = clips.labels.index_select(0, positions)
-            drawn_here = (partner, *rest, weight.view(step.weight.shape))
-            yield Collected(features, scale, labels, *drawn_here), step.active
+            yield Collected(features, scale, clips.labels.index_select(0, positions), *columns), step.active
+
+
+def _drawn(some: list[Step], partners: list[np.ndarray], device: torch.device) -> list[tuple[Tensor, ...]]:
+    """What stands in each of these steps beside its clips, in the order of `Collected`, on a device."""
+    masks = [[step.mask_start for step in some], [step.mask_end for step in some]]
+    columns = [
+        partners,
+        [step.share.reshape(-1) for step in some],
+        *([mask.reshape(-1, mask.shape[-1]) for mask in of_steps] for of_steps in masks),
+        [step.weight.reshape(-1) for step in some],
+    ]
+    rows = zip(*(_moved(column, device) for column in columns), strict=True)
+    return [(*row[:-1], row[-1].view(step.weight.shape)) for step, row in zip(some, rows, strict=True)]
 
 
 def _moved(parts: list[np.ndarray], device: torch.device) -> Sequence[Tensor]:
     """Arrays of several steps on a device, by one copy."""
     whole = torch.from_numpy(np.concatenate(parts))
     if device.type == "cuda":
-        whole = whole.pin_memory().to(device, non_blocking=True)
-    return whole.to(device).split([len(part) for part in parts])
-
-
-def _with_draws(features: Tensor, scale: Tensor | None, labels: Tensor, partner: np.ndarray, step: Step) -> Collected:
-    """All parts of a step, what was drawn beside the features."""
-    L = step.mask_start.shape[-1]
-    masks = [mask.reshape(-1, L) for mask in (step.mask_start, step.mask_end)]
-    columns = (partner, step.share.reshape(-1), *masks, step.weight)
-    drawn = [torch.from_numpy(np.ascontiguousarray(column)).to(features.device) for column in columns]
-    return Collected(features, scale, labels, *drawn)
+        whole = whole.pin_memory()
+    return whole.to(device, non_blocking=True).split([len(part) for part in parts])
 
 
 def _streamed(clips: StreamedClips, draw: Draw, recipe: Recipe, ranks: Ranks, seed: tuple[int, ...]) -> Iterator[Work]:
@@ -154,7 +147,6 @@ def _streamed(clips: StreamedClips, draw: Draw, recipe: Recipe, ranks: Ranks, se
         here = slice(done, done + len(rows))
         done += len(rows)
         clip = clips.positions(rows)
-        labels = clips.labels[torch.from_numpy(clip)]  # which need not be the cache's
         if draw.partner is None:
             partner = np.roll(clip, -1)
         else:
@@ -164,22 +156,26 @@ def _streamed(clips: StreamedClips, draw: Draw, recipe: Recipe, ranks: Ranks, se
         part = slice(len(rows) * ranks.rank // ranks.world, len(rows) * (ranks.rank + 1) // ranks.world)
         clip_part, partner, share, mask_start, mask_end, weight = (column[None, part] for column in columns)
         step = Step(clip_part, partner, share, mask_start, mask_end, weight, np.ones(1, dtype=bool))
-        streamed = (features, scale[0] if scale else None, labels)
+        streamed = (features, scale[0] if scale else None)
         yield _picked(clips, step, clip, streamed, places), step.active
 
 
 def _picked(
-    clips: StreamedClips, step: Step, there: np.ndarray, streamed: tuple[Tensor, Tensor | None, Tensor], places: Places
+    clips: StreamedClips, step: Step, there: np.ndarray, streamed: tuple[Tensor, Tensor | None], places: Places
 ) -> Collected:
-    """A step of what the stream gave for the positions `there`; partners that are not among them are read besides."""
-    own = step.clip[0]
+    """A step of what the stream gave for the positions `there`; partners that are not among them are read besides.
+
+    Labels are the run's own, which need not be the cache's.
+    """
+    own, (features, scale) = step.clip[0], streamed
     extra, partner = places.with_partners(own, step.partner[0])
-    if len(extra) == 0 and len(own) == len(there):
-        return _with_draws(*streamed, partner, step)
     needed = np.concatenate([own, extra])
+    labels, (drawn,) = clips.labels[torch.from_numpy(needed)], _drawn([step], [partner], features.device)
+    if len(extra) == 0 and len(own) == len(there):
+        return Collected(features, scale, labels, *drawn)
     at, found = places.find(needed, there)
     absent = torch.from_numpy(needed[~found])
-    read = (*clips.stored(absent), clips.labels[absent]) if len(absent) else (None, None, None)
+    read = clips.stored(absent) if len(absent) else (None, None)
 
     def joined(of_stream: Tensor, of_cache: Tensor | None) -> Tensor:
         out = torch.empty((len(needed), *of_stream.shape[1:]), dtype=of_stream.dtype, pin_memory=of_stream.is_pinned())
@@ -188,11 +184,7 @@ def _picked(
             out[torch.from_numpy(~found)] = of_cache.to(of_stream.dtype)
         return out
 
-    features, scale, labels = streamed
-    return _with_draws(
-        joined(features, read[0]), None if scale is None else joined(scale, read[1]), joined(labels, read[2]), partner,
-        step,
-    )  # fmt: skip
+    return Collected(joined(features, read[0]), None if scale is None else joined(scale, read[1]), labels, *drawn)
 
 
 def _copied_ahead(work: Iterator[Work], device: torch.device) -> Iterator[Work]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from whisper_at_cli.extract.cache import FeatureCache
-from whisper_at_cli.extract.devices import one_thread_per_operation
+from whisper_at_cli.extract.devices import one_thread_per_operation, random_numbers
 from whisper_at_cli.extract.errors import WhisperATError
 from whisper_at_cli.extract.evaluation.metrics import Metrics, evaluate_scores
 from whisper_at_cli.heads.evaluate import BATCH_BYTES, predict
@@ -154,6 +153,7 @@ class _Course:
         self.best: list[tuple[float, int]] = [(-math.inf, 0)] * len(trainings)  # validation metric, and its epoch
         self.history: list[list[dict]] = [[] for _ in trainings]
         self.weights = [self._weights(training) for training in trainings]
+        self.steps = [training.recipe.steps(len(training.train)) for training in trainings]  # of the whole run
         hidden = self.fleet.module.standard_mean if len(modules) == 1 else None
         self.epochs = Epochs(place.clips, trainings[0].recipe, place.ranks, hidden=hidden)
         self._resume()
@@ -166,10 +166,8 @@ class _Course:
         self.epoch += 1
         before = self.stopped.copy()
         recipe = self.trainings[0].recipe
-        if recipe.dropout:  # what it leaves out is decided by the seed too, in each process another
-            with random_numbers(*self._seed(self.epoch), self.place.ranks.rank, device=self.fleet.device):
-                lines = self._train()
-        else:
+        seed = drawn_seed(*self._seed(self.epoch), self.place.ranks.rank)  # of dropout, in each process another
+        with random_numbers(seed, self.fleet.device):
             lines = self._train()
         if recipe.averages(self.epoch):
             self.fleet.take_into_average(~before)
@@ -214,8 +212,8 @@ class _Course:
         steps = self.fleet.steps.tolist()
         return np.array(
             [
-                training.recipe.learning_rate(self.epoch, taken, training.recipe.steps(len(training.train)))
-                for training, taken in zip(self.trainings, steps, strict=True)
+                training.recipe.learning_rate(self.epoch, taken, in_all)
+                for training, taken, in_all in zip(self.trainings, steps, self.steps, strict=True)
             ]
         )
 
@@ -334,16 +332,13 @@ def validated(training: Training, record: dict, module: Head, place: Workplace) 
 
 def _new_module(training: Training, new_module: Callable[[], Head]) -> Head:
     """A head whose first weights the training's seed and number decide; the caller's random numbers are left alone."""
-    with random_numbers(training.recipe.seed, training.number):
+    with random_numbers(drawn_seed(training.recipe.seed, training.number)):
         return new_module()
 
 
-@contextmanager
-def random_numbers(*seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """torch's random numbers as these numbers decide them, on the CPU and a device; outside they are left alone."""
-    with torch.random.fork_rng(devices=[device] if device and device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.default_rng(seed).integers(2**62)))
-        yield
+def drawn_seed(*numbers: int) -> int:
+    """A seed for torch that these numbers decide."""
+    return int(np.random.default_rng(numbers).integers(2**62))
 
 
 def _plain(metrics: Metrics | None) -> dict | None:

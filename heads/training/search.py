@@ -88,7 +88,7 @@ def training_of(job: Job, recipe: Recipe, name: str, number: int, train: np.ndar
 
 @dataclass(frozen=True)
 class Grid:
-    """Learning rates and widths of tl-tr to choose from; None: those around the recipe's, and of Table 2."""
+    """Learning rates and widths to choose from; None: RATES and the recipe's own, and for tl-tr those of Table 2."""
 
     rates: Sequence[float] | None = None
     widths: Sequence[int] | None = None
