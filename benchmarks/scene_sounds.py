@@ -48,12 +48,26 @@ class Material:
     utterances: list[np.ndarray]
 
 
-def material(sounds: Path, speech: Path) -> dict[int, Material]:
-    """By fold: the clips of ESC-10 (in ESC-50's layout), and utterances of a manifest.csv with a column `audio`."""
+def esc_rows(sounds: Path) -> list[dict[str, str]]:
+    """The lines of meta/esc50.csv."""
     with open(sounds / "meta" / "esc50.csv") as file:
-        rows = list(csv.DictReader(file))
+        return list(csv.DictReader(file))
+
+
+def read_utterances(speech: Path) -> list[np.ndarray]:
+    """The samples of each file that a manifest.csv lists in its column `audio`."""
     with open(speech / "manifest.csv") as file:
-        utterances = [decode(speech / row["audio"]) for row in csv.DictReader(file)]
+        return [decode(speech / row["audio"]) for row in csv.DictReader(file)]
+
+
+def f1(true: np.ndarray, said: np.ndarray) -> float:
+    """F1 of what was said to be there, two arrays of bool; 0 where nothing is there and nothing was said."""
+    return 2 * float((true & said).sum()) / max(1, int(true.sum() + said.sum()))
+
+
+def material(sounds: Path, speech: Path) -> dict[int, Material]:
+    """By fold: the clips of ESC-10 (in ESC-50's layout), and its part of the utterances."""
+    rows, utterances = esc_rows(sounds), read_utterances(speech)
     return {
         fold: Material(
             [(row["category"], decode(sounds / "audio" / row["filename"])) for row in rows if int(row["fold"]) == fold],

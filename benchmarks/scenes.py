@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from record import Figure, Result, Row, arguments, at_least, at_most, describe, publish, rounded, settings
-from scene_sounds import SECONDS, Event, make_scenes, read_events
+from scene_sounds import SECONDS, Event, f1, make_scenes, read_events
 
 from whisper_at_cli.extract import FeatureCache, extract
 from whisper_at_cli.extract.evaluation.compare import compare
@@ -43,7 +44,7 @@ class WithoutMaximum(WAPool):
     maximum = False
 
 
-FORMS |= {"wa-pool-mean-max": WithoutQueries, "wa-pool-no-maximum": WithoutMaximum}
+ABLATIONS = {"wa-pool-mean-max": WithoutQueries, "wa-pool-no-maximum": WithoutMaximum}
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,17 @@ def events_f1(cache: FeatureCache, truth: dict[str, list[Event]], out: Path, see
         spans = np.array([(at * frame, (at + WINDOW_FRAMES) * frame) for at in starts])
         heard[fold] = np.stack([by_second(spans, of_windows) for of_windows in values])
         there[fold] = np.stack([active(truth.get(str(cache.paths[row]), []), names) for row in rows])
-    counts = np.zeros(3)
+    said = {}
     for fold in folds:
         others = [other for other in folds if other != fold]
-        true, said = (np.concatenate([side[other] for other in others]) for side in (there, heard))
-        best = max(THRESHOLDS, key=lambda threshold: f1(*hits(true, said >= threshold)))
-        counts += hits(there[fold], heard[fold] >= best)
-    return f1(*counts)
+        true, values = (np.concatenate([side[other] for other in others]) for side in (there, heard))
+        said[fold] = heard[fold] >= max(THRESHOLDS, key=partial(f1_from, true, values))
+    return f1(np.concatenate(list(there.values())), np.concatenate(list(said.values())))
+
+
+def f1_from(true: np.ndarray, values: np.ndarray, threshold: float) -> float:
+    """F1 of what has this probability or more."""
+    return f1(true, values >= threshold)
 
 
 def by_second(spans: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -129,15 +134,6 @@ def by_second(spans: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     edges, values = cells(spans, probabilities)
     middle = np.arange(SECONDS) + 0.5
     return values[np.clip(np.searchsorted(edges, middle, side="right") - 1, 0, len(values) - 1)]
-
-
-def hits(true: np.ndarray, said: np.ndarray) -> tuple[float, float, float]:
-    """How many cells are in both, in the first, in the second."""
-    return float((true & said).sum()), float(true.sum()), float(said.sum())
-
-
-def f1(both: float, true: float, said: float) -> float:
-    return 2 * both / max(1.0, true + said)
 
 
 def active(events: list[Event], names: list[str]) -> np.ndarray:
@@ -150,7 +146,7 @@ def active(events: list[Event], names: list[str]) -> np.ndarray:
 
 def multiply_adds(one: Contestant, cache: FeatureCache) -> int | None:
     """Of one clip, by formula; None of a form that is counted nowhere else."""
-    if one.head not in FORMS or one.head in ("wa-pool-mean-max", "wa-pool-no-maximum"):
+    if one.head in ABLATIONS:
         return None
     spec = cache.spec
     cost = head_cost(
@@ -161,6 +157,7 @@ def multiply_adds(one: Contestant, cache: FeatureCache) -> int | None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Result:
+    FORMS.update(ABLATIONS)  # here, since importing this program must change no form
     manifest = make_scenes(options.sounds, options.speech, folder / f"scenes-{options.scenes}", options.scenes)
     cache_path = folder / f"scenes-{options.scenes}.zarr"
     report = extract(manifest, cache_path, model=options.model, device=options.device)

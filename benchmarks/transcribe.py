@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 import whisper
 from record import Figure, Result, Row, arguments, at_least, at_most, describe, publish, settings
+from scene_sounds import esc_rows, f1, read_utterances
 from torch import Tensor
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import Whisper
@@ -54,10 +54,6 @@ class EncodesOnly(Whisper):
         return DecodingResult(heard, "en", no_speech_prob=1.0, avg_logprob=-9.0, temperature=0.0, compression_ratio=1.0)
 
 
-def esc_rows(sounds: Path) -> list[dict[str, Any]]:
-    return list(csv.DictReader(open(sounds / "meta" / "esc50.csv")))
-
-
 def sound(sounds: Path, row: dict[str, Any]) -> np.ndarray:
     samples = decode(sounds / "audio" / row["filename"])[: 5 * SAMPLE_RATE]
     return np.pad(samples, (0, 5 * SAMPLE_RATE - len(samples)))
@@ -66,8 +62,7 @@ def sound(sounds: Path, row: dict[str, Any]) -> np.ndarray:
 def joined(speech: Path, sounds: Path, fold: int, seconds: float, seed: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Utterances with sounds between them, of about `seconds`, and what sounds when."""
     rng = np.random.default_rng(seed)
-    with open(speech / "manifest.csv") as file:
-        utterances = [decode(speech / row["audio"]) for row in csv.DictReader(file)]
+    utterances = read_utterances(speech)
     rows = [row for row in esc_rows(sounds) if int(row["fold"]) == fold]
     by_class = {name: rng.permutation(np.asarray([row for row in rows if row["category"] == name])) for name in
                 sorted({row["category"] for row in rows})}  # fmt: skip
@@ -94,10 +89,6 @@ def active(events: list[dict[str, Any]], names: list[str], seconds: float) -> np
     return grid
 
 
-def f1(truth: np.ndarray, found: np.ndarray) -> float:
-    return round(2 * float((truth & found).sum()) / max(1, int(truth.sum() + found.sum())), 4)
-
-
 def share(part: np.ndarray, whole: np.ndarray) -> float | None:
     """How much of the whole the part is; None where there is nothing."""
     return round(float(part.sum() / whole.sum()), 4) if whole.any() else None
@@ -121,9 +112,9 @@ def events_of_joined_files(head: Path, options: argparse.Namespace) -> dict[str,
     for way, found in ways.items():
         t, f = (np.concatenate(parts) for parts in zip(*found, strict=True))
         result[way] = {
-            "f1": f1(t, f), "fold_f1": [f1(*pair) for pair in found],
+            "f1": round(f1(t, f), 4), "fold_f1": [round(f1(*pair), 4) for pair in found],
             "precision": share(t & f, f), "recall": share(t & f, t),
-            "class_f1": {name: f1(t[:, i], f[:, i]) for i, name in enumerate(names)},
+            "class_f1": {name: round(f1(t[:, i], f[:, i]), 4) for i, name in enumerate(names)},
         }  # fmt: skip
     return result
 

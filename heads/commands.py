@@ -69,11 +69,13 @@ def train_head_command(
         del options[name]
     from whisper_at_cli.extract import FeatureCache
     from whisper_at_cli.heads import search_heads, train_head
-    from whisper_at_cli.heads.training.distill import Teachers
+    from whisper_at_cli.heads.training.distill import SHARE, Teachers
     from whisper_at_cli.heads.training.ranks import is_lead
 
     options["head"] = head
-    options["teachers"] = Teachers(teachers, share) if teachers else None
+    if share is not None and not teachers:
+        raise UsageError("--teacher-share needs --teacher: give the folder of a trained head, or leave it out")
+    options["teachers"] = Teachers(teachers, SHARE if share is None else share) if teachers else None
     opened, lead = FeatureCache.open(cache), is_lead()
     with progress_on_stderr(f"train {head}", "epochs", quiet=ctx.obj["quiet"] or not lead) as progress:
         if search:

@@ -99,11 +99,11 @@ RUN_OPTIONS = (
     ),
     click.option(
         "--teacher", "teachers", type=click.Path(path_type=Path), multiple=True,
-        help="Learn from this trained head too (the folder of an earlier --out with the same folds). Repeatable.",
+        help="Also learn from a trained head: the folder of an earlier --out with the same folds. Repeatable.",
     ),
     click.option(
-        "--teacher-share", type=float, default=0.5, show_default=True,
-        help="--teacher only: how much of a clip's target is what the teachers say.",
+        "--teacher-share", type=float,
+        help="--teacher only: the part of a clip's target that the teachers have.  [default: 0.5]",
     ),
     click.option("--permute-labels", is_flag=True, help="Control: permute the labels between recordings at random."),
     click.option("--out", type=click.Path(path_type=Path), help="Save heads, metrics and curve in this folder."),

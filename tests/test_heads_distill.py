@@ -83,6 +83,8 @@ def test_the_command_takes_teachers_and_refuses_what_does_not_go(cache, teacher,
     ):
         status, _, err = run(capsys, *command, *more)
         assert status == 2 and said in err
+    status, _, err = run(capsys, *command[:-2], "--teacher-share", "0.3")
+    assert status == 2 and "--teacher-share needs --teacher" in err
     status, _, err = run(capsys, "train-head", cache.path, "--head", "concat-linear", "--teacher", teacher)
     assert status == 2 and "which is solved" in err
 

@@ -21,6 +21,8 @@ from whisper_at_cli.heads.checkpoint import id_hashes, load_head, read_record, t
 from whisper_at_cli.heads.evaluate import check_fits, stream_logits
 from whisper_at_cli.heads.training.data import Clips
 
+SHARE = 0.5  # of a target, that the teachers have by default
+
 
 @dataclass(frozen=True)
 class Teachers:
@@ -28,7 +30,7 @@ class Teachers:
     share, or no head."""
 
     folders: tuple[Path, ...]
-    share: float = 0.5
+    share: float = SHARE
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

@@ -87,8 +87,8 @@ class Recipe:
     )
     loss: str = _setting(
         "bce", _one_of("bce", "ce", "asymmetric"),
-        "bce: a sigmoid per class; ce: softmax, for clips with exactly one label; asymmetric: bce that makes little of "
-        "classes that are absent and known to be (Ridnik et al. 2021).",
+        "bce: a sigmoid per class; ce: softmax, for clips with exactly one label; asymmetric: bce in which clear "
+        "negatives hardly count (Ridnik et al. 2021).",
     )  # fmt: skip
     dropout: float = _setting(
         0.0, _number(lambda value: 0 <= value < 1, "from 0 to below 1"), "Dropout before the last linear map."
